@@ -1,0 +1,20 @@
+"""miepo: one preference-conditioned policy for every trade-off between objectives (MI-EPO, arXiv 2607.01392)."""
+
+from miepo.datamodule import OnlinePreferenceDataModule
+from miepo.errors import ObjectiveError, UserError
+from miepo.module import MIEPO
+from miepo.objectives import Objective
+from miepo.policy import GatedConditioning, Policy, PromptConditioning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MIEPO",
+    "GatedConditioning",
+    "Objective",
+    "ObjectiveError",
+    "OnlinePreferenceDataModule",
+    "Policy",
+    "PromptConditioning",
+    "UserError",
+]

@@ -1,0 +1,17 @@
+"""What a run shows: the Pareto front, the information, samples, throughput, the table at the end, answers to a file."""
+
+from miepo.callbacks.evaluation_table import EvaluationTable
+from miepo.callbacks.pareto_front import ParetoFront
+from miepo.callbacks.preference_information import PreferenceInformation
+from miepo.callbacks.response_writer import ResponseWriter
+from miepo.callbacks.sample_table import SampleTable
+from miepo.callbacks.throughput import Throughput
+
+__all__ = [
+    "EvaluationTable",
+    "ParetoFront",
+    "PreferenceInformation",
+    "ResponseWriter",
+    "SampleTable",
+    "Throughput",
+]

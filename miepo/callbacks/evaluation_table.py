@@ -1,0 +1,91 @@
+"""The table at the end: before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from miepo.callbacks.pareto_front import ParetoFront
+from miepo.callbacks.reporting import log_table, whole_evaluation
+
+PREFIXES = ("front/", "information/")
+
+
+class EvaluationTable(Callback):
+    """Keeps the figures of the first and the last evaluation and prints them when the run ends."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.first = state_dict["first"]
+
+    @whole_evaluation
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(PREFIXES)}
+        self.last = {"step": trainer.global_step, "metrics": metrics}
+        self.first = self.first or self.last
+        if trainer.state.fn != "fit":
+            self._report(trainer, {"value": self.last})
+
+    on_test_end = on_validation_end
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.last:
+            self._report(trainer, {"before": self.first, "after": self.last})
+
+    def _report(self, trainer: Trainer, columns: dict[str, dict[str, Any]]) -> None:
+        rows = table_rows(list(columns.values()))
+        head = [f"{title} (step {column['step']})" for title, column in columns.items()]
+        if trainer.is_global_zero:
+            log_table(trainer, "evaluation", ["metric", *columns], [[r[0], *map(str, r[1:])] for r in rows])
+        fronts = [c for c in trainer.callbacks if isinstance(c, ParetoFront)]  # type: ignore[attr-defined]
+        rank_zero_info("\n" + format_table(["metric", *head], rows))
+        for front in fronts:
+            rank_zero_info(
+                f"Rewards are normalised; the hypervolume's reference point is {front.reference_point:g} on every axis."
+            )
+            if front.picture:
+                rank_zero_info(f"Pareto front: {front.picture}")
+        best = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        if best and trainer.state.fn == "fit":
+            rank_zero_info(f"Checkpoint: {best}")
+
+
+def table_rows(columns: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of the printed table, from figures by their logged names."""
+    named = {
+        "HV (up)": "front/hv",
+        "MIP (up)": "front/mip",
+        "CRD (down)": "front/crd",
+        "I(Y;W|X), nats (up)": "information/preference",
+    }
+    keys = sorted({key for c in columns for key in c["metrics"]})
+    named |= {f"sd of {key.removeprefix('front/sd/')}": key for key in keys if key.startswith("front/sd/")}
+    named |= {f"best {key.removeprefix('front/best/')}": key for key in keys if key.startswith("front/best/")}
+    rows = [[title, *(_cell(c["metrics"], key) for c in columns)] for title, key in named.items()]
+    return [row for row in rows if any(cell != "-" for cell in row[1:])]
+
+
+def _cell(metrics: dict[str, float], key: str) -> str:
+    if key not in metrics:
+        return "-"
+    text = f"{metrics[key]:.3g}" if abs(metrics[key]) < 0.01 else f"{metrics[key]:.3f}"
+    if f"{key}_low" in metrics:
+        text += f" [{metrics[f'{key}_low']:.3f}, {metrics[f'{key}_high']:.3f}] of {metrics['information/ceiling']:.2f}"
+    return text
+
+
+def format_table(head: list[str], rows: list[list[str]]) -> str:
+    """Plain text in aligned columns."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])

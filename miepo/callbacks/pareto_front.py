@@ -1,0 +1,109 @@
+"""The Pareto front during training: HV, MIP, CRD, per-axis sd, a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from miepo.callbacks.reporting import log_evaluation, log_image, log_table, run_folder, whole_evaluation
+from miepo.metrics import ParetoFrontMetric
+from miepo.preferences import format_preference
+from miepo.types import EvaluationBatch
+
+METRIC = "pareto_front"
+
+
+class ParetoFront(Callback):
+    """Measures the front at every evaluation and draws it.
+
+    Logs ``front/hv``, ``front/mip``, ``front/crd`` and, for every objective, ``front/sd/NAME`` and the ``front/best/NAME``
+    that a preference vector reached. The picture goes to ``fronts/`` in the run's folder and to the logger.
+
+    Args:
+        reference_point: Coordinate of the hypervolume's reference point on every axis, in normalised rewards. With the
+            default of -1, one sd below the mean that the rewards are normalised by, a policy that has learnt nothing
+            has a hypervolume of 1.
+    """
+
+    def __init__(self, reference_point: float = -1.0) -> None:
+        self.reference_point = reference_point
+        self.before: list[list[float]] | None = None  # the first front of the run, (M, K)
+        self.picture: Path | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = state_dict["before"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "predict":
+            grid = trainer.datamodule.grid  # type: ignore[attr-defined]
+            pl_module.metrics[METRIC] = ParetoFrontMetric(grid, self.reference_point)
+
+    @whole_evaluation
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EvaluationBatch, *_: Any
+    ) -> None:
+        pl_module.metrics[METRIC].update(batch.grid_index, batch.scores)
+
+    @whole_evaluation
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metric, names = pl_module.metrics[METRIC], pl_module.names
+        result = metric.compute()
+        means = result["means"].cpu()  # (M, K)
+        values = {f"front/{key}": result[key].float() for key in ("hv", "mip", "crd")}
+        for k, name in enumerate(names):
+            values[f"front/sd/{name}"] = result["sd"][k].float()
+            values[f"front/best/{name}"] = means[:, k].nan_to_num(-float("inf")).max().float()
+        metric.reset()
+        log_evaluation(trainer, pl_module, values)
+        if trainer.is_global_zero:
+            rows = [(format_preference(w, names), *s) for w, s in zip(metric.grid.cpu(), means.tolist(), strict=True)]
+            log_table(trainer, "front/table", ["preference", *names], rows)
+            self.picture = run_folder(trainer) / "fronts" / f"step_{trainer.global_step:06d}.png"
+            figure = draw_front(metric.grid.cpu(), means, names, self.before, f"{trainer.global_step} steps")
+            self.picture.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(self.picture, dpi=150)
+            log_image(trainer, "front/picture", self.picture)
+        if self.before is None:
+            self.before = means.tolist()
+
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+
+def draw_front(
+    grid: Tensor, means: Tensor, names: Sequence[str], before: Sequence[Sequence[float]] | None, label: str
+) -> Any:
+    """A matplotlib figure of the front, one panel for each pair of objectives.
+
+    Args:
+        grid: ``(M, K)`` preference vectors; the colour of a point is the weight of the panel's horizontal objective.
+        means: ``(M, K)`` mean reward vectors.
+        names: Of the objectives.
+        before: An earlier front to compare with, ``(M, K)``.
+        label: What the front is of.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    pairs = list(combinations(range(len(names)), 2)) or [(0, 0)]
+    figure = Figure(figsize=(5.2 * len(pairs), 4.6), layout="constrained")
+    for axis, (i, j) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        if before is not None:
+            axis.plot(*zip(*[(row[i], row[j]) for row in before], strict=True), "o", color="0.6", ms=5, label="before")
+        if len(names) == 2:
+            axis.plot(means[:, i], means[:, j], "-", color="0.8", zorder=0)
+        points = axis.scatter(
+            means[:, i], means[:, j], c=grid[:, i], cmap="viridis", vmin=0, vmax=1, label=label, zorder=2
+        )
+        figure.colorbar(points, ax=axis, label=f"weight of {names[i]}")
+        axis.set(xlabel=f"{names[i]} (normalised)", ylabel=f"{names[j]} (normalised)")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="best")
+    return figure

@@ -1,0 +1,69 @@
+"""The mutual information that MI-EPO is about, measured while it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from miepo.callbacks.reporting import log_evaluation, whole_evaluation
+from miepo.metrics import PreferenceInformationMetric, bootstrap_interval
+from miepo.module import response_log_prob
+from miepo.types import EvaluationBatch
+
+METRIC = "preference_information"
+
+
+class PreferenceInformation(Callback):
+    """I(Y; W | X) over the evaluation grid and, for each objective, the information of its feedback; in nats.
+
+    At every evaluation it logs ``information/preference`` with its 95 % bootstrap interval over prompts
+    (``.._low``, ``.._high``) and ``information/ceiling``, which is ``log M``. It costs M passes over the evaluation
+    responses. From the training pairs since the last evaluation it logs ``information/feedback/NAME`` with its
+    interval: a lower bound of I(Y; C_k | X, W), see :func:`~miepo.metrics.feedback_information`.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: list[Tensor] = []  # (B, K) each
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "predict":
+            grid = trainer.datamodule.grid  # type: ignore[attr-defined]
+            pl_module.metrics[METRIC] = PreferenceInformationMetric(len(grid))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.pairs.append(outputs["feedback_information"].cpu())
+
+    @whole_evaluation
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EvaluationBatch, *_: Any
+    ) -> None:
+        grid = trainer.datamodule.grid  # type: ignore[attr-defined]
+        preferences = grid.expand(len(batch), -1, -1)  # (N, M, K)
+        with pl_module.policy.evaluating():
+            log_prob = response_log_prob(pl_module.policy, batch.prompts, preferences, batch.responses.tokens)
+        pl_module.metrics[METRIC].update(
+            log_prob[:, 0].sum(-1), batch.grid_index, torch.tensor(batch.positions)
+        )  # (N, M)
+
+    @whole_evaluation
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metric = pl_module.metrics[METRIC]
+        values = {f"information/{key}": value.float() for key, value in metric.compute().items()}
+        metric.reset()
+        if self.pairs:
+            pairs = torch.cat(self.pairs)  # (n, K)
+            for k, name in enumerate(pl_module.names):
+                column = pairs[:, k]
+                low, high = bootstrap_interval(column, range(len(column)))
+                key = f"information/feedback/{name}"
+                values |= {key: column.nanmean(), f"{key}_low": torch.tensor(low), f"{key}_high": torch.tensor(high)}
+            self.pairs = []
+        log_evaluation(trainer, pl_module, {k: v for k, v in values.items() if not v.isnan()})
+
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end

@@ -1,0 +1,55 @@
+"""How callbacks reach the loggers, whichever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+
+def log_evaluation(trainer: Trainer, module: LightningModule, metrics: Mapping[str, Any]) -> None:
+    """Logs the figures of one evaluation by Lightning's own way, and to the loggers directly before training.
+
+    Lightning keeps what is logged in its sanity check from the loggers. Here the sanity check over the whole
+    validation set is the evaluation before training, which is half of every comparison.
+    """
+    module.log_dict(dict(metrics), on_step=False, on_epoch=True)
+    if trainer.sanity_checking:
+        for logger in trainer.loggers:
+            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=trainer.global_step)
+
+
+def log_image(trainer: Trainer, key: str, path: Path) -> None:
+    """Gives a picture to every logger that takes pictures."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key, [str(path)])
+
+
+def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Gives a table to every logger that takes tables."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_table"):
+            logger.log_table(key, columns=list(columns), data=[list(row) for row in rows])
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run's files, the same on all processes."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def whole_evaluation(hook: Callable[..., None]) -> Callable[..., None]:
+    """Runs an evaluation hook unless Lightning's sanity check covers a part of the validation set only.
+
+    ``trainer.num_sanity_val_steps: -1`` makes it cover the whole set, which is the evaluation before training.
+    """
+
+    @wraps(hook)
+    def run(self: Any, trainer: Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf"):
+            hook(self, trainer, *args)
+
+    return run

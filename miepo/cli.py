@@ -1,0 +1,72 @@
+"""``miepo fit | validate | test | predict --config ..``: LightningCLI with objectives and errors in one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from miepo.callbacks import ResponseWriter
+from miepo.datamodule import OnlinePreferenceDataModule
+from miepo.errors import UserError
+from miepo.module import MIEPO
+from miepo.objectives import Objective
+
+
+class LogConfig(SaveConfigCallback):
+    """Saves the configuration with the run and gives all of it to the loggers."""
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        config = self.parser.dump(self.config, skip_none=False, format="json")
+        import json
+
+        for logger in trainer.loggers:
+            logger.log_hyperparams(json.loads(config))
+
+
+class MiepoCLI(LightningCLI):
+    """LightningCLI with ``objectives:``, which joins the trainer's callbacks, and ``writer:`` for predictions."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--objectives", type=list[Objective], default=[], help="The objectives, in column order.")
+        parser.add_lightning_class_args(ResponseWriter, "writer")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.extend(self._get(self.config_init, "objectives") or [])  # type: ignore[attr-defined]
+        return trainer
+
+
+def _data_seed(seed: bool | int | None) -> int:
+    return 0 if seed is None or isinstance(seed, bool) else seed
+
+
+def main(args: ArgsType = None) -> None:
+    """The command. A user's mistake ends in one sentence and exit status 2; ``MIEPO_TRACEBACK=1`` shows where."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # prompts are in memory
+    warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")  # peft, not ours
+    try:
+        MiepoCLI(
+            MIEPO,
+            OnlinePreferenceDataModule,
+            save_config_callback=LogConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"description": "Train and use a policy for every trade-off between objectives."},
+            args=args,
+        )
+    except UserError as error:
+        if os.environ.get("MIEPO_TRACEBACK"):
+            raise
+        print(f"miepo: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""The LightningDataModule: prompts in, rollouts of the current policy with pairwise feedback out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from miepo.errors import UserError
+from miepo.feedback import Feedback, feedback_counts, pairwise_labels, scalarised_labels
+from miepo.objectives.base import normalise_rewards, objectives_of, score_responses
+from miepo.policy import Policy
+from miepo.preferences import (
+    DirichletPreferences,
+    PreferenceSampler,
+    Stream,
+    draw_preferences,
+    evaluation_grid,
+    generator,
+    parse_preference,
+    simplex_rows,
+    torch_seed,
+)
+from miepo.prompts import GridPrompts, OnlinePrompts, load_prompts, read_rows, split_prompts
+from miepo.rollout import RolloutEngine, TransformersEngine
+from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses
+
+RESPONSES = 2  # the pair that every objective judges
+
+
+class OnlinePreferenceDataModule(LightningDataModule):
+    """Online rollouts and pairwise feedback (Algorithm 1, steps 1 to 3).
+
+    The DataLoader yields prompts; once a batch has reached the device, w+ and w- are drawn, the current policy samples
+    two responses under w+, the objectives score them, and the scores become labels.
+
+    Args:
+        prompts: Training prompts: a ``.jsonl`` file, a list, a data set folder or hub id, or a data set.
+        validation_prompts: The same for evaluation; by default a seeded part of ``prompts``.
+        validation_fraction: Size of that part.
+        validation_limit: Evaluate on this many of the validation prompts at most.
+        prompt_field: Field or column that holds the prompt.
+        batch_size: Prompts per step and process (paper: 64).
+        evaluation_batch_size: Responses per evaluation batch; by default twice ``batch_size``.
+        max_new_tokens: A response is cut after this many tokens (paper: 128).
+        overlong: What to do with a prompt that does not fit the model's context: ``error`` or ``drop``.
+        preferences: Distribution of w+ and w-.
+        grid: Preference vectors of the evaluation: their number, a list of them, or the paper's grids by default.
+        engine: What samples.
+        feedback: ``per_objective``, the paper's, or ``scalarised``, one order by ``sum_k w_k R_k`` (arXiv 2503.00295).
+        normalise_on: Where objectives without a given normalisation measure theirs: on the rollouts of this many
+            prompts before training, or on the rows of a ``.jsonl`` file with ``prompt`` and ``response``.
+        predict_prompts: Prompts that ``predict`` answers.
+        predict_preferences: Preferences by objective name under which it answers each; the evaluation grid by default.
+        seed: Fixes every draw, as a function of the place in the run.
+    """
+
+    def __init__(
+        self,
+        prompts: str | list[str] | Any,
+        validation_prompts: str | list[str] | Any = None,
+        validation_fraction: float = 0.1,
+        validation_limit: int | None = None,
+        prompt_field: str = "prompt",
+        batch_size: int = 64,
+        evaluation_batch_size: int | None = None,
+        max_new_tokens: int = 128,
+        overlong: Literal["error", "drop"] = "error",
+        preferences: PreferenceSampler | None = None,
+        grid: int | list[list[float]] | None = None,
+        engine: RolloutEngine | None = None,
+        feedback: Feedback = "per_objective",
+        normalise_on: int | str = 64,
+        predict_prompts: str | list[str] | Any = None,
+        predict_preferences: list[dict[str, float]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+            if value < 1:
+                raise UserError(f"data.{name} must be at least 1, got {value}")
+        if not 0 < validation_fraction < 1:
+            raise UserError(f"data.validation_fraction must lie between 0 and 1, got {validation_fraction}")
+        if isinstance(normalise_on, int) and normalise_on < 2:
+            raise UserError(f"data.normalise_on must be at least 2 prompts, got {normalise_on}")
+        if isinstance(grid, int) and grid < 2:
+            raise UserError(f"data.grid needs at least 2 preference vectors, got {grid}")
+        self.prompts, self.validation_prompts, self.prompt_field = prompts, validation_prompts, prompt_field
+        self.validation_fraction, self.validation_limit = validation_fraction, validation_limit
+        self.batch_size, self.evaluation_batch_size = batch_size, evaluation_batch_size or 2 * batch_size
+        self.max_new_tokens, self.overlong = max_new_tokens, overlong
+        self.preferences = preferences or DirichletPreferences(1.0)
+        self.engine = engine or TransformersEngine()
+        self.grid_spec, self.feedback, self.normalise_on = grid, feedback, normalise_on
+        self.predict_prompts, self.predict_preferences = predict_prompts, predict_preferences
+        self.seed = seed
+        self.train_set: list[str] = []
+        self.validation_set: list[str] = []
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Reads everything the user gave, so that a mistake shows before a model is loaded."""
+        names = [o.name for o in objectives_of(self.trainer)]
+        if isinstance(self.grid_spec, list):
+            self.grid = simplex_rows(self.grid_spec, len(names), "data.grid")
+        else:
+            self.grid = evaluation_grid(len(names), self.grid_spec)
+        if stage == "predict":
+            if self.predict_prompts is None:
+                raise UserError("predict needs prompts to answer: expected data.predict_prompts, got none")
+            self.answer_set = load_prompts(self.predict_prompts, self.prompt_field)
+            wanted = self.predict_preferences
+            rows = [parse_preference(w, names, "data.predict_preferences") for w in wanted] if wanted else self.grid
+            self.answer_grid = torch.stack(list(rows))
+            return
+        self.train_set = load_prompts(self.prompts, self.prompt_field)
+        if self.validation_prompts is None:
+            self.train_set, validation = split_prompts(self.train_set, self.validation_fraction, self.seed)
+        else:
+            validation = load_prompts(self.validation_prompts, self.prompt_field)
+        self.validation_set = validation[: self.validation_limit]
+        if isinstance(self.normalise_on, str):
+            read_rows(self.normalise_on, "prompt", "response")
+
+    def train_dataloader(self) -> DataLoader:
+        prompts = OnlinePrompts(self._fitting(self.train_set), self.seed, lambda: self.trainer.current_epoch)
+        return DataLoader(prompts, self.batch_size, collate_fn=prompts.collate)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._grid_loader(self.validation_set, self.grid)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._grid_loader(self.answer_set, self.answer_grid)
+
+    def _grid_loader(self, prompts: Sequence[str], grid: Tensor) -> DataLoader:
+        pairs = GridPrompts(self._fitting(prompts), grid)
+        return DataLoader(pairs, self.evaluation_batch_size, collate_fn=pairs.collate)
+
+    def _fitting(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts that fit the context together with a response; others are dropped or an error."""
+        policy, limit = self._policy, self._policy.context_length
+        if limit is None:
+            return list(prompts)
+        text = policy.preference_text([0.5] * len(policy.names))
+        lengths = [len(policy.template.encode(prompt, text)) for prompt in prompts]
+        fits = [n + self.max_new_tokens <= limit for n in lengths]
+        if not all(fits):
+            i = fits.index(False)
+            message = (
+                f"{fits.count(False)} of {len(fits)} prompts do not fit the context of {limit} tokens with a response "
+                f"of {self.max_new_tokens}; prompt {i + 1} has {lengths[i]}: {prompts[i][:60]!r}"
+            )
+            if self.overlong == "error" or not any(fits):
+                raise UserError(f"{message} (data.overlong: drop leaves such prompts out)")
+            rank_zero_warn(f"{message}; they are left out")
+        return [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+
+    # -- from prompts to feedback --------------------------------------------------------------------------------------
+
+    @property
+    def _module(self) -> Any:
+        return self.trainer.lightning_module  # type: ignore[union-attr]
+
+    @property
+    def _policy(self) -> Policy:
+        return self._module.policy
+
+    def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
+        return batch  # text; the tensors are made on the device
+
+    def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PreferenceBatch | EvaluationBatch:
+        if self.trainer.training:  # type: ignore[union-attr]
+            return self.rollout(batch)
+        return self.evaluation(batch)
+
+    def rollout(self, batch: PromptBatch) -> PreferenceBatch:
+        """Algorithm 1, steps 1 to 3: preferences, responses, scores, labels; and what the losses need of the reference."""
+        module, policy, device = self._module, self._policy, self._policy.device
+        self.ensure_normalised()
+        preference, counterfactual = draw_preferences(
+            self.preferences, self.seed, batch.epochs, batch.positions, module.num_counterfactuals, len(module.names)
+        )  # (B, K), (B, C, K)
+        uniform = [
+            generator(Stream.ROUTING, self.seed, e, p).random()
+            for e, p in zip(batch.epochs, batch.positions, strict=True)
+        ]
+        routing = module.router.route(preference, torch.tensor(uniform, dtype=preference.dtype))  # (B, K)
+
+        start = perf_counter()
+        seed = torch_seed(Stream.SAMPLING, self.seed, batch.epochs[0], batch.positions[0])
+        responses = self.engine.sample(policy, batch.prompts, preference, RESPONSES, self.max_new_tokens, seed)
+        sampled = perf_counter()
+        raw = score_responses(module.objectives, batch.prompts, responses.texts, routing > 0)
+        scores = normalise_rewards(module.objectives, raw)  # (B, 2, K)
+        empty = responses.empty.cpu()
+        labels = (
+            scalarised_labels(scores, routing, empty)
+            if self.feedback == "scalarised"
+            else pairwise_labels(scores, empty)
+        )
+        scored = perf_counter()
+        reference, counterfactual_reference = self._reference(batch.prompts, preference, counterfactual, responses)
+        return PreferenceBatch(
+            prompts=batch.prompts,
+            preference=preference.to(device),
+            counterfactual=counterfactual.to(device),
+            routing=routing.to(device),
+            responses=responses,
+            scores=scores.to(device),
+            labels=labels.to(device),
+            reference_log_prob=reference,
+            counterfactual_reference_log_prob=counterfactual_reference,
+            counts=feedback_counts(scores, routing > 0, empty),
+            seconds={
+                "sampling": sampled - start,
+                "scoring": scored - sampled,
+                "reference": perf_counter() - scored,
+            },
+        )
+
+    def _reference(
+        self, prompts: Sequence[str], preference: Tensor, counterfactual: Tensor, responses: Responses
+    ) -> tuple[Tensor, Tensor]:
+        """``log pi_ref`` under w+ ``(B, 2, T)`` and under each w- ``(B, 2, C, T)``."""
+        policy, tokens = self._policy, responses.tokens
+        flat = tokens.flat()  # (2 B, T)
+
+        def under(w: Tensor) -> Tensor:
+            encoded = policy.encode(prompts, w).repeat(RESPONSES)
+            return policy.reference_log_prob(encoded, flat).view(tokens.ids.shape)
+
+        own = under(preference)
+        if policy.reference_depends_on_preference and counterfactual.shape[1]:
+            return own, torch.stack([under(w) for w in counterfactual.unbind(1)], 2)
+        return own, own.unsqueeze(2).expand(-1, -1, counterfactual.shape[1], -1)  # the adapter alone reads w
+
+    def evaluation(self, batch: PromptBatch) -> EvaluationBatch:
+        """One response per (prompt, preference vector) pair, scored unless predicting."""
+        module = self._module
+        assert batch.preference is not None and batch.grid_index is not None
+        seed = torch_seed(Stream.EVALUATION, self.seed, batch.positions[0], int(batch.grid_index[0]))
+        predicting = self.trainer.predicting  # type: ignore[union-attr]
+        if not predicting:
+            self.ensure_normalised()
+        responses = self.engine.sample(self._policy, batch.prompts, batch.preference, 1, self.max_new_tokens, seed)
+        scores = None
+        if not predicting:
+            scores = normalise_rewards(
+                module.objectives, score_responses(module.objectives, batch.prompts, responses.texts)
+            )[:, 0]
+        return EvaluationBatch(
+            batch.prompts,
+            batch.positions,
+            batch.grid_index.to(self._policy.device),
+            batch.preference.to(self._policy.device),
+            responses,
+            scores,
+        )
+
+    # -- normalisation -------------------------------------------------------------------------------------------------
+
+    def ensure_normalised(self) -> None:
+        """Measures the normalisation of objectives that have none: from the checkpoint, the config, or measured here."""
+        module = self._module
+        missing = [o for o in module.objectives if o.normalisation is None]
+        if not missing:
+            return
+        if isinstance(self.normalise_on, str):
+            rows = read_rows(self.normalise_on, "prompt", "response")
+            rewards = score_responses(missing, [r["prompt"] for r in rows], [[r["response"]] for r in rows])
+        else:
+            rewards = self._first_rollouts(missing, self.train_set[: self.normalise_on], len(module.names))
+        for k, objective in enumerate(missing):
+            objective.calibrate(rewards[..., k].flatten())
+            rank_zero_info(
+                f"Normalising {objective.name} by mean {objective.normalisation.mean:.4g}, "
+                f"sd {objective.normalisation.sd:.4g}"
+            )
+
+    def _first_rollouts(self, objectives: Sequence[Any], prompts: Sequence[str], k: int) -> Tensor:
+        """Rewards of responses of the policy as it is, under drawn preferences, ``(n, 2, K')``."""
+        rewards = []
+        for start in range(0, len(prompts), self.batch_size):
+            part = prompts[start : start + self.batch_size]
+            draw = self.preferences.draw(generator(Stream.CALIBRATION, self.seed, start), len(part), k)
+            seed = torch_seed(Stream.CALIBRATION, self.seed, start)
+            preference = torch.from_numpy(draw).float()
+            responses = self.engine.sample(self._policy, part, preference, RESPONSES, self.max_new_tokens, seed)
+            rewards.append(score_responses(objectives, part, responses.texts))
+        return torch.cat(rewards)

@@ -1,0 +1,16 @@
+"""Errors that a user can mend. The command line prints their one sentence and exits with status 2."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used: the message says what was expected and what came."""
+
+
+class ObjectiveError(UserError):
+    """An objective failed to load or to score; the message names the objective."""
+
+
+def needs(package: str, user: str) -> UserError:
+    """The error for an optional package that is not installed."""
+    return UserError(f"{user} needs the package '{package}', which is not installed: pip install {package}")

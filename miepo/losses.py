@@ -1,0 +1,76 @@
+"""The losses of MI-EPO (arXiv 2607.01392): pure functions of log-probabilities and labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def implicit_reward(log_prob: Tensor, reference_log_prob: Tensor, response_mask: Tensor) -> Tensor:
+    """``r(x, w, y) = log pi_theta(y | x, w) - log pi_ref(y | x, w)``, summed over the tokens that count.
+
+    Args:
+        log_prob: ``(.., T)`` token log-probabilities of the policy.
+        reference_log_prob: ``(.., T)`` the same under the reference.
+        response_mask: ``(.., T)`` True where a response token counts.
+
+    Returns:
+        ``(..)`` in nats.
+    """
+    return torch.where(response_mask, log_prob - reference_log_prob, 0.0).sum(-1)
+
+
+def alignment_loss(reward: Tensor, labels: Tensor, beta_c: float) -> Tensor:
+    """Eq. 8: for each objective a DPO loss on the pair as that objective orders it.
+
+    A label of 0 (tie, not a number, empty response) gives ``log 2``, the value of knowing nothing, and no gradient.
+
+    Args:
+        reward: ``(B, 2)`` implicit rewards of the two responses under w+.
+        labels: ``(B, K)`` +1 where objective k prefers the first response, -1 the second, 0 neither.
+        beta_c: Scale of the alignment logits.
+
+    Returns:
+        ``(B, K)``.
+    """
+    margin = (reward[:, :1] - reward[:, 1:]).expand(labels.shape)  # (B, K)
+    # where, not a product: 0 * inf would turn an unlabelled pair into NaN
+    logit = torch.where(labels == 0, 0.0, beta_c * margin * labels)
+    return -F.logsigmoid(logit)
+
+
+def exploration_loss(reward: Tensor, counterfactual_reward: Tensor, beta_w: float) -> Tensor:
+    """Eq. 12: InfoNCE between the sampling preference w+ and counterfactual preferences w-.
+
+    With one w- it is ``-log sigmoid(beta_w r(x, w+, y) - beta_w r(x, w-, y))``; with more, the InfoNCE cross-entropy
+    over ``1 + C`` candidates. The anchor logit carries a stop-gradient (Section on Eq. 13), so the gradient reaches
+    the policy through w- alone.
+
+    Args:
+        reward: ``(B, 2)`` implicit rewards under w+.
+        counterfactual_reward: ``(B, 2, C)`` implicit rewards of the same responses under each w-.
+        beta_w: Scale of the exploration logits.
+
+    Returns:
+        ``(B, 2)``.
+    """
+    anchor = beta_w * reward.detach().unsqueeze(-1)  # (B, 2, 1)
+    logits = torch.cat([torch.zeros_like(anchor), beta_w * counterfactual_reward - anchor], -1)  # (B, 2, 1 + C)
+    return torch.logsumexp(logits, -1)
+
+
+def total_loss(alignment: Tensor, exploration: Tensor | None, anchors: Tensor) -> Tensor:
+    """Eq. 13, averaged over prompts: ``sum_k w_k L_YC,k + 1/2 sum_y L_YW(y)``.
+
+    Args:
+        alignment: ``(B,)`` the routed alignment loss of each prompt.
+        exploration: ``(B, 2)`` the exploration loss of each response; None where beta_w = 0, which is MO-ODPO.
+        anchors: ``(B, 2)`` True where a response may serve as an anchor (empty ones may not).
+
+    Returns:
+        A scalar.
+    """
+    if exploration is None:
+        return alignment.mean()
+    return (alignment + torch.where(anchors, exploration, 0.0).mean(-1)).mean()

@@ -1,0 +1,121 @@
+"""How much responses tell about their preference vector, and pairs about their feedback; all in nats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from miepo.preferences import Stream, generator
+
+
+def pointwise_information(log_prob: Tensor, grid_index: Tensor) -> Tensor:
+    """``log pi(y | x, w_i) - log mean_j pi(y | x, w_j)`` of each response.
+
+    For W uniform on the grid and y sampled under w_i, its mean is an unbiased estimate of I(Y; W | X): the policy's
+    likelihood is exact. No value exceeds ``log M``.
+
+    Args:
+        log_prob: ``(N, M)`` log-probability of each response under every preference vector of the grid.
+        grid_index: ``(N,)`` the vector it was sampled under.
+
+    Returns:
+        ``(N,)``.
+
+    >>> pointwise_information(torch.tensor([[0.0, -torch.inf]]), torch.tensor([0]))  # only w_0 can say this: log 2
+    tensor([0.6931])
+    """
+    own = log_prob.gather(1, grid_index.unsqueeze(1)).squeeze(1)
+    return own - (log_prob.logsumexp(1) - log(log_prob.shape[1]))
+
+
+def infonce_bound(log_prob: Tensor, counterfactual_log_prob: Tensor) -> Tensor:
+    """In-batch lower bound of I(Y; W | X): ``log pi(y|x,w+) - log mean over {w+, w-} of pi(y|x,w)``.
+
+    Args:
+        log_prob: ``(..)`` log-probability of responses under w+.
+        counterfactual_log_prob: ``(.., C)`` under each w-.
+
+    Returns:
+        ``(..)``, at most ``log(1 + C)``.
+    """
+    both = torch.cat([log_prob.unsqueeze(-1), counterfactual_log_prob], -1)
+    return log_prob - (both.logsumexp(-1) - log(both.shape[-1]))
+
+
+def feedback_information(alignment: Tensor, labels: Tensor) -> Tensor:
+    """Lower bound of I(Y; C_k | X, W) from Eq. 8: ``log 2 - L_YC,k`` on pairs with a label, NaN on others.
+
+    The two responses are exchangeable, so a label has entropy ``log 2``, and the DPO loss is the cross-entropy of a
+    predictor of it. On fresh pairs, before the step that trains on them, the bound is not biased by fitting.
+
+    Args:
+        alignment: ``(B, K)`` alignment losses.
+        labels: ``(B, K)``.
+    """
+    return torch.where(labels == 0, torch.nan, log(2) - alignment)
+
+
+def bootstrap_interval(
+    values: Sequence[float] | Tensor,
+    groups: Sequence[int] | Tensor,
+    seed: int = 0,
+    draws: int = 1000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of the mean under resampling of whole groups (responses to one prompt are not independent).
+
+    Args:
+        values: ``(N,)``; NaN does not count.
+        groups: ``(N,)`` the group (prompt) of each value.
+        seed: Of the resampling.
+        draws: Number of resamples.
+        level: Coverage.
+    """
+    values, groups = np.asarray(values, dtype=np.float64), np.asarray(groups)
+    values, groups = values[~np.isnan(values)], groups[~np.isnan(values)]
+    if len(values) == 0:
+        return float("nan"), float("nan")
+    _, inverse = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(inverse, weights=values), np.bincount(inverse)
+    chosen = generator(Stream.BOOTSTRAP, seed).integers(len(sums), size=(draws, len(sums)))
+    means = sums[chosen].sum(1) / counts[chosen].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+class PreferenceInformationMetric(Metric):
+    """I(Y; W | X) for W uniform on a grid, with a bootstrap interval over prompts; in nats.
+
+    Args:
+        grid_size: ``M``, the number of preference vectors; the ceiling is ``log M``.
+    """
+
+    full_state_update = False
+
+    def __init__(self, grid_size: int) -> None:
+        super().__init__()
+        self.grid_size = grid_size
+        self.add_state("information", [], dist_reduce_fx="cat")
+        self.add_state("prompt", [], dist_reduce_fx="cat")
+
+    def update(self, log_prob: Tensor, grid_index: Tensor, prompt: Tensor) -> None:
+        """Adds responses: ``(N, M)`` log-probabilities, ``(N,)`` sampling index and ``(N,)`` index of the prompt."""
+        self.information.append(pointwise_information(log_prob.double(), grid_index))
+        self.prompt.append(prompt.to(log_prob.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """``preference`` (the estimate), ``preference_low``, ``preference_high``, ``ceiling``."""
+        values, prompts = dim_zero_cat(self.information), dim_zero_cat(self.prompt)
+        low, high = bootstrap_interval(values.cpu(), prompts.cpu())
+        return {
+            "preference": values.mean(),
+            "preference_low": torch.tensor(low),
+            "preference_high": torch.tensor(high),
+            "ceiling": torch.tensor(log(self.grid_size)),
+        }

@@ -1,0 +1,19 @@
+"""Objectives: what the policy is asked to be. Each one is a Lightning callback that scores responses."""
+
+from miepo.objectives.base import Objective
+from miepo.objectives.brevity import Brevity
+from miepo.objectives.cheerfulness import Cheerfulness
+from miepo.objectives.harmlessness import Harmlessness
+from miepo.objectives.python_objective import PythonObjective
+from miepo.objectives.relevance import Relevance
+from miepo.objectives.reward_model import RewardModel
+
+__all__ = [
+    "Brevity",
+    "Cheerfulness",
+    "Harmlessness",
+    "Objective",
+    "PythonObjective",
+    "Relevance",
+    "RewardModel",
+]

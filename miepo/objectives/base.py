@@ -1,0 +1,175 @@
+"""The base class of objectives, and how a batch is scored by all of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite, nan
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from miepo.errors import ObjectiveError, UserError
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Rewards are reported as ``(score - mean) / sd``; both are in the units of the raw score."""
+
+    mean: float
+    sd: float
+
+
+class Objective(Callback):
+    """One objective. Subclasses implement :meth:`score`; everything else has a default.
+
+    As a callback an objective lives with the run: :meth:`load` is called on every process before training, the state
+    goes into the checkpoint. Scores flow only through :meth:`score`.
+
+    Args:
+        name: Name of the objective in logs, preferences and checkpoints; the lower-case class name by default.
+        normalisation: ``{mean: .., sd: ..}`` measured on offline data. By default it is measured on the first rollouts.
+    """
+
+    higher_is_better: bool = True
+
+    def __init__(self, name: str | None = None, normalisation: dict[str, float] | None = None) -> None:
+        self.name = name or type(self).__name__.lower()
+        if not self.name.isprintable() or any(c in self.name for c in "<>/{},:= "):
+            raise UserError(f"an objective's name must be one word without <>/{{}},:= , got {self.name!r}")
+        self.normalisation: Normalisation | None = None
+        if normalisation is not None:
+            if set(normalisation) != {"mean", "sd"} or not all(isfinite(v) for v in normalisation.values()):
+                raise UserError(f"{self.name}: normalisation needs a finite mean and sd, got {normalisation}")
+            if normalisation["sd"] <= 0:
+                raise UserError(f"{self.name}: the sd of the normalisation must be positive, got {normalisation['sd']}")
+            self.normalisation = Normalisation(**normalisation)
+
+    # -- what a subclass writes ----------------------------------------------------------------------------------------
+
+    def load(self, device: torch.device) -> None:
+        """Loads what scoring needs, on ``device`` where it can. Called once before anything is scored."""
+
+    @abstractmethod
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor | Sequence[float]:
+        """One number per (prompt, response), ``(N,)``; NaN where there is no score."""
+        raise NotImplementedError(f"{type(self).__name__} must implement score(prompts, responses)")
+
+    # -- what the framework calls --------------------------------------------------------------------------------------
+
+    def reward(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Raw scores turned so that higher is better, ``(N,)`` float32 on the CPU.
+
+        Raises:
+            ObjectiveError: the objective raised, or returned something else than N numbers.
+        """
+        if not prompts:
+            return torch.empty(0)
+        try:
+            with torch.no_grad():
+                scores = torch.as_tensor(self.score(prompts, responses)).detach().float().cpu()
+        except UserError:
+            raise
+        except Exception as error:
+            raise ObjectiveError(f"objective {self.name} failed to score: {type(error).__name__}: {error}") from error
+        if scores.shape != (len(prompts),):
+            raise ObjectiveError(
+                f"objective {self.name}: expected scores of shape ({len(prompts)},), one per response, "
+                f"got {tuple(scores.shape)}"
+            )
+        return scores if self.higher_is_better else -scores
+
+    def normalise(self, rewards: Tensor) -> Tensor:
+        if self.normalisation is None:
+            raise RuntimeError(f"objective {self.name} has no normalisation yet")
+        return (rewards - self.normalisation.mean) / self.normalisation.sd
+
+    def calibrate(self, rewards: Tensor) -> None:
+        """Takes mean and standard deviation of ``rewards`` ``(n,)`` as the normalisation."""
+        finite = rewards[rewards.isfinite()].double()
+        if len(finite) < 2:
+            raise ObjectiveError(
+                f"objective {self.name}: expected numbers to normalise by, got {len(finite)} finite scores "
+                f"of {len(rewards)}"
+            )
+        sd = finite.std().item()
+        if sd <= 1e-8 * max(1.0, abs(finite.mean().item())):
+            rank_zero_warn(f"objective {self.name} gave every response the same score; it cannot order a pair")
+            sd = 1.0
+        self.normalisation = Normalisation(finite.mean().item(), sd)
+
+    @property
+    def state_key(self) -> str:
+        return f"Objective[{self.name}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        n = self.normalisation
+        return {} if n is None else {"mean": n.mean, "sd": n.sd}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self.normalisation = Normalisation(state_dict["mean"], state_dict["sd"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict":
+            return
+        try:
+            self.load(trainer.strategy.root_device)
+        except UserError:
+            raise
+        except Exception as error:
+            raise ObjectiveError(f"objective {self.name} failed to load: {type(error).__name__}: {error}") from error
+        # a wrong shape or a crash shows here, before the policy is loaded and a rollout is spent
+        self.reward(["What is a garden?", "Hello"], ["A place where plants grow.", "Hi there!"])
+
+
+def objectives_of(trainer: Trainer) -> list[Objective]:
+    """The objectives among the trainer's callbacks, in order: column k of every ``(.., K)`` tensor is the k-th.
+
+    Raises:
+        UserError: there is none, or two have one name.
+    """
+    objectives = [c for c in trainer.callbacks if isinstance(c, Objective)]  # type: ignore[attr-defined]
+    if not objectives:
+        raise UserError("expected at least one objective, got none: list them under 'objectives:' in the config")
+    names = [o.name for o in objectives]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UserError(f"expected objectives with different names, got two named {', '.join(twice)}: set 'name'")
+    return objectives
+
+
+def score_responses(
+    objectives: Sequence[Objective],
+    prompts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    asked: Tensor | None = None,
+) -> Tensor:
+    """Raw rewards of all responses by all objectives, higher is better.
+
+    Args:
+        objectives: ``K`` objectives.
+        prompts: ``B`` prompts.
+        responses: ``n`` responses for each.
+        asked: ``(B, K)`` True where the objective is asked about the prompt; None asks all.
+
+    Returns:
+        ``(B, n, K)`` float32, NaN where an objective was not asked.
+    """
+    count = len(responses[0])
+    rewards = torch.full((len(prompts), count, len(objectives)), nan)
+    for k, objective in enumerate(objectives):
+        rows = range(len(prompts)) if asked is None else asked[:, k].nonzero().flatten().tolist()
+        flat = objective.reward(
+            [prompts[b] for b in rows for _ in range(count)], [t for b in rows for t in responses[b]]
+        )
+        rewards[list(rows), :, k] = flat.view(-1, count)
+    return rewards
+
+
+def normalise_rewards(objectives: Sequence[Objective], rewards: Tensor) -> Tensor:
+    """Each column by its objective's normalisation, ``(.., K) -> (.., K)``."""
+    return torch.stack([o.normalise(rewards[..., k]) for k, o in enumerate(objectives)], -1)

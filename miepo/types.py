@@ -1,0 +1,110 @@
+"""The records that travel along the arrows of the flow, and the shape alphabet used throughout.
+
+=====  ==========================================================================
+``B``  prompts in a batch
+``2``  responses per prompt (the pair that every objective judges)
+``N``  sequences in a flat batch (``2 B`` for a rollout, ``B M`` for an evaluation)
+``K``  objectives; column ``k`` of every ``(.., K)`` tensor is objective ``k``
+``P``  prompt tokens, padded on the left
+``T``  response tokens, padded on the right
+``C``  counterfactual preference vectors w- per prompt
+``M``  preference vectors of an evaluation grid
+``R``  middle dimension of a LoRA layer
+``V``  vocabulary
+=====  ==========================================================================
+
+Masks are boolean and True where a token counts. Preference vectors lie on the simplex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids with their mask, both ``(.., L)``."""
+
+    ids: Tensor
+    mask: Tensor
+
+    def repeat(self, times: int) -> Tokens:
+        """Each row ``times`` times in succession: ``(N, L) -> (N * times, L)``."""
+        return Tokens(self.ids.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
+
+    def flat(self) -> Tokens:
+        """All leading dimensions in one: ``(B, 2, T) -> (2 B, T)``."""
+        return Tokens(self.ids.flatten(0, -2), self.mask.flatten(0, -2))
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """What the DataLoader yields: prompts and where they stand in the run.
+
+    ``epochs`` and ``positions`` (index of the prompt in its epoch) seed every random draw made for a prompt, so that
+    draws do not depend on batch size, accumulation or the number of processes. ``grid_index`` and ``preference`` are
+    given for evaluation and prediction, where the preference vector is not drawn.
+    """
+
+    prompts: Sequence[str]
+    epochs: Sequence[int]
+    positions: Sequence[int]
+    grid_index: Tensor | None = None  # (B,)
+    preference: Tensor | None = None  # (B, K)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Sampled responses: ``tokens`` are ``(B, n, T)``; the end token belongs to the response and counts."""
+
+    tokens: Tokens
+    texts: Sequence[Sequence[str]]  # B x n, decoded without control tokens
+    finished: Tensor  # (B, n) bool: ended by itself rather than at the token limit
+
+    @property
+    def empty(self) -> Tensor:
+        """Where a response has no visible text, ``(B, n)`` bool."""
+        rows = [[not text.strip() for text in row] for row in self.texts]
+        return torch.tensor(rows, device=self.tokens.ids.device)
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """One online rollout with its pairwise feedback: everything ``training_step`` needs."""
+
+    prompts: Sequence[str]
+    preference: Tensor  # (B, K) w+, the vector the responses were sampled under
+    counterfactual: Tensor  # (B, C, K) w-, C = 0 where the exploration term is off
+    routing: Tensor  # (B, K) weights of the objectives, from the router
+    responses: Responses  # (B, 2, T)
+    scores: Tensor  # (B, 2, K) normalised, higher is better; NaN where not asked or not a number
+    labels: Tensor  # (B, K) +1 the first response is preferred, -1 the second, 0 no preference
+    reference_log_prob: Tensor  # (B, 2, T) under w+, adapter off
+    counterfactual_reference_log_prob: Tensor  # (B, 2, C, T) under w-, adapter off
+    counts: dict[str, int] = field(default_factory=dict)  # ties, nan scores, empty responses
+    seconds: dict[str, float] = field(default_factory=dict)  # sampling, scoring, reference
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """One response per (prompt, grid vector) pair, scored by every objective."""
+
+    prompts: Sequence[str]
+    positions: Sequence[int]  # which prompt of the evaluation set, the unit of the bootstrap
+    grid_index: Tensor  # (N,)
+    preference: Tensor  # (N, K)
+    responses: Responses  # (N, 1, T)
+    scores: Tensor | None  # (N, K) normalised, higher is better; None for predictions, which are not scored
+
+    def __len__(self) -> int:
+        return len(self.prompts)
