@@ -9,11 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1024  # tokens whose logits exist at one time: 1024 x V floats
+# Logits that exist at one time. A CPU is fastest while they stay within what the allocator reuses; a GPU wants large
+# products.
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
 
 
 def token_log_prob(
-    hidden: Tensor, response_ids: Tensor, response_mask: Tensor, head: Callable[[Tensor], Tensor], temperature: float
+    hidden: Tensor,
+    response_ids: Tensor,
+    response_mask: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocabulary: int,
+    temperature: float,
 ) -> Tensor:
     """Log-probability of each response token given the hidden state that predicts it.
 
@@ -24,6 +31,7 @@ def token_log_prob(
         response_ids: ``(N, T)``.
         response_mask: ``(N, T)`` True where a token counts.
         head: The projection on the vocabulary, ``(n, D) -> (n, V)``.
+        vocabulary: ``V``.
         temperature: Of the distribution that is sampled.
 
     Returns:
@@ -32,11 +40,13 @@ def token_log_prob(
     states, targets = hidden[response_mask], response_ids[response_mask]  # (n, D), (n,)
 
     def chunk_log_prob(states: Tensor, targets: Tensor) -> Tensor:
-        return -F.cross_entropy(head(states).float() / temperature, targets, reduction="none")
+        logits = head(states).float()
+        return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets, reduction="none")
 
+    size = max(CHUNK_LOGITS.get(hidden.device.type, 2**27) // vocabulary, 1)
     parts = [
         checkpoint(chunk_log_prob, s, t, use_reentrant=False) if torch.is_grad_enabled() else chunk_log_prob(s, t)
-        for s, t in zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+        for s, t in zip(states.split(size), targets.split(size), strict=True)
     ]
     out = torch.zeros(response_ids.shape, dtype=torch.float32, device=hidden.device)
     return out.masked_scatter(response_mask, torch.cat(parts)) if parts else out

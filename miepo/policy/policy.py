@@ -241,7 +241,9 @@ class Policy(nn.Module):
         ).last_hidden_state
         length = responses.ids.shape[1]
         predicting = hidden[:, -length - 1 : -1]  # (N, T, D): the state before each response token
-        return token_log_prob(predicting, responses.ids, responses.mask, self._project, self.temperature)
+        return token_log_prob(
+            predicting, responses.ids, responses.mask, self._project, len(self._head.weight), self.temperature
+        )
 
     @property
     def _project(self) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from miepo.errors import UserError
+from miepo.preferences import (
+    CornerPreferences,
+    DirichletPreferences,
+    PreferenceSampler,
+    Stream,
+    draw_preferences,
+    evaluation_grid,
+    generator,
+    parse_preference,
+    simplex_rows,
+)
+
+
+@pytest.mark.parametrize("sampler", PreferenceSampler.__subclasses__())
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_contract_samplers_draw_from_the_simplex_with_equal_means(sampler: type[PreferenceSampler], k: int) -> None:
+    drawn = sampler().draw(generator(Stream.PREFERENCE, 0), 4000, k)
+    assert drawn.shape == (4000, k)
+    assert (drawn >= 0).all()
+    np.testing.assert_allclose(drawn.sum(1), 1, atol=1e-12)
+    np.testing.assert_allclose(drawn.mean(0), 1 / k, atol=0.04)
+
+
+def test_dirichlet_has_its_variance() -> None:
+    # Var w_k = (1/K)(1 - 1/K) / (K alpha + 1)
+    drawn = DirichletPreferences(0.5).draw(generator(Stream.PREFERENCE, 1), 20_000, 2)
+    assert drawn[:, 0].var() == pytest.approx(0.25 / 2, rel=0.03)
+
+
+def test_draws_depend_on_the_place_in_the_run_and_not_on_the_batch() -> None:
+    whole = draw_preferences(DirichletPreferences(), 7, [0] * 6, range(6), 3, 2)
+    parts = [draw_preferences(DirichletPreferences(), 7, [0] * 2, [i, i + 1], 3, 2) for i in (0, 2, 4)]
+    assert torch.equal(whole[0], torch.cat([p[0] for p in parts]))
+    assert torch.equal(whole[1], torch.cat([p[1] for p in parts]))
+    assert whole[1].shape == (6, 3, 2)
+    rows = torch.cat([whole[0].unsqueeze(1), whole[1]], 1).flatten(0, 1)
+    assert len(rows.unique(dim=0)) == 24  # w+ and every w- are draws of their own
+    for other in ((8, 0), (7, 1)):
+        again = draw_preferences(DirichletPreferences(), other[0], [other[1]] * 6, range(6), 3, 2)
+        assert not torch.equal(whole[0], again[0])
+
+
+def test_w_plus_does_not_depend_on_the_number_of_counterfactuals() -> None:
+    args = (DirichletPreferences(), 7, [0] * 3, range(3))
+    assert torch.equal(draw_preferences(*args, 0, 2)[0], draw_preferences(*args, 4, 2)[0])
+
+
+@pytest.mark.parametrize(("k", "points", "m"), [(1, None, 1), (2, None, 11), (2, 5, 5), (3, None, 13), (3, 15, 15), (3, 14, 10), (4, None, 11), (4, 4, 4)])  # fmt: skip
+def test_grids(k: int, points: int | None, m: int) -> None:
+    grid = evaluation_grid(k, points)
+    assert grid.shape == (m, k)
+    assert (grid >= 0).all()
+    torch.testing.assert_close(grid.sum(1), torch.ones(m))
+    assert len(grid.unique(dim=0)) == m
+    for corner in torch.eye(k):
+        assert (grid == corner).all(1).any()
+
+
+def test_preference_by_name() -> None:
+    assert parse_preference({"b": 0.25, "a": 0.75}, ["a", "b", "c"]).tolist() == [0.75, 0.25, 0.0]
+
+
+def test_weights_are_normalised_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="sum to 4, not 1"):
+        assert parse_preference({"a": 1, "b": 3}, ["a", "b"]).tolist() == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"c": 1.0}, "unknown objective c; the objectives are a, b"),
+        ({"a": -0.5, "b": 1.5}, "weight of a must not be negative, got -0.5"),
+        ({"a": 0.0, "b": 0.0}, "at least one weight must be positive"),
+        ({}, "at least one weight must be positive"),
+        ({"a": float("nan")}, "must be a number"),
+        ({"a": "much"}, "must be a number, got 'much'"),
+    ],
+)
+def test_bad_preferences(weights: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_preference(weights, ["a", "b"])
+
+
+def test_bad_grid_row() -> None:
+    with pytest.raises(UserError, match="needs 2 weights"):
+        simplex_rows([[1.0, 0.0], [1.0]], 2, "data.grid")
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), [1.0, 0.0], []])
+def test_bad_alpha(alpha: float) -> None:
+    with pytest.raises(UserError, match="must be positive"):
+        DirichletPreferences(alpha)
+
+
+def test_alpha_of_another_length() -> None:
+    with pytest.raises(UserError, match="has 3 entries, but there are 2 objectives"):
+        DirichletPreferences([1.0, 1.0, 1.0]).draw(generator(Stream.PREFERENCE, 0), 1, 2)
+
+
+def test_corners_are_one_hot() -> None:
+    drawn = CornerPreferences().draw(generator(Stream.PREFERENCE, 0), 50, 3)
+    assert set(map(tuple, drawn)) == set(map(tuple, np.eye(3)))

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from miepo.router import ExpectationRouter, Router, SampleRouter
+
+ROUTERS = Router.__subclasses__()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_contract_weights_are_unbiased_and_on_the_simplex(router: type[Router], k: int) -> None:
+    n = 20_000
+    w = torch.distributions.Dirichlet(torch.full((k,), 0.7)).sample((1,)) if k > 1 else torch.ones(1, 1)
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # every quantile once: the mean is exact to 1 / n
+    routing = router().route(w.double().expand(n, k), uniform)
+    assert routing.shape == (n, k)
+    assert (routing >= 0).all()
+    torch.testing.assert_close(routing.sum(-1), torch.ones(n, dtype=torch.float64))
+    torch.testing.assert_close(routing.mean(0), w[0].double(), rtol=0, atol=2 / n)
+
+
+def test_sampled_routing_gives_the_gradient_of_the_expectation_on_average() -> None:
+    """The mean over Z of the sampled gradient equals the gradient of the exact sum."""
+    theta = torch.tensor([0.3, -1.2, 0.5], dtype=torch.float64, requires_grad=True)
+    w = torch.tensor([[0.5, 0.2, 0.3]], dtype=torch.float64)
+    exact = torch.autograd.grad(ExpectationRouter.combine(theta.square().unsqueeze(0), w).sum(), theta)[0]
+    n = 1000
+    routing = SampleRouter().route(w.expand(n, 3), (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    sampled = torch.autograd.grad(SampleRouter.combine(theta.square().expand(n, 3), routing).mean(), theta)[0]
+    torch.testing.assert_close(sampled, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_sampled_routing_never_draws_an_objective_of_weight_zero() -> None:
+    w = torch.tensor([[0.0, 1.0, 0.0]]).expand(3, 3)
+    assert SampleRouter().route(w, torch.tensor([0.0, 0.5, 1 - 2**-24]))[:, 1].tolist() == [1, 1, 1]
+
+
+def test_expectation_is_the_preference_itself() -> None:
+    w = torch.rand(3, 2)
+    assert ExpectationRouter().route(w, torch.rand(3)) is w
