@@ -141,6 +141,7 @@ class Policy(nn.Module):
             self._causal_lm.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self._gate.checkpoint_contexts}
             )
+        self.model.train(self.training)  # from_pretrained leaves the network in evaluation mode
         self.names = tuple(names)
         return self
 

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from miepo.errors import UserError
+from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning
+from miepo.types import Tokens
+from tests.helpers.tiny import randomise_adapter, tiny_policy
+
+PROMPTS = ["the garden", "people like rain in spring", "food"]
+W = torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.5, 0.5]])
+WAYS = {
+    "prompt": [PromptConditioning()],
+    "gated": [GatedConditioning()],
+    "gated alone": [GatedConditioning(shared=False)],
+    "both": [GatedConditioning(), PromptConditioning()],
+}
+
+
+def responses(policy: Policy, texts: tuple[str, ...] = (" is good", " it", " to grow food"), extra: int = 0) -> Tokens:
+    rows = [policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    width = max(map(len, rows)) + extra
+    ids = torch.tensor([r + [policy.tokenizer.pad_token_id] * (width - len(r)) for r in rows])
+    return Tokens(ids, torch.arange(width) < torch.tensor([[len(r)] for r in rows]))
+
+
+def naive_log_prob(policy: Policy, prompt: list[int], response: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """One sequence, no padding, whole logits."""
+    ids = torch.tensor([prompt + response])
+    logits = policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_prob_is_that_of_the_plain_model_without_padding(tiny_model: Path, way: str, temperature: float) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, WAYS[way], temperature=temperature))
+    y = responses(policy)
+    ours = policy.log_prob(policy.encode(PROMPTS, W), W, y)
+    for i, prompt in enumerate(PROMPTS):
+        ids = policy.template.encode(prompt, policy.preference_text(W[i].tolist()))
+        with policy.conditioned(W[i : i + 1]):
+            expected = naive_log_prob(policy, ids, y.ids[i][y.mask[i]].tolist(), temperature)
+        torch.testing.assert_close(ours[i][y.mask[i]], expected, rtol=1e-4, atol=1e-5)
+        assert (ours[i][~y.mask[i]] == 0).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_padding_width_changes_nothing(tiny_model: Path, way: str) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, WAYS[way])).double()
+    policy.dtype = "float64"
+    x, y, wide = policy.encode(PROMPTS, W), responses(policy), responses(policy, extra=9)
+    pad = torch.full((3, 7), policy.tokenizer.pad_token_id)
+    wide_x = Tokens(torch.cat([pad, x.ids], 1), torch.cat([torch.zeros(3, 7, dtype=torch.bool), x.mask], 1))
+    torch.testing.assert_close(
+        policy.log_prob(wide_x, W, wide)[:, : y.ids.shape[1]], policy.log_prob(x, W, y), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_gate_is_the_sum_of_its_blocks(tiny_model: Path) -> None:
+    """delta W(w) = B_0 A_0 + sum_k w_k B_k A_k, checked by adding it to the base weights of a plain model."""
+    policy = randomise_adapter(tiny_policy(tiny_model, [GatedConditioning()]))
+    r, scale = policy.lora_rank, policy.lora_alpha / policy.lora_rank
+    y = responses(policy)
+    ours = policy.log_prob(policy.encode(PROMPTS, W), W, y)
+    for i, prompt in enumerate(PROMPTS):
+        plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        factors = [1.0, *W[i].tolist()]
+        with torch.no_grad():
+            for name, module in plain.named_modules():
+                if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+                    continue
+                adapted = policy.model.get_base_model().get_submodule(name)
+                a, b = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
+                for k, factor in enumerate(factors):
+                    block = slice(k * r, (k + 1) * r)
+                    module.weight += scale * factor * (b[:, block] @ a[block])
+            ids = policy.template.encode(prompt)
+            response = y.ids[i][y.mask[i]].tolist()
+            logits = plain(input_ids=torch.tensor([ids + response])).logits[0, len(ids) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(ours[i][y.mask[i]], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["gated", "both", "prompt"])
+def test_the_preference_changes_the_policy_and_the_reference_stays(tiny_model: Path, way: str) -> None:
+    policy = tiny_policy(tiny_model, WAYS[way])
+    x, y = policy.encode(PROMPTS, W), responses(policy)
+    start = policy.reference_log_prob(x, y)
+    assert torch.equal(policy.log_prob(x, W, y).detach(), start)  # B = 0: the policy starts as the reference
+    randomise_adapter(policy)
+    assert torch.equal(policy.reference_log_prob(x, y), start)
+    other = W.flip(1)
+    assert not torch.allclose(policy.log_prob(policy.encode(PROMPTS, other), other, y)[0], policy.log_prob(x, W, y)[0])
+    assert policy.reference_depends_on_preference == (way != "gated")
+    assert not start.requires_grad
+
+
+def test_the_gate_is_set_for_every_sequence_or_the_pass_fails(tiny_model: Path) -> None:
+    policy = tiny_policy(tiny_model, [GatedConditioning()])
+    with pytest.raises(RuntimeError, match="without a preference vector"):
+        policy.model(input_ids=torch.tensor([[5, 6]]))
+    with pytest.raises(RuntimeError, match="the gate is for 2 sequences"), policy.conditioned(W[:2]):
+        policy.model(input_ids=torch.tensor([[5, 6]]))
+
+
+def test_exactly_the_adapter_trains(tiny_model: Path) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, [GatedConditioning()]))
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    optimizer = torch.optim.Adam(policy.adapter_parameters().values(), lr=0.1)
+    policy.log_prob(policy.encode(PROMPTS, W), W, responses(policy)).sum().backward()
+    optimizer.step()
+    moved = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(policy.adapter_parameters())
+    assert all("lora_" in name for name in moved)
+
+
+def test_gradient_checkpointing_recomputes_under_the_same_gate(tiny_model: Path) -> None:
+    """Two passes under different preferences, one backward: the recomputation must not see the last gate."""
+    gradients = []
+    for checkpointing in (False, True):
+        policy = randomise_adapter(
+            tiny_policy(tiny_model, [GatedConditioning()], gradient_checkpointing=checkpointing)
+        ).train()
+        x, y, other = policy.encode(PROMPTS, W), responses(policy), W.flip(1)
+        loss = policy.log_prob(x, W, y).sum() - 0.3 * policy.log_prob(x, other, y).square().sum()
+        loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in policy.adapter_parameters().items()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_one_hot_gates_leave_the_other_blocks_untouched(tiny_model: Path) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, [GatedConditioning(shared=False)]))
+    w = torch.tensor([[1.0, 0.0]] * 3)
+    policy.log_prob(policy.encode(PROMPTS, w), w, responses(policy)).sum().backward()
+    r = policy.lora_rank
+    for name, parameter in policy.adapter_parameters().items():
+        blocks = parameter.grad.split(r, 0 if "lora_A" in name else 1)
+        assert blocks[0].abs().sum() > 0
+        assert blocks[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("conditioning", [c for c in Conditioning.__subclasses__()])
+def test_contract_conditionings_act_by_text_or_by_gate(conditioning: type[Conditioning]) -> None:
+    c, names = conditioning(), ["a", "b"]
+    text, blocks = c.write([0.25, 0.75], names), c.blocks(2)
+    assert text or blocks
+    if blocks:
+        assert c.gate(W).shape == (3, blocks)
+    if text:
+        assert text.startswith(" ")
+        assert all(marker in text for marker in c.markers(names))
+        assert text != c.write([0.75, 0.25], names)
+
+
+def test_prompt_conditioning_writes_names_then_numbers() -> None:
+    assert PromptConditioning().write([0.3, 0.7], ["helpfulness", "humor"]) == " <helpfulness> 0.30 <humor> 0.70"
+
+
+def test_encoding_pads_on_the_left(tiny_model: Path) -> None:
+    policy = tiny_policy(tiny_model, [GatedConditioning()])
+    tokens = policy.encode(PROMPTS, W)
+    for i, prompt in enumerate(PROMPTS):
+        assert tokens.ids[i][tokens.mask[i]].tolist() == policy.template.encode(prompt)
+        assert tokens.mask[i].tolist() == sorted(tokens.mask[i].tolist())
+
+
+def test_evaluating_restores_the_mode(tiny_model: Path) -> None:
+    policy = tiny_policy(tiny_model).train()
+    with policy.evaluating():
+        assert not policy.model.training
+        assert not torch.is_grad_enabled()
+    assert policy.model.training
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"lora_rank": 0}, "lora_rank must be at least 1"),
+        ({"conditioning": []}, "at least one conditioning"),
+    ],
+)
+def test_bad_settings(kwargs: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Policy("x", **kwargs)
+
+
+def test_bad_base(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is none"):
+        Policy(str(tmp_path / "missing")).build(["a"])
+    with pytest.raises(UserError, match="expected a model file"):
+        Policy(str(tmp_path / "missing.gguf")).build(["a"])
+    with pytest.raises(UserError, match="expected a causal language model"):
+        Policy(str(tmp_path)).build(["a"])
+
+
+def test_bad_targets(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=r"lora_targets \['nowhere'\] do not fit"):
+        tiny_policy(tiny_model, lora_targets=["nowhere"])
+
+
+def test_bfloat16_base_keeps_a_float32_adapter(tiny_model: Path) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, [GatedConditioning()], dtype="bfloat16"))
+    assert {p.dtype for p in policy.adapter_parameters().values()} == {torch.float32}
+    exact = randomise_adapter(tiny_policy(tiny_model, [GatedConditioning()]))
+    y = responses(policy)
+    low, high = (p.log_prob(p.encode(PROMPTS, W), W, y) for p in (policy, exact))
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, high, rtol=0.1, atol=0.15)
