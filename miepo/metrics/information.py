@@ -30,8 +30,7 @@ def pointwise_information(log_prob: Tensor, grid_index: Tensor) -> Tensor:
     >>> pointwise_information(torch.tensor([[0.0, -torch.inf]]), torch.tensor([0]))  # only w_0 can say this: log 2
     tensor([0.6931])
     """
-    own = log_prob.gather(1, grid_index.unsqueeze(1)).squeeze(1)
-    return own - (log_prob.logsumexp(1) - log(log_prob.shape[1]))
+    return _information(log_prob.gather(1, grid_index.unsqueeze(1)), log_prob)
 
 
 def infonce_bound(log_prob: Tensor, counterfactual_log_prob: Tensor) -> Tensor:
@@ -44,8 +43,14 @@ def infonce_bound(log_prob: Tensor, counterfactual_log_prob: Tensor) -> Tensor:
     Returns:
         ``(..)``, at most ``log(1 + C)``.
     """
-    both = torch.cat([log_prob.unsqueeze(-1), counterfactual_log_prob], -1)
-    return log_prob - (both.logsumexp(-1) - log(both.shape[-1]))
+    own = log_prob.unsqueeze(-1)
+    return _information(own, torch.cat([own, counterfactual_log_prob], -1))
+
+
+def _information(own: Tensor, every: Tensor) -> Tensor:
+    """``own - log mean exp(every)`` for ``own`` ``(.., 1)`` among ``every`` ``(.., M)``; never above ``log M``."""
+    # differences first: one of them is exactly 0, so that rounding cannot lift the value over its ceiling
+    return log(every.shape[-1]) - (every - own).logsumexp(-1)
 
 
 def feedback_information(alignment: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from miepo.metrics import ParetoFrontMetric, conditional_reward_dispersion, hypervolume, mean_inner_product
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_hypervolume_is_the_share_of_random_points_that_are_dominated(k: int, seed: int) -> None:
+    """Monte Carlo is the second source: points in [-1, 2]^K that some mean vector dominates."""
+    g = torch.Generator().manual_seed(seed)
+    means = torch.rand(6, k, generator=g, dtype=torch.float64) * 3 - 1.3  # some below the reference point
+    n = 400_000
+    points = torch.rand(n, k, generator=g, dtype=torch.float64) * 3 - 1
+    share = (points.unsqueeze(1) <= means).all(-1).any(-1).double().mean().item()
+    sd = (share * (1 - share) / n) ** 0.5
+    assert hypervolume(means, -1.0).item() == pytest.approx(share * 3**k, abs=5 * sd * 3**k)
+
+
+def test_hypervolume_by_hand() -> None:
+    # above (-1, -1): rectangles 2 x 1 and 1 x 2 that share the unit square
+    assert hypervolume(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), -1.0) == 3
+    assert hypervolume(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-0.5, -0.5], [1.0, 0.0]]), -1.0) == 3
+    assert hypervolume(torch.tensor([[-2.0, 5.0]]), -1.0) == 0
+    assert hypervolume(torch.zeros(1, 2), -1.0) == 1  # a policy at the mean of the normalisation
+    assert hypervolume(torch.full((3, 2), torch.nan), -1.0) == 0
+
+
+def test_hypervolume_does_not_depend_on_the_order_of_objectives() -> None:
+    means = torch.rand(5, 3)
+    torch.testing.assert_close(hypervolume(means, -1.0), hypervolume(means[:, [2, 0, 1]], -1.0))
+
+
+def test_mip_by_hand() -> None:
+    w = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    assert mean_inner_product(w, torch.tensor([[2.0, 9.0], [1.0, 3.0]])) == 2
+    assert mean_inner_product(w, torch.tensor([[2.0, 9.0], [torch.nan, 3.0]])) == 2  # not measured
+
+
+def test_crd_by_hand() -> None:
+    covariances = torch.tensor([[[2.0, 1.0], [1.0, 2.0]], [[1.0, 0.0], [0.0, 5.0]]])
+    assert conditional_reward_dispersion(covariances).item() == pytest.approx((3 + 5) / 2)
+
+
+def test_metric_equals_numpy_and_does_not_depend_on_batches() -> None:
+    g = torch.Generator().manual_seed(0)
+    grid = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    index, scores = torch.randint(0, 3, (50,), generator=g), torch.randn(50, 2, generator=g) + 100
+    whole, parts = ParetoFrontMetric(grid, -1.0), ParetoFrontMetric(grid, -1.0)
+    whole.update(index, scores)
+    for part in torch.arange(50).split(7):
+        parts.update(index[part], scores[part])
+    groups = [scores[index == m].double().numpy() for m in range(3)]
+    means, covariances = whole.moments()
+    np.testing.assert_allclose(means, [group.mean(0) for group in groups], rtol=1e-12)
+    np.testing.assert_allclose(covariances, [np.cov(group.T) for group in groups], rtol=1e-6, atol=1e-9)
+    result = whole.compute()
+    assert result["crd"].item() == pytest.approx(np.mean([np.linalg.det(np.cov(g.T)) for g in groups]), rel=1e-6)
+    np.testing.assert_allclose(result["sd"], np.mean([g.std(0, ddof=1) for g in groups], axis=0), rtol=1e-7)
+    for key, value in parts.compute().items():
+        torch.testing.assert_close(value, result[key])
+
+
+def test_a_response_without_a_score_does_not_count() -> None:
+    grid = torch.eye(2)
+    a, b = ParetoFrontMetric(grid, -1.0), ParetoFrontMetric(grid, -1.0)
+    scores = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]])
+    a.update(torch.tensor([0, 0, 1]), scores)
+    b.update(torch.tensor([0, 0, 1, 1]), torch.cat([scores, torch.tensor([[torch.nan, 1.0]])]))
+    torch.testing.assert_close(b.compute()["means"], a.compute()["means"])
+
+
+def test_reset_forgets() -> None:
+    metric = ParetoFrontMetric(torch.eye(2), -1.0)
+    metric.update(torch.tensor([0, 1]), torch.ones(2, 2))
+    metric.reset()
+    assert metric.moments()[0].isnan().all()

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from math import log
+
+import numpy as np
+import pytest
+import torch
+
+from miepo.metrics import (
+    PreferenceInformationMetric,
+    bootstrap_interval,
+    feedback_information,
+    infonce_bound,
+    pointwise_information,
+)
+
+
+def channel(m: int, error: float) -> tuple[torch.Tensor, float]:
+    """A symmetric channel on m symbols, p(y | w) ``(m, m)``, and its information under uniform input, by its formula."""
+    p = torch.full((m, m), error / (m - 1), dtype=torch.float64)
+    p.fill_diagonal_(1 - error)
+    h = -(1 - error) * log(1 - error) - error * log(error / (m - 1)) if 0 < error < 1 else 0.0
+    return p, log(m) - h
+
+
+@pytest.mark.parametrize("m", [2, 5, 11])
+@pytest.mark.parametrize("error", [0.05, 0.3])
+def test_the_estimate_is_the_information_of_a_known_channel(m: int, error: float) -> None:
+    p, exact = channel(m, error)
+    w = torch.arange(m).repeat_interleave(m)
+    y = torch.arange(m).repeat(m)
+    values = pointwise_information(p.log()[:, y].T, w)  # every (w, y) once
+    assert (p[w, y] * values).sum().item() / m == pytest.approx(exact, rel=1e-12)
+
+    g = torch.Generator().manual_seed(0)
+    n = 4000
+    w = torch.arange(m).repeat(n)
+    y = torch.multinomial(p, n, replacement=True, generator=g).T.flatten()  # sampled, as in a run
+    metric = PreferenceInformationMetric(m)
+    for part in torch.arange(n * m).split(997):
+        metric.update(p.log()[:, y[part]].T, w[part], part // m)
+    result = metric.compute()
+    sd = pointwise_information(p.log()[:, y].T, w).std().item() / (n * m) ** 0.5
+    assert result["preference"].item() == pytest.approx(exact, abs=5 * sd)
+    assert result["preference_low"] < exact + 2 * sd
+    assert result["preference_high"] > exact - 2 * sd
+    assert result["ceiling"].item() == pytest.approx(log(m))
+
+
+@pytest.mark.parametrize("m", [1, 2, 7])
+def test_no_value_exceeds_the_ceiling(m: int) -> None:
+    log_prob = 1000 * torch.randn(200, m, generator=torch.Generator().manual_seed(1))
+    assert pointwise_information(log_prob, torch.arange(200) % m).max() <= torch.tensor(log(m))
+
+
+def test_perfect_identification_reaches_the_ceiling_and_ignorance_gives_zero() -> None:
+    perfect = torch.full((3, 3), -torch.inf).fill_diagonal_(-5.0)
+    torch.testing.assert_close(pointwise_information(perfect, torch.arange(3)), torch.full((3,), log(3)))
+    torch.testing.assert_close(pointwise_information(torch.full((3, 3), -700.0), torch.arange(3)), torch.zeros(3))
+
+
+def test_infonce_bound_is_below_the_information_and_its_ceiling() -> None:
+    p, exact = channel(6, 0.2)
+    g = torch.Generator().manual_seed(0)
+    w = torch.randint(0, 6, (40_000,), generator=g)
+    y = torch.multinomial(p[w], 1, generator=g).squeeze(1)
+    previous = 0.0
+    for c in (1, 4, 16):
+        others = torch.randint(0, 6, (40_000, c), generator=g)
+        bound = infonce_bound(p[w, y].log(), p[others, y.unsqueeze(1)].log())
+        assert bound.max() <= log(1 + c) + 1e-9
+        assert previous < bound.mean() < exact + 0.01
+        previous = bound.mean().item()
+
+
+def test_feedback_information_is_log_two_minus_the_loss_on_labelled_pairs() -> None:
+    value = feedback_information(torch.tensor([[0.1, 0.9]]), torch.tensor([[1.0, 0.0]]))
+    assert value[0, 0].item() == pytest.approx(log(2) - 0.1)
+    assert value[0, 1].isnan()
+
+
+def test_bootstrap_resamples_whole_groups() -> None:
+    # 50 groups of 20 equal values: the interval is that of 50 values, not of 1000
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=50)
+    values, groups = np.repeat(centres, 20), np.repeat(np.arange(50), 20)
+    low, high = bootstrap_interval(values, groups)
+    expected = 2 * 1.96 * centres.std(ddof=1) / 50**0.5
+    assert high - low == pytest.approx(expected, rel=0.2)
+    assert low < centres.mean() < high
+
+
+def test_bootstrap_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for seed in range(200):
+        sample = rng.normal(1.0, 1.0, size=60)
+        low, high = bootstrap_interval(sample, range(60), seed=seed, draws=400)
+        covered += low <= 1.0 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_bootstrap_without_values() -> None:
+    assert all(np.isnan(bootstrap_interval([float("nan")], [0])))

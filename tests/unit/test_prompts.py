@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from miepo.errors import UserError
+from miepo.prompts import GridPrompts, OnlinePrompts, load_prompts, read_rows, split_prompts
+from miepo.resources import locate
+
+
+def write(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.jsonl", '{"prompt": "one"}', "", '{"prompt": "two\\u0000", "x": 1}')
+    assert load_prompts(file) == ["one", "two\0"]
+    assert load_prompts(write(tmp_path / "q.jsonl", '{"q": "öne"}'), field="q") == ["öne"]
+
+
+def test_list_and_dataset_and_saved_dataset(tmp_path: Path) -> None:
+    assert load_prompts(["one", "two"]) == ["one", "two"]
+    data = Dataset.from_dict({"prompt": ["one", "two"]})
+    assert load_prompts(data) == ["one", "two"]
+    data.save_to_disk(tmp_path / "d")
+    assert load_prompts(str(tmp_path / "d")) == ["one", "two"]
+    DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path / "dd")
+    assert load_prompts(str(tmp_path / "dd"), split="test") == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "line 2: expected a JSON object, got text that is not JSON"),
+        ('{"text": "x"}', "line 2: expected a JSON object with the field 'prompt', got text"),
+        ('["x"]', "line 2: expected a JSON object with the field 'prompt', got list"),
+        ('{"prompt": 3}', "line 2: expected text, got int"),
+        ('{"prompt": "  "}', "line 2: expected a prompt, got empty text"),
+        ('{"prompt": "\\ud800"}', "line 2: expected Unicode text, got half a character"),
+        ("[" * 100_000, "line 2: expected a JSON object"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_prompts(write(tmp_path / "p.jsonl", '{"prompt": "fine"}', line))
+    assert "p.jsonl" in str(error.value)
+
+
+def test_empty_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected at least one prompt, got none"):
+        load_prompts(write(tmp_path / "p.jsonl", ""))
+    with pytest.raises(UserError, match=r"expected a file of prompts at .*: there is none"):
+        load_prompts(str(tmp_path / "missing.jsonl"))
+    (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(UserError, match="expected UTF-8"):
+        load_prompts(str(tmp_path / "b.jsonl"))
+    with pytest.raises(UserError, match="prompts must be a list"):
+        load_prompts(7)
+    with pytest.raises(UserError, match="expected a column 'prompt', got text"):
+        load_prompts(Dataset.from_dict({"text": ["x"]}))
+
+
+def test_rows_of_several_fields(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.jsonl", '{"prompt": "a", "response": ""}', '{"prompt": "b", "response": "c"}')
+    assert read_rows(file, "prompt", "response") == [{"prompt": "a", "response": ""}, {"prompt": "b", "response": "c"}]
+
+
+def test_split_is_seeded_and_whole() -> None:
+    prompts = [str(i) for i in range(50)]
+    train, held_out = split_prompts(prompts, 0.2, seed=3)
+    assert (len(train), len(held_out)) == (40, 10)
+    assert sorted(train + held_out) == sorted(prompts)
+    assert split_prompts(prompts, 0.2, seed=3) == (train, held_out)
+    assert split_prompts(prompts, 0.2, seed=4)[1] != held_out
+    assert [len(part) for part in split_prompts(["a", "b"], 0.01, 0)] == [1, 1]
+    with pytest.raises(UserError, match="at least 2 prompts"):
+        split_prompts(["a"], 0.5, 0)
+
+
+def test_epochs_are_permutations_that_differ() -> None:
+    epoch = 0
+    data = OnlinePrompts([str(i) for i in range(20)], seed=1, epoch=lambda: epoch)
+    first = [data[i] for i in range(20)]
+    assert [row[1:] for row in first] == [(0, i) for i in range(20)]
+    epoch = 1
+    second = [data[i] for i in range(20)]
+    assert {row[1] for row in second} == {1}
+    assert sorted(row[0] for row in first) == sorted(row[0] for row in second)
+    assert [row[0] for row in first] != [row[0] for row in second]
+
+
+def test_grid_pairs_every_prompt_with_every_preference() -> None:
+    grid = torch.eye(3)
+    pairs = GridPrompts(["a", "b"], grid)
+    batch = pairs.collate(list(pairs))
+    assert batch.prompts == ("a", "a", "a", "b", "b", "b")
+    assert list(batch.positions) == [0, 0, 0, 1, 1, 1]
+    assert batch.grid_index.tolist() == [0, 1, 2, 0, 1, 2]
+    assert torch.equal(batch.preference, torch.cat([grid, grid]))
+
+
+@pytest.mark.parametrize(("part", "count"), [("train", 400), ("validation", 80)])
+def test_shipped_prompts(part: str, count: int) -> None:
+    prompts = load_prompts(f"package:miepo/data/everyday_{part}.jsonl")
+    assert len(prompts) == count
+    assert len({p.casefold() for p in prompts}) == count
+
+
+def test_shipped_prompts_are_disjoint_and_varied() -> None:
+    parts = [[json.loads(line) for line in locate(f"package:miepo/data/everyday_{p}.jsonl").open()] for p in ("train", "validation")]  # fmt: skip
+    assert not {r["prompt"].casefold() for r in parts[0]} & {r["prompt"].casefold() for r in parts[1]}
+    topics = [{r["topic"] for r in part} for part in parts]
+    assert topics[0] == topics[1]
+    assert len(topics[0]) >= 20
+
+
+def test_packaged_files() -> None:
+    with pytest.raises(UserError, match="'nothing.jsonl' in an installed package 'miepo'"):
+        locate("package:miepo/nothing.jsonl")
+    with pytest.raises(UserError, match="installed package 'no_such_package'"):
+        locate("package:no_such_package/x")
+    with pytest.raises(UserError, match="expected 'pypi:NAME==VERSION/FILE'"):
+        locate("pypi:gguf/x")
