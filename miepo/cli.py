@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -21,11 +23,9 @@ class LogConfig(SaveConfigCallback):
     """Saves the configuration with the run and gives all of it to the loggers."""
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        config = self.parser.dump(self.config, skip_none=False, format="json")
-        import json
-
+        config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
         for logger in trainer.loggers:
-            logger.log_hyperparams(json.loads(config))
+            logger.log_hyperparams(config)
 
 
 class MiepoCLI(LightningCLI):
@@ -35,6 +35,11 @@ class MiepoCLI(LightningCLI):
         parser.add_argument("--objectives", type=list[Objective], default=[], help="The objectives, in column order.")
         parser.add_lightning_class_args(ResponseWriter, "writer")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
+
+    def before_instantiate_classes(self) -> None:
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path and path not in ("best", "last", "hpc") and ":" not in path and not Path(path).is_file():
+            raise UserError(f"expected a checkpoint at '{path}': there is none")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -61,11 +66,19 @@ def main(args: ArgsType = None) -> None:
             parser_kwargs={"description": "Train and use a policy for every trade-off between objectives."},
             args=args,
         )
-    except UserError as error:
-        if os.environ.get("MIEPO_TRACEBACK"):
+    except Exception as error:
+        mistake = _user_error(error)
+        if mistake is None or os.environ.get("MIEPO_TRACEBACK"):
             raise
-        print(f"miepo: error: {error}", file=sys.stderr)
+        print(f"miepo: error: {mistake}", file=sys.stderr)
         sys.exit(2)
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake behind an exception: the parser wraps what a constructor raises in errors of its own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 if __name__ == "__main__":

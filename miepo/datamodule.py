@@ -131,7 +131,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         prompts = OnlinePrompts(self._fitting(self.train_set), self.seed, lambda: self.trainer.current_epoch)
-        return DataLoader(prompts, self.batch_size, collate_fn=prompts.collate)
+        return DataLoader(prompts, batch_size=self.batch_size, collate_fn=prompts.collate)
 
     def val_dataloader(self) -> DataLoader:
         return self._grid_loader(self.validation_set, self.grid)
@@ -144,7 +144,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
 
     def _grid_loader(self, prompts: Sequence[str], grid: Tensor) -> DataLoader:
         pairs = GridPrompts(self._fitting(prompts), grid)
-        return DataLoader(pairs, self.evaluation_batch_size, collate_fn=pairs.collate)
+        return DataLoader(pairs, batch_size=self.evaluation_batch_size, collate_fn=pairs.collate)
 
     def _fitting(self, prompts: Sequence[str]) -> list[str]:
         """The prompts that fit the context together with a response; others are dropped or an error."""

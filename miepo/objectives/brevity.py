@@ -7,19 +7,23 @@ from miepo.objectives.base import Objective
 
 
 class Brevity(Objective):
-    """Few words, with a floor: minus the distance from ``words`` words, so that silence is not the optimum.
+    """Few characters, with a floor: minus the distance from the ideal length, so that silence is not the optimum.
+
+    Characters and not words: a policy that is paid for few words learns to leave out the spaces.
 
     Args:
-        words: The ideal length.
+        characters: The ideal length.
         name: See :class:`~miepo.objectives.base.Objective`.
         normalisation: See :class:`~miepo.objectives.base.Objective`.
     """
 
-    def __init__(self, words: int = 6, name: str | None = None, normalisation: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, characters: int = 30, name: str | None = None, normalisation: dict[str, float] | None = None
+    ) -> None:
         super().__init__(name, normalisation)
-        if words < 1:
-            raise UserError(f"{self.name}: the ideal length must be at least 1 word, got {words}")
-        self.words = words
+        if characters < 1:
+            raise UserError(f"{self.name}: the ideal length must be at least 1 character, got {characters}")
+        self.characters = characters
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        return [-abs(len(response.split()) - self.words) for response in responses]
+        return [-float(abs(len(response) - self.characters)) for response in responses]

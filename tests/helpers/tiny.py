@@ -87,8 +87,12 @@ class Letters(Objective):
 
 
 class Length(Objective):
+    def __init__(self, name: str | None = None, sign: int = 1) -> None:
+        super().__init__(name)
+        self.sign = sign
+
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        return [float(len(response)) for response in responses]
+        return [float(self.sign * len(response)) for response in responses]
 
 
 class Broken(Objective):

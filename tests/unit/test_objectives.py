@@ -72,9 +72,9 @@ def test_contract_of_every_objective(classifier: Path) -> None:
 
 
 def test_objectives_mean_what_they_say() -> None:
-    short, long = Brevity(words=3).reward(["x"] * 2, ["one two three", "one two three four five"])
-    silent = Brevity(words=3).reward(["x"], [""])[0]
-    assert short > long
+    short, glued, long = Brevity(13).reward(["x"] * 3, ["one two three", "onetwothreefour", "one two three four five"])
+    silent = Brevity(13).reward(["x"], [""])[0]
+    assert short > glued > long
     assert short > silent  # silence is not the optimum
     for objective, better, worse in [
         (Cheerfulness(), "What a wonderful, happy day!", "This is terrible and sad."),

@@ -1,0 +1,42 @@
+"""Runs of the whole framework on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from miepo import MIEPO, OnlinePreferenceDataModule
+from miepo.objectives import Objective
+from miepo.policy import Conditioning, GatedConditioning, Policy
+from tests.helpers.tiny import Length, Letters
+
+PROMPTS = [
+    "the garden", "people like rain", "food", "in spring", "a good place", "when rain comes", "grow food", "it is good",
+]  # fmt: skip
+
+
+def tiny_run(
+    model: Path,
+    root: Path,
+    *,
+    conditioning: Sequence[Conditioning] | None = None,
+    objectives: Sequence[Objective] | None = None,
+    module: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+    policy: dict[str, Any] | None = None,
+) -> tuple[Trainer, MIEPO, OnlinePreferenceDataModule]:
+    """A trainer, a module and a datamodule that fit together; any setting can be replaced."""
+    settings = {"lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.0, "dtype": "float32"} | (policy or {})
+    built = Policy(str(model), list(conditioning or [GatedConditioning()]), **settings)
+    objectives = [Letters("e"), Length()] if objectives is None else list(objectives)
+    values = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    values |= {"enable_model_summary": False, "default_root_dir": root, "max_steps": 2, "log_every_n_steps": 1}
+    values |= {"num_sanity_val_steps": 0, "limit_val_batches": 0} | (trainer or {})
+    values["callbacks"] = [*values.get("callbacks", []), *objectives]
+    settings = {"learning_rate": 1e-2} | (module or {})
+    rollouts = {"validation_prompts": ["the rain", "a garden"], "batch_size": 4, "max_new_tokens": 6, "normalise_on": 4}
+    return Trainer(**values), MIEPO(built, **settings), OnlinePreferenceDataModule(PROMPTS, **rollouts | (data or {}))

@@ -1,0 +1,384 @@
+"""The real command line on a tiny model: everything a user does, and every mistake the README names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from miepo.cli import main
+from tests.helpers.fit import PROMPTS
+from tests.helpers.tiny import save_tiny_model
+
+
+def callbacks(*extra: dict) -> list[dict]:
+    names = ["ParetoFront", "PreferenceInformation", "EvaluationTable", "SampleTable", "Throughput"]
+    return [*({"class_path": f"miepo.callbacks.{name}"} for name in names), *extra]
+
+
+def config(model: Path, root: Path, **changes: Any) -> dict:
+    values: dict[str, Any] = {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "num_sanity_val_steps": -1,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "default_root_dir": str(root),
+            "logger": [
+                {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(root), "name": "run"}}
+            ],
+            "callbacks": callbacks(
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"save_last": True, "save_top_k": 0},
+                }
+            ),
+        },
+        "objectives": [
+            {"class_path": "tests.helpers.tiny.Letters", "init_args": {"letter": "e"}},
+            {"class_path": "miepo.objectives.Brevity"},
+        ],
+        "model": {
+            "policy": {
+                "class_path": "miepo.policy.Policy",
+                "init_args": {
+                    "base": str(model),
+                    "dtype": "float32",
+                    "conditioning": [{"class_path": "miepo.policy.GatedConditioning"}],
+                    "lora_rank": 2,
+                },
+            },
+            "learning_rate": 0.01,
+        },
+        "data": {
+            "prompts": PROMPTS[:6],
+            "validation_prompts": ["the rain", "a garden", "food in spring"],
+            "batch_size": 3,
+            "max_new_tokens": 5,
+            "normalise_on": 4,
+            "grid": 3,
+        },
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        place = values
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return values
+
+
+def run(command: str, values: dict, root: Path, *args: str) -> None:
+    file = root / f"{command}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    main([command, "--config", str(file), *args])
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+    """A run of two steps, its configuration, and what it printed."""
+    import contextlib
+    import io
+    import logging
+
+    root = tmp_path_factory.mktemp("fit")
+    values = config(tiny_model, root)
+    output = io.StringIO()
+    handler = logging.StreamHandler(output)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)
+    with contextlib.redirect_stdout(output):
+        run("fit", values, root)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").removeHandler(handler)
+    return root, values, output.getvalue()
+
+
+def table(printed: str) -> dict[str, list[str]]:
+    rows = [line.split("  ") for line in printed.splitlines()]
+    return {cells[0]: [c.strip() for c in cells[1:] if c.strip()] for cells in rows if len(cells) > 1}
+
+
+def checkpoint(root: Path) -> Path:
+    (path,) = root.glob("run/version_0/checkpoints/last.ckpt")
+    return path
+
+
+def test_fit_prints_before_and_after_and_writes_the_picture(fitted: tuple[Path, dict, str]) -> None:
+    root, _, printed = fitted
+    rows = table(printed)
+    assert rows["metric"] == ["before (step 0)", "after (step 2)"]
+    for metric in ("HV (up)", "MIP (up)", "CRD (down)", "I(Y;W|X), nats (up)"):
+        assert len(rows[metric]) == 2, printed
+    assert float(rows["I(Y;W|X), nats (up)"][0].split()[0]) == pytest.approx(0, abs=1e-6)  # the adapter starts at 0
+    assert rows["I(Y;W|X), nats (up)"][1].endswith("of 1.10")
+    pictures = sorted(root.glob("run/version_0/fronts/*.png"))
+    assert [p.name for p in pictures] == ["step_000000.png", "step_000002.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
+    assert f"Pareto front: {pictures[1]}" in printed
+    assert "reference point is -1 on every axis" in printed
+    assert "letter_e (weight 1.00):" in printed
+    assert "brevity (weight 1.00):" in printed
+    assert f"Checkpoint: {checkpoint(root)}" in printed
+
+
+def test_everything_numeric_reaches_the_csv(fitted: tuple[Path, dict, str]) -> None:
+    import csv
+
+    root, _, _ = fitted
+    rows = list(csv.DictReader((root / "run/version_0/metrics.csv").open()))
+    filled = {key for row in rows for key, value in row.items() if value}
+    expected = {"loss", "kl", "exploration", "information/infonce", "learning_rate", "response/tokens", "time/step"}
+    for name in ("letter_e", "brevity"):
+        expected |= {f"reward/{name}", f"front/sd/{name}", f"information/feedback/{name}"}
+    expected |= {"front/hv", "front/mip", "front/crd", "information/preference", "information/preference_low"}
+    expected |= {"count/ties", "count/empty_responses", "memory/peak_gb", "tokens_per_second/sampling"}
+    assert expected <= filled
+    assert [int(row["step"]) for row in rows if row["front/hv"]] == [0, 1]  # before and after
+
+
+def test_the_whole_configuration_reaches_the_logger(fitted: tuple[Path, dict, str]) -> None:
+    root, values, _ = fitted
+    for name in ("config.yaml", "hparams.yaml"):
+        saved = yaml.safe_load((root / "run/version_0" / name).read_text())
+        assert saved["model"]["beta_c"] == 0.1, name
+        assert saved["objectives"][0]["init_args"]["letter"] == "e", name
+        assert saved["data"]["prompts"] == values["data"]["prompts"], name
+
+
+def test_a_checkpoint_holds_the_adapter_and_plain_data_only(fitted: tuple[Path, dict, str]) -> None:
+    root, _, _ = fitted
+    saved = torch.load(checkpoint(root), weights_only=True)  # executes nothing from the file
+    assert saved["miepo"]["objectives"] == ["letter_e", "brevity"]
+    assert saved["state_dict"]
+    assert all("lora_" in name for name in saved["state_dict"])
+    assert set(saved["callbacks"]["Objective[brevity]"]) == {"mean", "sd"}
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_validate_and_test_print_the_same_table(
+    fitted: tuple[Path, dict, str], command: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, values, printed = fitted
+    values = json.loads(json.dumps(values))
+    values["trainer"]["default_root_dir"] = values["trainer"]["logger"][0]["init_args"]["save_dir"] = str(tmp_path)
+    with caplog.at_level("INFO"):
+        run(command, values, tmp_path, "--ckpt_path", str(checkpoint(root)))
+    again, after = table(caplog.text.replace("\n\n", "\n")), table(printed)
+    for metric in ("HV (up)", "MIP (up)", "CRD (down)", "I(Y;W|X), nats (up)"):
+        assert again[metric] == [after[metric][1]]
+
+
+def test_predict_answers_by_name(fitted: tuple[Path, dict, str], tmp_path: Path) -> None:
+    root, values, _ = fitted
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "the garden"}\n{"prompt": "people"}\n')
+    answers = tmp_path / "answers.jsonl"
+    args = ["--ckpt_path", str(checkpoint(root)), "--data.predict_prompts", str(asked), "--writer.path", str(answers)]
+    args += ["--data.predict_preferences", '[{"brevity": 1.0}, {"letter_e": 0.25, "brevity": 0.75}]']
+    run("predict", values, tmp_path, *args)
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["the garden", "the garden", "people", "people"]
+    assert rows[0]["preference"] == {"letter_e": 0.0, "brevity": 1.0}
+    assert rows[1]["preference"] == {"letter_e": 0.25, "brevity": 0.75}
+    assert all(isinstance(row["response"], str) for row in rows)
+    with pytest.raises(SystemExit) as error:  # it does not overwrite answers
+        run("predict", values, tmp_path, *args)
+    assert error.value.code == 2
+
+
+def test_fit_goes_on_from_a_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    values = config(tiny_model, tmp_path, trainer__max_epochs=1)
+    run("fit", values, tmp_path)
+    values = config(tiny_model, tmp_path, trainer__max_epochs=2)
+    run("fit", values, tmp_path, "--ckpt_path", str(checkpoint(tmp_path)))
+    saved = torch.load(tmp_path / "run/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
+
+
+def test_wandb_offline_run_reads_back(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics, tables, images and the whole configuration are in the file that the offline run leaves."""
+    import wandb
+    from tests.helpers.wandb_file import read_records
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = {
+        "class_path": "lightning.pytorch.loggers.WandbLogger",
+        "init_args": {"project": "miepo", "save_dir": str(tmp_path), "offline": True},
+    }
+    run("fit", config(tiny_model, tmp_path, trainer__logger=[logger]), tmp_path)
+    wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    history: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for record in read_records(file):
+        for item in record.history.item:
+            history["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+        for item in record.run.config.update if record.HasField("run") else record.config.update:
+            settings[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    for key in ("loss", "kl", "reward/brevity", "front/hv", "front/mip", "front/crd", "information/preference"):
+        assert key in history, (key, sorted(history))
+    assert history["front/picture/_type"] == "images/separated"
+    assert {history[f"{key}/_type"] for key in ("front/table", "samples", "evaluation")} == {"table-file"}
+    assert "beta_w" in json.dumps(settings)
+    assert "letter_e" in json.dumps(settings) or '"letter": "e"' in json.dumps(settings)
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/front/*.png"))) == 2
+
+
+MISTAKES: dict[str, tuple[dict, str]] = {
+    "no objective": ({"objectives": []}, "expected at least one objective, got none"),
+    "two with one name": (
+        {"objectives": [{"class_path": "miepo.objectives.Brevity"}] * 2},
+        "expected objectives with different names, got two named brevity",
+    ),
+    "missing prompt file": ({"data__prompts": "nowhere.jsonl"}, "expected a file of prompts at 'nowhere.jsonl'"),
+    "no prompts": ({"data__prompts": []}, "expected at least one prompt, got none"),
+    "missing model": ({"model__policy__init_args__base": "/nowhere/model"}, "expected a model folder at '/nowhere/model'"),
+    "missing gguf": ({"model__policy__init_args__base": "/nowhere/m.gguf"}, "expected a model file at '/nowhere/m.gguf'"),
+    "prompt too long": (
+        {"data__prompts": ["fine", "garden " * 300]},
+        "1 of 2 prompts do not fit the context of 256 tokens with a response of 5; prompt 2 has",
+    ),
+    "objective raises": (
+        {"objectives": [{"class_path": "tests.helpers.tiny.Broken"}]},
+        "objective broken failed to score: ValueError: the reward server is on fire",
+    ),
+    "wrong shape": (
+        {"objectives": [{"class_path": "tests.helpers.tiny.Broken", "init_args": {"how": "shape"}}]},
+        "objective broken: expected scores of shape (2,), one per response, got (1, 1)",
+    ),
+    "negative alpha": (
+        {"data__preferences": {"class_path": "miepo.preferences.DirichletPreferences", "init_args": {"alpha": -1.0}}},
+        "DirichletPreferences.alpha must be positive, got -1",
+    ),
+    "bad grid": ({"data__grid": [[0.5, 0.5], [-1.0, 2.0]]}, "data.grid: the weight of 0 must not be negative"),
+    "bad batch size": ({"data__batch_size": 0}, "data.batch_size must be at least 1, got 0"),
+    "bad beta": ({"model__beta_w": -1.0}, "beta_w must not be negative, got -1"),
+    "bad precision": ({"trainer__precision": "bf16-mixed"}, "expected trainer.precision 32-true, got bf16-mixed"),
+    "unknown function": (
+        {"objectives": [{"class_path": "miepo.objectives.PythonObjective", "init_args": {"function": "nope.f"}}]},
+        "objective f: expected a function at 'nope.f'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(
+    name: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, message = MISTAKES[name]
+    with pytest.raises(SystemExit) as error:
+        run("fit", config(tiny_model, tmp_path, **changes), tmp_path)
+    assert error.value.code == 2
+    stderr = capsys.readouterr().err
+    lines = [line for line in stderr.splitlines() if line.startswith("miepo: error:")]
+    assert len(lines) == 1, stderr
+    assert message in lines[0]
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("preferences", "message"),
+    [
+        ('[{"kindness": 1.0}]', "unknown objective kindness; the objectives are letter_e, brevity"),
+        ('[{"brevity": -1.0}]', "the weight of brevity must not be negative, got -1"),
+        ('[{"brevity": 0.0}]', "at least one weight must be positive"),
+    ],
+)
+def test_a_wrong_preference_is_one_sentence(
+    preferences: str, message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        run("predict", config(tiny_model, tmp_path, data__predict_prompts=["x"]), tmp_path, "--data.predict_preferences", preferences)  # fmt: skip
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_predict_without_prompts(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("predict", config(tiny_model, tmp_path), tmp_path)
+    assert "expected data.predict_prompts, got none" in capsys.readouterr().err
+
+
+def test_a_malformed_file_is_named_with_its_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "fine"}\n{"prompt": \n')
+    with pytest.raises(SystemExit):
+        run("fit", config(tiny_model, tmp_path, data__prompts=str(tmp_path / "p.jsonl")), tmp_path)
+    assert "p.jsonl, line 2: expected a JSON object" in capsys.readouterr().err
+
+
+def test_overlong_prompts_can_be_dropped(tiny_model: Path, tmp_path: Path) -> None:
+    values = config(tiny_model, tmp_path, data__prompts=["fine", "garden " * 300, "food"], data__overlong="drop")
+    with pytest.warns(UserWarning, match="1 of 3 prompts do not fit"):
+        run("fit", values, tmp_path)
+
+
+def test_a_checkpoint_of_other_objectives_shows_both_lists(
+    fitted: tuple[Path, dict, str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _, _ = fitted
+    values = config(tiny_model, tmp_path)
+    values["objectives"].reverse()
+    with pytest.raises(SystemExit):
+        run("validate", values, tmp_path, "--ckpt_path", str(checkpoint(root)))
+    stderr = capsys.readouterr().err
+    assert "['letter_e', 'brevity']" in stderr
+    assert "['brevity', 'letter_e']" in stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    fitted: tuple[Path, dict, str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _, _ = fitted
+    values = config(tiny_model, tmp_path, model__policy__init_args__lora_rank=3)
+    with pytest.raises(SystemExit):
+        run("validate", values, tmp_path, "--ckpt_path", str(checkpoint(root)))
+    assert "the checkpoint's adapter does not fit the policy" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        run("validate", config(tiny_model, tmp_path), tmp_path, "--ckpt_path", str(tmp_path / "no.ckpt"))
+    assert error.value.code == 2
+    assert "no.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--model.betaw=0.1", "--data.grid=many", "--nonsense=1"])
+def test_a_typo_exits_with_2(
+    argument: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        run("fit", config(tiny_model, tmp_path), tmp_path, argument)
+    assert error.value.code == 2
+    assert argument.split("=")[0].removeprefix("--").split(".")[-1] in capsys.readouterr().err
+
+
+def test_offline_normalisation_comes_from_the_file(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "offline.jsonl").write_text(
+        "".join(json.dumps({"prompt": "x", "response": "e" * n}) + "\n" for n in (1, 2, 3))
+    )
+    run("fit", config(tiny_model, tmp_path, data__normalise_on=str(tmp_path / "offline.jsonl")), tmp_path)
+    saved = torch.load(checkpoint(tmp_path), weights_only=True)
+    assert saved["callbacks"]["Objective[letter_e]"] == {"mean": 2.0, "sd": 1.0}
+
+
+def test_objectives_of_the_trainer_count_too(tiny_model: Path, tmp_path: Path) -> None:
+    values = config(tiny_model, tmp_path, objectives=[{"class_path": "miepo.objectives.Brevity"}])
+    values["trainer"]["callbacks"].insert(0, {"class_path": "tests.helpers.tiny.Letters"})
+    run("fit", values, tmp_path)
+    assert torch.load(checkpoint(tmp_path), weights_only=True)["miepo"]["objectives"] == ["letter_a", "brevity"]
+
+
+def test_three_objectives_and_prompt_conditioning(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "m", chat=False)
+    values = config(model, tmp_path, data__grid=None)
+    values["objectives"].append({"class_path": "tests.helpers.tiny.Letters", "init_args": {"letter": "o"}})
+    values["model"]["policy"]["init_args"]["conditioning"] = [{"class_path": "miepo.policy.PromptConditioning"}]
+    values["model"] |= {"num_counterfactuals": 2, "router": {"class_path": "miepo.router.SampleRouter"}}
+    run("fit", values, tmp_path)
+    assert list(tmp_path.glob("run/version_0/fronts/step_000002.png"))

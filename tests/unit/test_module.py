@@ -1,0 +1,394 @@
+"""The step as a whole: equivalences that any implementation of Eq. 13 must show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import log
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from miepo import MIEPO
+from miepo.errors import UserError
+from miepo.losses import alignment_loss, implicit_reward
+from miepo.module import response_log_prob
+from miepo.policy import GatedConditioning, Policy, PromptConditioning
+from miepo.router import SampleRouter
+from miepo.types import PreferenceBatch, Responses, Tokens
+from tests.helpers.fit import PROMPTS, tiny_run
+from tests.helpers.tiny import Chosen, Length, Letters, randomise_adapter, tiny_policy
+
+
+class Batches(Callback):
+    """Keeps the batches, what was logged for them, and the adapter before each step."""
+
+    def __init__(self) -> None:
+        self.batches: list[PreferenceBatch] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.batches.append(batch)
+        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def rollout(model: Path, root: Path, **kwargs) -> tuple[MIEPO, PreferenceBatch, dict[str, float]]:
+    batches = Batches()
+    kwargs.setdefault("trainer", {})
+    kwargs["trainer"] = {"callbacks": [batches], "max_steps": 1} | kwargs["trainer"]
+    trainer, module, data = tiny_run(model, root, **kwargs)
+    trainer.fit(module, data)
+    return module, batches.batches[0], batches.logged[0]
+
+
+def step(module: MIEPO, batch: PreferenceBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step on a given batch, without logging."""
+    module._log_step = lambda *_: None
+    module.zero_grad()
+    loss = module.training_step(batch, 0)["loss"]
+    loss.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in module.policy.adapter_parameters().items()}  # fmt: skip
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
+def test_beta_w_zero_is_mo_odpo_bit_for_bit(tiny_model: Path, tmp_path: Path, conditioning) -> None:
+    """Loss and gradients equal those of sum_k w_k DPO_k written out here; and w- is not even drawn."""
+    module, batch, _ = rollout(tiny_model, tmp_path, conditioning=[conditioning], module={"beta_w": 0.0})
+    assert batch.counterfactual.shape[1] == 0
+    randomise_adapter(module.policy)
+    loss, gradients = step(module, batch)
+
+    module.zero_grad()
+    log_prob = response_log_prob(module.policy, batch.prompts, batch.preference.unsqueeze(1), batch.responses.tokens)
+    reward = implicit_reward(log_prob.squeeze(2), batch.reference_log_prob, batch.responses.tokens.mask)
+    mo_odpo = (alignment_loss(reward, batch.labels, module.beta_c) * batch.preference).sum(-1).mean()
+    mo_odpo.backward()
+    assert torch.equal(loss, mo_odpo)
+    for name, parameter in module.policy.adapter_parameters().items():
+        assert torch.equal(gradients[name], parameter.grad), name
+
+
+def test_a_vanishing_beta_w_is_mo_odpo_in_the_limit(tiny_model: Path, tmp_path: Path) -> None:
+    """The other path to the same point: the term is computed, and beta_w goes to 0."""
+    module, batch, _ = rollout(tiny_model, tmp_path, module={"beta_w": 1e-12})
+    randomise_adapter(module.policy)
+    _, gradients = step(module, batch)
+    module.beta_w = 0.0
+    _, expected = step(module, batch)
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-9)
+
+
+def test_the_exploration_term_by_a_slow_loop(tiny_model: Path, tmp_path: Path) -> None:
+    module, batch, _ = rollout(
+        tiny_model, tmp_path, conditioning=[PromptConditioning()], module={"beta_w": 0.5, "num_counterfactuals": 3}
+    )
+    policy = randomise_adapter(module.policy)
+    loss, _ = step(module, batch)
+    module.beta_w, total = 0.0, 0.0
+    alignment, _ = step(module, batch)
+    with torch.no_grad():
+        for b, prompt in enumerate(batch.prompts):
+            for y in range(2):
+                tokens = Tokens(batch.responses.tokens.ids[b, y : y + 1], batch.responses.tokens.mask[b, y : y + 1])
+
+                def reward(w: torch.Tensor, tokens: Tokens = tokens, prompt: str = prompt) -> float:
+                    x = policy.encode([prompt], w.unsqueeze(0))
+                    own = policy.log_prob(x, w.unsqueeze(0), tokens).sum()
+                    return (own - policy.reference_log_prob(x, tokens).sum()).item()
+
+                if batch.responses.texts[b][y].strip():
+                    logits = torch.tensor([reward(batch.preference[b]), *map(reward, batch.counterfactual[b])]) * 0.5
+                    total += -logits.log_softmax(0)[0].item() / 2 / len(batch)
+    assert loss.item() - alignment.item() == pytest.approx(total, rel=1e-3)
+
+
+def test_the_gradient_of_the_exploration_term_uses_w_minus_only(tiny_model: Path, tmp_path: Path) -> None:
+    """With one-hot preferences and separate blocks: w+ = e_0 and w- = e_1 touch different parameters."""
+    module, batch, _ = rollout(
+        tiny_model, tmp_path, conditioning=[GatedConditioning(shared=False)], module={"beta_w": 0.5}
+    )
+    randomise_adapter(module.policy)
+    first = torch.tensor([1.0, 0.0]).expand(len(batch), 2)
+    batch = replace(batch, preference=first, counterfactual=first.flip(1).unsqueeze(1), labels=torch.zeros(len(batch), 2))
+    _, gradients = step(module, batch)  # no labels: the exploration term alone
+    r = module.policy.lora_rank
+    for name, gradient in gradients.items():
+        plus, minus = gradient.split(r, 0 if "lora_A" in name else 1)
+        assert plus.abs().sum() == 0, name
+        assert minus.abs().sum() > 0, name
+
+
+def test_permuting_the_objectives_permutes_the_gate_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
+    module, batch, _ = rollout(tiny_model, tmp_path, module={"beta_w": 0.3})
+    policy = randomise_adapter(module.policy)
+    loss, gradients = step(module, batch)
+    r = policy.lora_rank
+    order = torch.cat([torch.arange(r), torch.arange(2 * r, 3 * r), torch.arange(r, 2 * r)])  # shared, second, first
+    with torch.no_grad():
+        for name, p in policy.adapter_parameters().items():
+            p.copy_(p[order] if "lora_A" in name else p[:, order])
+    flipped = replace(
+        batch, preference=batch.preference.flip(-1), counterfactual=batch.counterfactual.flip(-1),
+        routing=batch.routing.flip(-1), scores=batch.scores.flip(-1), labels=batch.labels.flip(-1),
+    )  # fmt: skip
+    other, permuted = step(module, flipped)
+    torch.testing.assert_close(other, loss, rtol=1e-6, atol=1e-7)
+    for name, gradient in gradients.items():
+        expected = gradient[order] if "lora_A" in name else gradient[:, order]
+        torch.testing.assert_close(permuted[name], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
+def test_padding_changes_no_loss_and_no_logged_number(tiny_model: Path, tmp_path: Path, conditioning) -> None:
+    module, batch, _ = rollout(tiny_model, tmp_path, conditioning=[conditioning], module={"beta_w": 0.3})
+    randomise_adapter(module.policy)
+
+    def logged(batch: PreferenceBatch) -> dict[str, float]:
+        values: dict[str, torch.Tensor] = {}
+        module.log = lambda name, value, **_: values.__setitem__(name, value)
+        module.log_dict = lambda entries, **_: values.update(entries)
+        module.lr_schedulers = lambda: SimpleNamespace(get_last_lr=lambda: [0.0])
+        module.zero_grad()
+        module.training_step(batch, 0)["loss"].backward()
+        return {k: float(v) for k, v in values.items()} | {
+            n: p.grad.norm().item() for n, p in module.policy.adapter_parameters().items()
+        }
+
+    y, extra = batch.responses, 5
+    end = module.policy.tokenizer.pad_token_id
+    wide = Tokens(
+        torch.nn.functional.pad(y.tokens.ids, (0, extra), value=end), torch.nn.functional.pad(y.tokens.mask, (0, extra))
+    )
+    padded = replace(
+        batch,
+        responses=Responses(wide, y.texts, y.finished),
+        reference_log_prob=torch.nn.functional.pad(batch.reference_log_prob, (0, extra), value=-3.0),  # must not count
+        counterfactual_reference_log_prob=torch.nn.functional.pad(
+            batch.counterfactual_reference_log_prob, (0, extra), value=-3.0
+        ),
+    )
+    narrow, padded_values = logged(batch), logged(padded)
+    assert narrow.keys() == padded_values.keys()
+    assert {"loss", "kl", "response/tokens", "exploration", "information/infonce", "reward/length"} <= narrow.keys()
+    for key in narrow:
+        assert padded_values[key] == pytest.approx(narrow[key], rel=1e-3, abs=1e-6), key
+
+
+def test_accumulation_1x8_equals_8x1(tiny_model: Path, tmp_path: Path) -> None:
+    """For given rollouts: the mean of the gradients of single prompts is the gradient of the batch."""
+    module, batch, _ = rollout(tiny_model, tmp_path, module={"beta_w": 0.3}, data={"batch_size": 8})
+    randomise_adapter(module.policy)
+    _, whole = step(module, batch)
+    parts = []
+    for b in range(8):
+        one = slice(b, b + 1)
+        y = batch.responses
+        parts.append(
+            step(
+                module,
+                PreferenceBatch(
+                    batch.prompts[one], batch.preference[one], batch.counterfactual[one], batch.routing[one],
+                    Responses(Tokens(y.tokens.ids[one], y.tokens.mask[one]), y.texts[one], y.finished[one]),
+                    batch.scores[one], batch.labels[one], batch.reference_log_prob[one],
+                    batch.counterfactual_reference_log_prob[one],
+                ),
+            )[1]
+        )  # fmt: skip
+    for name, gradient in whole.items():
+        torch.testing.assert_close(torch.stack([p[name] for p in parts]).mean(0), gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_all_ties_give_zero_alignment_gradient_and_are_counted(tiny_model: Path, tmp_path: Path) -> None:
+    same = [Chosen([1.0] * 8, "same"), Chosen([float("nan")] * 8, "none")]
+    module, batch, logged = rollout(tiny_model, tmp_path, objectives=same, module={"beta_w": 0.0})
+    randomise_adapter(module.policy)
+    loss, gradients = step(module, batch)
+    assert loss.isfinite()
+    assert all((g == 0).all() for g in gradients.values())
+    pairs_with_text = int((~batch.responses.empty.any(1)).sum())
+    assert (logged["count/ties"], logged["count/not_a_number"], logged["count/labels"]) == (pairs_with_text, 4, 0)
+
+
+def test_the_logged_reward_is_the_one_that_makes_the_pairs(tiny_model: Path, tmp_path: Path) -> None:
+    """Recomputed from the texts: mean normalised scores by name, and labels by their order."""
+    module, batch, logged = rollout(tiny_model, tmp_path)
+    for k, objective in enumerate(module.objectives):
+        raw = torch.tensor([objective.score(["x", "x"], texts) for texts in batch.responses.texts])  # (B, 2)
+        normal = objective.normalise(raw)
+        assert logged[f"reward/{objective.name}"] == pytest.approx(normal.mean().item(), rel=1e-5)
+        expected = torch.where(batch.responses.empty.any(1), 0.0, torch.sign(raw[:, 0] - raw[:, 1]))
+        assert torch.equal(batch.labels[:, k], expected)
+
+
+def test_kl_is_the_mean_implicit_reward_over_real_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    module, batch, _ = rollout(tiny_model, tmp_path)
+    policy = randomise_adapter(module.policy)
+    values: dict[str, torch.Tensor] = {}
+    module.log = lambda *_, **__: None
+    module.log_dict = lambda entries, **_: values.update(entries)
+    module.lr_schedulers = lambda: SimpleNamespace(get_last_lr=lambda: [0.0])
+    module.training_step(batch, 0)
+    total = 0.0
+    for b, prompt in enumerate(batch.prompts):
+        for y in range(2):
+            keep = batch.responses.tokens.mask[b, y]
+            tokens = Tokens(batch.responses.tokens.ids[b, y][keep].unsqueeze(0), keep[keep].unsqueeze(0))
+            x = policy.encode([prompt], batch.preference[b : b + 1])
+            own = policy.log_prob(x, batch.preference[b : b + 1], tokens).sum()
+            total += (own - policy.reference_log_prob(x, tokens).sum()).item() / 8
+    assert values["kl"].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_sampled_routing_asks_one_objective_per_prompt(tiny_model: Path, tmp_path: Path) -> None:
+    asked: dict[str, int] = {"a": 0, "e": 0}
+
+    class Counting(Letters):
+        def score(self, prompts, responses):
+            asked[self.letter] += len(responses)
+            return super().score(prompts, responses)
+
+    given = {"mean": 0.0, "sd": 1.0}
+    objectives = [Counting("a", normalisation=given), Counting("e", normalisation=given)]
+    trial = 2  # the trial run of setup asks each objective about two texts
+    module, batch, _ = rollout(
+        tiny_model, tmp_path, objectives=objectives, module={"router": SampleRouter()}, data={"batch_size": 8}
+    )
+    assert sorted(batch.routing.flatten().tolist()) == [0.0] * 8 + [1.0] * 8
+    assert sum(asked.values()) - 2 * trial == 16  # 8 prompts x 2 responses, one objective each
+    assert batch.scores.isnan().sum() == 16
+    loss, _ = step(module, batch)
+    assert loss.isfinite()
+
+
+def test_scalarised_feedback_is_one_order_for_all(tiny_model: Path, tmp_path: Path) -> None:
+    _, batch, _ = rollout(tiny_model, tmp_path, data={"feedback": "scalarised"})
+    assert torch.equal(batch.labels[:, 0], batch.labels[:, 1])
+    scalar = (batch.scores * batch.preference.unsqueeze(1)).sum(-1)
+    expected = torch.where(batch.responses.empty.any(1), 0.0, torch.sign(scalar[:, 0] - scalar[:, 1]))
+    assert torch.equal(batch.labels[:, 0], expected)
+
+
+def test_steps_on_a_batch_teach_each_preference_its_own_order(tiny_model: Path, tmp_path: Path) -> None:
+    """The same pairs, opposite judges: after some steps the implicit reward orders them as the asked objective does."""
+    module, batch, _ = rollout(
+        tiny_model, tmp_path, objectives=[Length("long"), Length("short", sign=-1)], module={"beta_w": 0.0},
+        data={"batch_size": 8},
+    )  # fmt: skip
+    rows = torch.arange(4).repeat(2)  # every pair twice: once for each objective
+    y, labels, w = batch.responses, torch.tensor([[1.0, -1.0]] * 8), torch.eye(2).repeat_interleave(4, 0)
+    batch = replace(
+        batch, prompts=[batch.prompts[i] for i in rows], preference=w, routing=w, labels=labels,
+        responses=Responses(
+            Tokens(y.tokens.ids[rows], y.tokens.mask[rows]), [y.texts[i] for i in rows], y.finished[rows]
+        ),
+        reference_log_prob=batch.reference_log_prob[rows],
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(module.policy.adapter_parameters().values(), lr=2e-2)
+    losses = []
+    for _ in range(40):
+        losses.append(step(module, batch)[0].item())
+        optimizer.step()
+    assert losses[0] == pytest.approx(log(2), abs=0.05)  # the rollout itself made one step
+    assert losses[-1] < 0.5
+    log_prob = response_log_prob(module.policy, batch.prompts, w.unsqueeze(1), batch.responses.tokens).squeeze(2)
+    reward = implicit_reward(log_prob, batch.reference_log_prob, batch.responses.tokens.mask)
+    assert torch.equal(torch.sign(reward[:, 0] - reward[:, 1]), (labels * w).sum(-1))
+
+
+def test_the_schedule_warms_up_and_decays_to_zero(tiny_model: Path, tmp_path: Path) -> None:
+    batches = Batches()
+    trainer, module, data = tiny_run(
+        tiny_model, tmp_path, module={"learning_rate": 0.1, "warmup": 0.25},
+        trainer={"callbacks": [batches], "max_steps": 8, "max_epochs": 8}, data={"batch_size": 8},
+    )  # fmt: skip
+    trainer.fit(module, data)
+    rates = [logged["learning_rate"] for logged in batches.logged]
+    assert rates[0] == 0.0
+    assert rates[2] == pytest.approx(0.1)
+    assert rates[1:3] == sorted(rates[1:3])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] < 0.02
+    assert isinstance(trainer.optimizers[0], torch.optim.Adam)
+
+
+def test_rollouts_do_not_depend_on_the_batch_size(tiny_model: Path, tmp_path: Path) -> None:
+    """Preferences and routing go with the prompt's place in the epoch."""
+    drawn = []
+    for size in (2, 4):
+        batches = Batches()
+        trainer, module, data = tiny_run(
+            tiny_model, tmp_path, data={"batch_size": size}, trainer={"callbacks": [batches], "max_steps": 8 // size}
+        )
+        trainer.fit(module, data)
+        drawn.append(
+            (
+                [p for b in batches.batches for p in b.prompts],
+                torch.cat([b.preference for b in batches.batches]),
+                torch.cat([b.counterfactual for b in batches.batches]),
+            )
+        )
+    assert drawn[0][0] == drawn[1][0]
+    assert torch.equal(drawn[0][1], drawn[1][1])
+    assert torch.equal(drawn[0][2], drawn[1][2])
+
+
+def test_the_same_seed_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> None:
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)  # initialises the adapter
+        batches = Batches()
+        trainer, module, data = tiny_run(tiny_model, tmp_path, trainer={"callbacks": [batches], "max_steps": 4, "max_epochs": 2})
+        trainer.fit(module, data)
+        losses.append([logged["loss"] for logged in batches.logged])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"beta_c": -1.0}, "beta_c must not be negative, got -1"),
+        ({"beta_w": -0.1}, "beta_w must not be negative"),
+        ({"num_counterfactuals": 0}, "num_counterfactuals must be at least 1, got 0"),
+        ({"warmup": 1.0}, "warmup is a fraction"),
+    ],
+)
+def test_bad_settings(kwargs: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MIEPO(Policy("x"), **kwargs)
+
+
+def test_trainer_precision_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, module, data = tiny_run(tiny_model, tmp_path, trainer={"precision": "bf16-mixed"})
+    with pytest.raises(UserError, match=r"expected trainer.precision 32-true, got bf16-mixed"):
+        trainer.fit(module, data)
+
+
+def test_training_step_is_short() -> None:
+    import ast
+    import inspect
+    import textwrap
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(MIEPO.training_step))).body[0].body[1:]
+    assert body[-1].end_lineno - body[0].lineno < 25
+
+
+def test_response_log_prob_keeps_prompts_preferences_and_responses_apart(tiny_model: Path) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, [GatedConditioning(), PromptConditioning()]))
+    ids = torch.randint(5, 100, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+    responses = Tokens(ids, torch.ones_like(ids).bool())
+    w = torch.tensor([[[0.1, 0.9], [1.0, 0.0]], [[0.3, 0.7], [0.5, 0.5]]])  # (B, C, K)
+    out = response_log_prob(policy, PROMPTS[:2], w, responses)
+    assert out.shape == (2, 3, 2, 4)
+    for b in range(2):
+        for n in range(3):
+            for c in range(2):
+                x = policy.encode([PROMPTS[b]], w[b, c : c + 1])
+                one = Tokens(ids[b, n : n + 1], responses.mask[b, n : n + 1])
+                torch.testing.assert_close(
+                    out[b, n, c], policy.log_prob(x, w[b, c : c + 1], one)[0], rtol=1e-4, atol=1e-5
+                )
