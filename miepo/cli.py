@@ -37,7 +37,7 @@ class MiepoCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
 
     def before_instantiate_classes(self) -> None:
-        path = self.config[self.subcommand].get("ckpt_path")
+        path = self._get(self.config, "ckpt_path") if self.subcommand else None
         if path and path not in ("best", "last", "hpc") and ":" not in path and not Path(path).is_file():
             raise UserError(f"expected a checkpoint at '{path}': there is none")
 
@@ -53,6 +53,8 @@ def _data_seed(seed: bool | int | None) -> int:
 
 def main(args: ArgsType = None) -> None:
     """The command. A user's mistake ends in one sentence and exit status 2; ``MIEPO_TRACEBACK=1`` shows where."""
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)  # the user's own objectives, beside the configuration
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # prompts are in memory
     warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")  # peft, not ours
     try:

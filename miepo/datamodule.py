@@ -107,7 +107,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads everything the user gave, so that a mistake shows before a model is loaded."""
-        names = [o.name for o in objectives_of(self.trainer)]
+        names = [o.name for o in objectives_of(self._trainer)]
         if isinstance(self.grid_spec, list):
             self.grid = simplex_rows(self.grid_spec, len(names), "data.grid")
         else:
@@ -130,7 +130,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             read_rows(self.normalise_on, "prompt", "response")
 
     def train_dataloader(self) -> DataLoader:
-        prompts = OnlinePrompts(self._fitting(self.train_set), self.seed, lambda: self.trainer.current_epoch)
+        prompts = OnlinePrompts(self._fitting(self.train_set), self.seed, lambda: self._trainer.current_epoch)
         return DataLoader(prompts, batch_size=self.batch_size, collate_fn=prompts.collate)
 
     def val_dataloader(self) -> DataLoader:
@@ -169,7 +169,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
 
     @property
     def _module(self) -> Any:
-        return self.trainer.lightning_module  # type: ignore[union-attr]
+        return self._trainer.lightning_module
+
+    @property
+    def _trainer(self) -> Any:
+        return self.trainer
 
     @property
     def _policy(self) -> Policy:
@@ -179,12 +183,12 @@ class OnlinePreferenceDataModule(LightningDataModule):
         return batch  # text; the tensors are made on the device
 
     def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PreferenceBatch | EvaluationBatch:
-        if self.trainer.training:  # type: ignore[union-attr]
+        if self._trainer.training:
             return self.rollout(batch)
         return self.evaluation(batch)
 
     def rollout(self, batch: PromptBatch) -> PreferenceBatch:
-        """Algorithm 1, steps 1 to 3: preferences, responses, scores, labels; and what the losses need of the reference."""
+        """Algorithm 1, steps 1 to 3: preferences, responses, scores, labels; and the reference's log-probabilities."""
         module, policy, device = self._module, self._policy, self._policy.device
         self.ensure_normalised()
         preference, counterfactual = draw_preferences(
@@ -249,7 +253,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         module = self._module
         assert batch.preference is not None and batch.grid_index is not None
         seed = torch_seed(Stream.EVALUATION, self.seed, batch.positions[0], int(batch.grid_index[0]))
-        predicting = self.trainer.predicting  # type: ignore[union-attr]
+        predicting = self._trainer.predicting
         if not predicting:
             self.ensure_normalised()
         responses = self.engine.sample(self._policy, batch.prompts, batch.preference, 1, self.max_new_tokens, seed)
@@ -270,7 +274,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
     # -- normalisation -------------------------------------------------------------------------------------------------
 
     def ensure_normalised(self) -> None:
-        """Measures the normalisation of objectives that have none: from the checkpoint, the config, or measured here."""
+        """Measures the normalisation of objectives that got none from the configuration or a checkpoint."""
         module = self._module
         missing = [o for o in module.objectives if o.normalisation is None]
         if not missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from miepo.callbacks.pareto_front import ParetoFront
@@ -27,7 +27,7 @@ class EvaluationTable(Callback):
         self.first = state_dict["first"]
 
     @whole_evaluation
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(PREFIXES)}
         self.last = {"step": trainer.global_step, "metrics": metrics}
         self.first = self.first or self.last
@@ -36,7 +36,7 @@ class EvaluationTable(Callback):
 
     on_test_end = on_validation_end
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.last:
             self._report(trainer, {"before": self.first, "after": self.last})
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from miepo.callbacks.reporting import log_evaluation, log_image, log_table, run_folder, whole_evaluation
@@ -21,8 +21,9 @@ METRIC = "pareto_front"
 class ParetoFront(Callback):
     """Measures the front at every evaluation and draws it.
 
-    Logs ``front/hv``, ``front/mip``, ``front/crd`` and, for every objective, ``front/sd/NAME`` and the ``front/best/NAME``
-    that a preference vector reached. The picture goes to ``fronts/`` in the run's folder and to the logger.
+    Logs ``front/hv``, ``front/mip``, ``front/crd`` and, for every objective, ``front/sd/NAME`` and the
+    ``front/best/NAME`` that a preference vector reached. The picture goes to ``fronts/`` in the run's folder and
+    to the logger.
 
     Args:
         reference_point: Coordinate of the hypervolume's reference point on every axis, in normalised rewards. With the
@@ -41,19 +42,19 @@ class ParetoFront(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = state_dict["before"]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":
             grid = trainer.datamodule.grid  # type: ignore[attr-defined]
             pl_module.metrics[METRIC] = ParetoFrontMetric(grid, self.reference_point)
 
     @whole_evaluation
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EvaluationBatch, *_: Any
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
     ) -> None:
         pl_module.metrics[METRIC].update(batch.grid_index, batch.scores)
 
     @whole_evaluation
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         metric, names = pl_module.metrics[METRIC], pl_module.names
         result = metric.compute()
         means = result["means"].cpu()  # (M, K)

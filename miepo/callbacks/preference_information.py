@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from miepo.callbacks.reporting import log_evaluation, whole_evaluation
@@ -28,19 +28,17 @@ class PreferenceInformation(Callback):
     def __init__(self) -> None:
         self.pairs: list[Tensor] = []  # (B, K) each
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":
             grid = trainer.datamodule.grid  # type: ignore[attr-defined]
             pl_module.metrics[METRIC] = PreferenceInformationMetric(len(grid))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.pairs.append(outputs["feedback_information"].cpu())
 
     @whole_evaluation
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EvaluationBatch, *_: Any
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
     ) -> None:
         grid = trainer.datamodule.grid  # type: ignore[attr-defined]
         preferences = grid.expand(len(batch), -1, -1)  # (N, M, K)
@@ -51,7 +49,7 @@ class PreferenceInformation(Callback):
         )  # (N, M)
 
     @whole_evaluation
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         metric = pl_module.metrics[METRIC]
         values = {f"information/{key}": value.float() for key, value in metric.compute().items()}
         metric.reset()

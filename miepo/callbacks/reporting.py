@@ -7,10 +7,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 
-def log_evaluation(trainer: Trainer, module: LightningModule, metrics: Mapping[str, Any]) -> None:
+def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) -> None:
     """Logs the figures of one evaluation by Lightning's own way, and to the loggers directly before training.
 
     Lightning keeps what is logged in its sanity check from the loggers. Here the sanity check over the whole

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -26,7 +26,7 @@ class ResponseWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.path, self.overwrite = Path(path), overwrite
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":
             return
         rank = trainer.global_rank
@@ -44,7 +44,7 @@ class ResponseWriter(BasePredictionWriter):
     def write_on_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         prediction: Sequence[dict[str, Any]],
         batch_indices: Sequence[int] | None,
         batch: Any,
@@ -54,5 +54,5 @@ class ResponseWriter(BasePredictionWriter):
         with self.target.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         rank_zero_info(f"Answers: {self.target}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class SampleTable(Callback):
 
     @whole_evaluation
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EvaluationBatch, *_: Any
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
     ) -> None:
         assert batch.scores is not None
         for i, (position, prompt) in enumerate(zip(batch.positions, batch.prompts, strict=True)):
@@ -37,7 +37,7 @@ class SampleTable(Callback):
                 self.rows.append((position, int(batch.grid_index[i]), prompt, batch.preference[i].cpu(), text, scores))
 
     @whole_evaluation
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.last, self.rows = sorted(self.rows, key=lambda row: row[:2]), []
         table = [
             (trainer.global_step, prompt, format_preference(w, pl_module.names), text, *scores)
@@ -45,10 +45,10 @@ class SampleTable(Callback):
         ]
         log_table(trainer, "samples", ["step", "prompt", "preference", "response", *pl_module.names], table)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._print(pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit":
             self._print(pl_module)
 
@@ -56,7 +56,7 @@ class SampleTable(Callback):
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
-    def _print(self, module: LightningModule) -> None:
+    def _print(self, module: Any) -> None:
         for position in range(self.printed):
             rows = [row for row in self.last if row[0] == position]
             if not rows:

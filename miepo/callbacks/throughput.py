@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
 from miepo.types import PreferenceBatch
 
@@ -23,14 +23,14 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.mark: float | None = None
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.mark = perf_counter()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.mark = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
         now, values = perf_counter(), {f"time/{key}": value for key, value in batch.seconds.items()}
         tokens = int(batch.responses.tokens.mask.sum())

@@ -67,6 +67,10 @@ class ParetoFrontMetric(Metric):
     """
 
     full_state_update = False
+    grid: Tensor
+    count: Tensor  # (M,)
+    total: Tensor  # (M, K)
+    outer: Tensor  # (M, K, K)
 
     def __init__(self, grid: Tensor, reference_point: float) -> None:
         super().__init__()
@@ -89,14 +93,14 @@ class ParetoFrontMetric(Metric):
         self.outer.index_add_(0, index, rows.unsqueeze(-1) * rows.unsqueeze(-2))
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean reward vectors ``(M, K)`` and sample covariances ``(M, K, K)``; NaN where there are too few responses."""
+        """Mean reward vectors ``(M, K)`` and sample covariances ``(M, K, K)``; NaN where responses are too few."""
         n = self.count.unsqueeze(-1)  # (M, 1)
         means = torch.where(n > 0, self.total / n, torch.nan)
         centred = self.outer - n.unsqueeze(-1) * means.unsqueeze(-1) * means.unsqueeze(-2)
         return means, torch.where(n.unsqueeze(-1) > 1, centred / (n.unsqueeze(-1) - 1), torch.nan)
 
     def compute(self) -> dict[str, Tensor]:
-        """``hv``, ``mip``, ``crd``, the per-axis standard deviations ``sd`` ``(K,)`` and the front ``means`` ``(M, K)``."""
+        """``hv``, ``mip``, ``crd``, per-axis standard deviations ``sd`` ``(K,)`` and the front ``means`` ``(M, K)``."""
         means, covariances = self.moments()
         variances = covariances.diagonal(dim1=-2, dim2=-1)  # (M, K)
         return {

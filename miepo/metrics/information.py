@@ -82,12 +82,12 @@ def bootstrap_interval(
         draws: Number of resamples.
         level: Coverage.
     """
-    values, groups = np.asarray(values, dtype=np.float64), np.asarray(groups)
-    values, groups = values[~np.isnan(values)], groups[~np.isnan(values)]
-    if len(values) == 0:
+    numbers, labels = np.asarray(values, dtype=np.float64), np.asarray(groups)
+    numbers, labels = numbers[~np.isnan(numbers)], labels[~np.isnan(numbers)]
+    if len(numbers) == 0:
         return float("nan"), float("nan")
-    _, inverse = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(inverse, weights=values), np.bincount(inverse)
+    _, inverse = np.unique(labels, return_inverse=True)
+    sums, counts = np.bincount(inverse, weights=numbers), np.bincount(inverse)
     chosen = generator(Stream.BOOTSTRAP, seed).integers(len(sums), size=(draws, len(sums)))
     means = sums[chosen].sum(1) / counts[chosen].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -102,6 +102,8 @@ class PreferenceInformationMetric(Metric):
     """
 
     full_state_update = False
+    information: list[Tensor]
+    prompt: list[Tensor]
 
     def __init__(self, grid_size: int) -> None:
         super().__init__()

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +14,7 @@ class PythonObjective(Objective):
     """A function ``f(prompts, responses) -> N numbers``, given by its import path.
 
     Args:
-        function: ``package.module.function`` (or ``module:function``); the folder of the command is searched, too.
+        function: ``package.module.function`` (or ``module:function``); the command also searches its folder.
         name: Name of the objective; the function's name by default.
         higher_is_better: False turns the sign.
         normalisation: See :class:`~miepo.objectives.base.Objective`.
@@ -35,8 +33,6 @@ class PythonObjective(Objective):
 
     def load(self, device: torch.device) -> None:
         path = f"{self.module}.{self.attribute}"
-        if (folder := os.getcwd()) not in sys.path:
-            sys.path.append(folder)
         try:
             self.function = getattr(importlib.import_module(self.module), self.attribute)
         except (ImportError, AttributeError, ValueError) as error:

@@ -78,7 +78,9 @@ def randomise_adapter(policy: Policy, seed: int = 0, scale: float = 0.3) -> Poli
 class Letters(Objective):
     """How often a letter occurs."""
 
-    def __init__(self, letter: str = "a", name: str | None = None, normalisation: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, letter: str = "a", name: str | None = None, normalisation: dict[str, float] | None = None
+    ) -> None:
         super().__init__(name or f"letter_{letter}", normalisation)
         self.letter = letter
 

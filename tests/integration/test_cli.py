@@ -30,7 +30,10 @@ def config(model: Path, root: Path, **changes: Any) -> dict:
             "enable_progress_bar": False,
             "default_root_dir": str(root),
             "logger": [
-                {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(root), "name": "run"}}
+                {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": str(root), "name": "run"},
+                }
             ],
             "callbacks": callbacks(
                 {
@@ -202,6 +205,7 @@ def test_fit_goes_on_from_a_checkpoint(tiny_model: Path, tmp_path: Path) -> None
 def test_wandb_offline_run_reads_back(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metrics, tables, images and the whole configuration are in the file that the offline run leaves."""
     import wandb
+
     from tests.helpers.wandb_file import read_records
 
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -236,8 +240,14 @@ MISTAKES: dict[str, tuple[dict, str]] = {
     ),
     "missing prompt file": ({"data__prompts": "nowhere.jsonl"}, "expected a file of prompts at 'nowhere.jsonl'"),
     "no prompts": ({"data__prompts": []}, "expected at least one prompt, got none"),
-    "missing model": ({"model__policy__init_args__base": "/nowhere/model"}, "expected a model folder at '/nowhere/model'"),
-    "missing gguf": ({"model__policy__init_args__base": "/nowhere/m.gguf"}, "expected a model file at '/nowhere/m.gguf'"),
+    "missing model": (
+        {"model__policy__init_args__base": "/nowhere/model"},
+        "expected a model folder at '/nowhere/model'",
+    ),
+    "missing gguf": (
+        {"model__policy__init_args__base": "/nowhere/m.gguf"},
+        "expected a model file at '/nowhere/m.gguf'",
+    ),
     "prompt too long": (
         {"data__prompts": ["fine", "garden " * 300]},
         "1 of 2 prompts do not fit the context of 256 tokens with a response of 5; prompt 2 has",

@@ -113,7 +113,9 @@ def test_the_gradient_of_the_exploration_term_uses_w_minus_only(tiny_model: Path
     )
     randomise_adapter(module.policy)
     first = torch.tensor([1.0, 0.0]).expand(len(batch), 2)
-    batch = replace(batch, preference=first, counterfactual=first.flip(1).unsqueeze(1), labels=torch.zeros(len(batch), 2))
+    batch = replace(
+        batch, preference=first, counterfactual=first.flip(1).unsqueeze(1), labels=torch.zeros(len(batch), 2)
+    )
     _, gradients = step(module, batch)  # no labels: the exploration term alone
     r = module.policy.lora_rank
     for name, gradient in gradients.items():
@@ -341,7 +343,9 @@ def test_the_same_seed_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> N
     for _ in range(2):
         torch.manual_seed(0)  # initialises the adapter
         batches = Batches()
-        trainer, module, data = tiny_run(tiny_model, tmp_path, trainer={"callbacks": [batches], "max_steps": 4, "max_epochs": 2})
+        trainer, module, data = tiny_run(
+            tiny_model, tmp_path, trainer={"callbacks": [batches], "max_steps": 4, "max_epochs": 2}
+        )
         trainer.fit(module, data)
         losses.append([logged["loss"] for logged in batches.logged])
     assert losses[0] == losses[1]

@@ -112,7 +112,7 @@ def test_reward_model_is_the_raw_logit_of_its_label(classifier: Path) -> None:
 
 
 def test_reward_model_with_a_label_it_lacks(classifier: Path) -> None:
-    with pytest.raises(ObjectiveError, match="objective r: expected a label below 2.*got 2"):
+    with pytest.raises(ObjectiveError, match=r"objective r: expected a label below 2.*got 2"):
         RewardModel(str(classifier), "r", label=2).load(torch.device("cpu"))
 
 

@@ -145,7 +145,7 @@ def test_one_hot_gates_leave_the_other_blocks_untouched(tiny_model: Path) -> Non
         assert blocks[1].abs().sum() == 0
 
 
-@pytest.mark.parametrize("conditioning", [c for c in Conditioning.__subclasses__()])
+@pytest.mark.parametrize("conditioning", Conditioning.__subclasses__())
 def test_contract_conditionings_act_by_text_or_by_gate(conditioning: type[Conditioning]) -> None:
     c, names = conditioning(), ["a", "b"]
     text, blocks = c.write([0.25, 0.75], names), c.blocks(2)

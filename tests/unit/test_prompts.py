@@ -112,7 +112,7 @@ def test_shipped_prompts(part: str, count: int) -> None:
 
 
 def test_shipped_prompts_are_disjoint_and_varied() -> None:
-    parts = [[json.loads(line) for line in locate(f"package:miepo/data/everyday_{p}.jsonl").open()] for p in ("train", "validation")]  # fmt: skip
+    parts = [[json.loads(line) for line in locate(f"package:miepo/data/everyday_{p}.jsonl").read_text().splitlines()] for p in ("train", "validation")]  # fmt: skip
     assert not {r["prompt"].casefold() for r in parts[0]} & {r["prompt"].casefold() for r in parts[1]}
     topics = [{r["topic"] for r in part} for part in parts]
     assert topics[0] == topics[1]
@@ -120,7 +120,7 @@ def test_shipped_prompts_are_disjoint_and_varied() -> None:
 
 
 def test_packaged_files() -> None:
-    with pytest.raises(UserError, match="'nothing.jsonl' in an installed package 'miepo'"):
+    with pytest.raises(UserError, match=r"'nothing.jsonl' in an installed package 'miepo'"):
         locate("package:miepo/nothing.jsonl")
     with pytest.raises(UserError, match="installed package 'no_such_package'"):
         locate("package:no_such_package/x")
