@@ -9,8 +9,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from miepo.callbacks import ResponseWriter
 from miepo.datamodule import OnlinePreferenceDataModule
@@ -36,10 +39,25 @@ class MiepoCLI(LightningCLI):
         parser.add_lightning_class_args(ResponseWriter, "writer")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
 
-    def before_instantiate_classes(self) -> None:
-        path = self._get(self.config, "ckpt_path") if self.subcommand else None
-        if path and path not in ("best", "last", "hpc") and ":" not in path and not Path(path).is_file():
-            raise UserError(f"expected a checkpoint at '{path}': there is none")
+    def _parse_ckpt_path(self) -> None:
+        """Checks the checkpoint before anything is built, and leaves the configuration as it is."""
+        options = self.config[self.config.subcommand] if self.config.get("subcommand") else {}
+        path = options.get("ckpt_path")
+        if "weights_only" in options:
+            options["weights_only"] = True  # a checkpoint is data: nothing in it is executed
+        if options and path is None:
+            if self.config.subcommand == "predict":
+                raise UserError("predict answers with a trained policy: expected --ckpt_path, got none")
+            if self.config.subcommand in ("validate", "test"):
+                rank_zero_warn("without --ckpt_path the untrained policy is evaluated")
+        elif path not in (None, "best", "last", "hpc"):
+            if not Path(path).is_file():
+                raise UserError(f"expected a checkpoint at '{path}': there is none")
+            try:
+                torch.load(path, weights_only=True, map_location="meta")
+            except Exception as error:  # torch raises many kinds, all of them about this file
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(f"expected a checkpoint at '{path}', got a file that is none: {reason}") from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -76,9 +94,9 @@ def main(args: ArgsType = None) -> None:
         sys.exit(2)
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
+def _user_error(error: BaseException | None) -> BaseException | None:
     """The user's mistake behind an exception: the parser wraps what a constructor raises in errors of its own."""
-    while error is not None and not isinstance(error, UserError):
+    while error is not None and not isinstance(error, (UserError, MisconfigurationException)):
         error = error.__cause__ or error.__context__
     return error
 

@@ -29,6 +29,7 @@ from miepo.preferences import (
 )
 from miepo.prompts import GridPrompts, OnlinePrompts, load_prompts, read_rows, split_prompts
 from miepo.rollout import RolloutEngine, TransformersEngine
+from miepo.router import SampleRouter
 from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses
 
 RESPONSES = 2  # the pair that every objective judges
@@ -82,14 +83,17 @@ class OnlinePreferenceDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-            if value < 1:
+        for name, value in (
+            ("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("validation_limit", validation_limit),
+            ("evaluation_batch_size", evaluation_batch_size),
+        ):  # fmt: skip
+            if value is not None and value < 1:
                 raise UserError(f"data.{name} must be at least 1, got {value}")
         if not 0 < validation_fraction < 1:
             raise UserError(f"data.validation_fraction must lie between 0 and 1, got {validation_fraction}")
         if isinstance(normalise_on, int) and normalise_on < 2:
             raise UserError(f"data.normalise_on must be at least 2 prompts, got {normalise_on}")
-        if isinstance(grid, int) and grid < 2:
+        if grid is not None and (grid if isinstance(grid, int) else len(grid)) < 2:
             raise UserError(f"data.grid needs at least 2 preference vectors, got {grid}")
         self.prompts, self.validation_prompts, self.prompt_field = prompts, validation_prompts, prompt_field
         self.validation_fraction, self.validation_limit = validation_fraction, validation_limit
@@ -112,6 +116,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
             self.grid = simplex_rows(self.grid_spec, len(names), "data.grid")
         else:
             self.grid = evaluation_grid(len(names), self.grid_spec)
+        self.preferences.draw(generator(Stream.PREFERENCE, self.seed), 1, len(names))  # its alpha may not fit K
+        if self.feedback == "scalarised" and isinstance(self._module.router, SampleRouter):
+            raise UserError("data.feedback scalarised needs the scores of all objectives: SampleRouter asks one only")
         if stage == "predict":
             if self.predict_prompts is None:
                 raise UserError("predict needs prompts to answer: expected data.predict_prompts, got none")
@@ -127,7 +134,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             validation = load_prompts(self.validation_prompts, self.prompt_field)
         self.validation_set = validation[: self.validation_limit]
         if isinstance(self.normalise_on, str):
-            read_rows(self.normalise_on, "prompt", "response")
+            self.offline_rows = read_rows(self.normalise_on, "prompt", "response")
 
     def train_dataloader(self) -> DataLoader:
         prompts = OnlinePrompts(self._fitting(self.train_set), self.seed, lambda: self._trainer.current_epoch)
@@ -198,8 +205,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
             generator(Stream.ROUTING, self.seed, e, p).random()
             for e, p in zip(batch.epochs, batch.positions, strict=True)
         ]
-        routing = module.router.route(preference, torch.tensor(uniform, dtype=preference.dtype))  # (B, K)
+        routing = module.router.route(preference, torch.tensor(uniform, dtype=torch.float64))  # (B, K)
 
+        synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         start = perf_counter()
         seed = torch_seed(Stream.SAMPLING, self.seed, batch.epochs[0], batch.positions[0])
         responses = self.engine.sample(policy, batch.prompts, preference, RESPONSES, self.max_new_tokens, seed)
@@ -214,6 +222,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         )
         scored = perf_counter()
         reference, counterfactual_reference = self._reference(batch.prompts, preference, counterfactual, responses)
+        synchronise()  # so that the time below is that of the work and not of its launch
         return PreferenceBatch(
             prompts=batch.prompts,
             preference=preference.to(device),
@@ -224,7 +233,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             labels=labels.to(device),
             reference_log_prob=reference,
             counterfactual_reference_log_prob=counterfactual_reference,
-            counts=feedback_counts(scores, routing > 0, empty),
+            counts=feedback_counts(labels, scores, routing > 0, empty),
             seconds={
                 "sampling": sampled - start,
                 "scoring": scored - sampled,
@@ -280,10 +289,12 @@ class OnlinePreferenceDataModule(LightningDataModule):
         if not missing:
             return
         if isinstance(self.normalise_on, str):
-            rows = read_rows(self.normalise_on, "prompt", "response")
-            rewards = score_responses(missing, [r["prompt"] for r in rows], [[r["response"]] for r in rows])
+            prompts, responses = ([row[key] for row in self.offline_rows] for key in ("prompt", "response"))
+            rewards = score_responses(missing, prompts, [[response] for response in responses])
         else:
-            rewards = self._first_rollouts(missing, self.train_set[: self.normalise_on], len(module.names))
+            rewards = self._first_rollouts(
+                missing, self._fitting(self.train_set)[: self.normalise_on], len(module.names)
+            )
         for k, objective in enumerate(missing):
             objective.calibrate(rewards[..., k].flatten())
             rank_zero_info(
@@ -294,8 +305,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
     def _first_rollouts(self, objectives: Sequence[Any], prompts: Sequence[str], k: int) -> Tensor:
         """Rewards of responses of the policy as it is, under drawn preferences, ``(n, 2, K')``."""
         rewards = []
-        for start in range(0, len(prompts), self.batch_size):
-            part = prompts[start : start + self.batch_size]
+        size = max(self.evaluation_batch_size // RESPONSES, 1)
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
             draw = self.preferences.draw(generator(Stream.CALIBRATION, self.seed, start), len(part), k)
             seed = torch_seed(Stream.CALIBRATION, self.seed, start)
             preference = torch.from_numpy(draw).float()

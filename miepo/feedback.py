@@ -41,19 +41,22 @@ def scalarised_labels(scores: Tensor, routing: Tensor, empty: Tensor) -> Tensor:
     return pairwise_labels(weighted, empty).expand(-1, scores.shape[-1])
 
 
-def feedback_counts(scores: Tensor, asked: Tensor, empty: Tensor) -> dict[str, int]:
-    """How many labels are 0, and why; each label is counted once, in the order below.
+def feedback_counts(labels: Tensor, scores: Tensor, asked: Tensor, empty: Tensor) -> dict[str, int]:
+    """What became of the labels that were asked for, each counted once, and the number of empty responses.
 
     Args:
-        scores: ``(B, 2, K)``.
+        labels: ``(B, K)`` the labels in use.
+        scores: ``(B, 2, K)`` the scores they come from.
         asked: ``(B, K)`` True where the objective was asked to score the pair.
         empty: ``(B, 2)``.
     """
-    has_empty = empty.any(1, keepdim=True)  # (B, 1)
-    finite = scores.isfinite().all(1)  # (B, K)
+    has_empty = empty.any(1, keepdim=True).expand(asked.shape)  # (B, K)
+    unscored = ~scores.isfinite().all(1) & ~has_empty
+    counted = asked & ~has_empty & ~unscored
     return {
         "empty_responses": int(empty.sum()),
-        "not_a_number": int((asked & ~finite).sum()),
-        "ties": int((asked & finite & ~has_empty & (scores[:, 0] == scores[:, 1])).sum()),
-        "labels": int((asked & finite & ~has_empty & (scores[:, 0] != scores[:, 1])).sum()),
+        "empty": int((asked & has_empty).sum()),
+        "not_a_number": int((asked & unscored).sum()),
+        "ties": int((counted & (labels == 0)).sum()),
+        "labels": int((counted & (labels != 0)).sum()),
     }

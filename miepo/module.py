@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
@@ -143,7 +144,10 @@ class MIEPO(LightningModule):
             values[f"alignment/{name}"] = torch.where(labelled[:, k], alignment[:, k], torch.nan).nanmean()
             values[f"agreement/{name}"] = agrees[:, k].nanmean()
         if exploration is not None and bound is not None:
-            values |= {"exploration": exploration.detach().mean(), "information/infonce": bound.mean()}
+            values |= {
+                "exploration": exploration.detach()[~batch.responses.empty].mean(),
+                "information/infonce": bound.mean(),
+            }
         values |= {f"count/{key}": torch.tensor(float(value)) for key, value in batch.counts.items()}
         size = len(batch)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=size)
@@ -155,6 +159,10 @@ class MIEPO(LightningModule):
     def configure_optimizers(self) -> Any:
         """Adam with a linear warm-up and a cosine decay to 0 (Tables 3 and 4)."""
         optimizer = torch.optim.Adam(self.policy.adapter_parameters().values(), lr=self.learning_rate)
+        if self.trainer.estimated_stepping_batches == float("inf"):
+            raise UserError(
+                "the schedule needs the number of steps: expected trainer.max_epochs or max_steps, got none"
+            )
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -164,16 +172,27 @@ class MIEPO(LightningModule):
         keep = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
         checkpoint["miepo"] = {"schema": SCHEMA, "objectives": list(self.names), "base": self.policy.base}
+        checkpoint["miepo"]["policy"] = self.policy.settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of other objectives or another adapter; restores the normalisation for evaluation."""
         saved = checkpoint.get("miepo")
         if saved is None:
             raise UserError("expected a checkpoint written by miepo, got one without its entry")
+        if saved["schema"] > SCHEMA:
+            raise UserError(f"expected a checkpoint of schema {SCHEMA} or older, got {saved['schema']}: update miepo")
         if saved["objectives"] != list(self.names):
             raise UserError(
                 f"the checkpoint was trained on the objectives {saved['objectives']}, in this order; "
                 f"the config lists {list(self.names)}"
+            )
+        now = self.policy.settings()
+        if changed := [key for key, value in saved["policy"].items() if now.get(key) != value]:
+            both = "; ".join(f"{key} {saved['policy'][key]} and not {now.get(key)}" for key in changed)
+            raise UserError(f"the checkpoint's policy has {both}: set the configuration's policy alike")
+        if saved["base"] != self.policy.base:
+            rank_zero_warn(
+                f"the adapter was trained on the base '{saved['base']}', the config has '{self.policy.base}'"
             )
         expected = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
         came = {name: value.shape for name, value in checkpoint["state_dict"].items()}

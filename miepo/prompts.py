@@ -33,6 +33,9 @@ def load_prompts(source: Any, field: str = "prompt", split: str = "train") -> li
         path = locate(source)
         if is_packaged(source) or path.suffix in {".jsonl", ".json"}:
             return [prompt for _, prompt in _read_jsonl(path, field)]
+        if path.suffix in {".txt", ".csv", ".tsv", ".parquet"}:
+            what = "a file of another kind" if path.is_file() else "no file"
+            raise UserError(f"expected a .jsonl file of prompts, got {what} at '{path}'")
         return _from_rows(_load_dataset(source, path, split), field, source)
     if isinstance(source, (list, tuple)):
         return _checked(((f"prompt {i}", row) for i, row in enumerate(source)), "the list of prompts")

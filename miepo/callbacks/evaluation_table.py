@@ -38,7 +38,8 @@ class EvaluationTable(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.last:
-            self._report(trainer, {"before": self.first, "after": self.last})
+            both = self.first["step"] != self.last["step"]
+            self._report(trainer, {"before": self.first, "after": self.last} if both else {"value": self.last})
 
     def _report(self, trainer: Trainer, columns: dict[str, dict[str, Any]]) -> None:
         rows = table_rows(list(columns.values()))

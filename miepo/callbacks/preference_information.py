@@ -41,12 +41,13 @@ class PreferenceInformation(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
     ) -> None:
         grid = trainer.datamodule.grid  # type: ignore[attr-defined]
-        preferences = grid.expand(len(batch), -1, -1)  # (N, M, K)
-        with pl_module.policy.evaluating():
-            log_prob = response_log_prob(pl_module.policy, batch.prompts, preferences, batch.responses.tokens)
-        pl_module.metrics[METRIC].update(
-            log_prob[:, 0].sum(-1), batch.grid_index, torch.tensor(batch.positions)
-        )  # (N, M)
+        policy, tokens = pl_module.policy, batch.responses.tokens
+        with policy.evaluating():  # one pass per preference vector: M at once would need M times the memory
+            passes = [
+                response_log_prob(policy, batch.prompts, w.expand(len(batch), 1, -1), tokens)[:, 0, 0] for w in grid
+            ]  # M of (N, T)
+        log_prob = torch.stack([each.sum(-1) for each in passes], 1)  # (N, M)
+        pl_module.metrics[METRIC].update(log_prob, batch.grid_index, torch.tensor(batch.positions))
 
     @whole_evaluation
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -26,18 +26,21 @@ def log_image(trainer: Trainer, key: str, path: Path) -> None:
     """Gives a picture to every logger that takes pictures."""
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
-            logger.log_image(key, [str(path)])
+            logger.log_image(key, [str(path)], step=trainer.global_step)
 
 
 def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Gives a table to every logger that takes tables."""
     for logger in trainer.loggers:
         if hasattr(logger, "log_table"):
-            logger.log_table(key, columns=list(columns), data=[list(row) for row in rows])
+            logger.log_table(key, columns=list(columns), data=[list(row) for row in rows], step=trainer.global_step)
 
 
 def run_folder(trainer: Trainer) -> Path:
     """The folder of the run's files, the same on all processes."""
+    logger = trainer.logger
+    if logger is not None and logger.save_dir is not None and not hasattr(logger, "log_dir"):
+        return Path(logger.save_dir) / str(logger.name) / str(logger.version)  # W&B: one folder for all its runs
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 

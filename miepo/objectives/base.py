@@ -54,6 +54,9 @@ class Objective(Callback):
     def load(self, device: torch.device) -> None:
         """Loads what scoring needs, on ``device`` where it can. Called once before anything is scored."""
 
+    def unload(self) -> None:
+        """Frees what :meth:`load` loaded."""
+
     @abstractmethod
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor | Sequence[float]:
         """One number per (prompt, response), ``(N,)``; NaN where there is no score."""
@@ -125,6 +128,9 @@ class Objective(Callback):
             raise ObjectiveError(f"objective {self.name} failed to load: {type(error).__name__}: {error}") from error
         # a wrong shape or a crash shows here, before the policy is loaded and a rollout is spent
         self.reward(["What is a garden?", "Hello"], ["A place where plants grow.", "Hi there!"])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.unload()
 
 
 def objectives_of(trainer: Trainer) -> list[Objective]:

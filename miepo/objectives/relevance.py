@@ -46,3 +46,6 @@ class Relevance(Objective):
         vectors = self.encoder.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
         row = {text: i for i, text in enumerate(texts)}
         return (vectors[[row[p] for p in prompts]] * vectors[[row[r] for r in responses]]).sum(-1)
+
+    def unload(self) -> None:
+        self.__dict__.pop("encoder", None)

@@ -19,7 +19,7 @@ class RewardModel(Objective):
         input: ``pair`` gives the tokenizer (prompt, response), ``response`` the response alone.
         label: Index of the label whose logit is the score.
         higher_is_better: False for a cost model; the sign is turned once, here.
-        max_length: Inputs are cut to this many tokens; None takes the tokenizer's limit.
+        max_length: Inputs are cut to this many tokens; None takes the limit of tokenizer and model.
         batch_size: Inputs per forward pass, taken in order of length.
         dtype: Type of the weights.
         normalisation: See :class:`~miepo.objectives.base.Objective`.
@@ -66,6 +66,9 @@ class RewardModel(Objective):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if model.config.pad_token_id is None:  # GPT-2 like classifiers read the last token that is not padding
             model.config.pad_token_id = self.tokenizer.pad_token_id
+        if self.max_length is None:
+            positions = getattr(model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+            self.max_length = min(self.tokenizer.model_max_length, positions)
         self.model = model.eval().requires_grad_(False).to(device)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -73,7 +76,8 @@ class RewardModel(Objective):
         scores = torch.empty(len(responses))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            first, second = [prompts[i] for i in rows], [responses[i] for i in rows]
+            # a tokenizer without a begin token makes nothing of an empty response, and the model needs something
+            first, second = [prompts[i] for i in rows], [responses[i] or self.tokenizer.eos_token for i in rows]
             inputs = self.tokenizer(
                 *([first, second] if self.input == "pair" else [second]),
                 padding=True,
@@ -84,5 +88,5 @@ class RewardModel(Objective):
             scores[rows] = self.model(**inputs).logits[:, self.label].float().cpu()
         return scores
 
-    def teardown(self, trainer, pl_module, stage: str) -> None:  # type: ignore[no-untyped-def]
+    def unload(self) -> None:
         self.__dict__.pop("model", None)

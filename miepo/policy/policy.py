@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from miepo.errors import UserError
@@ -62,8 +63,8 @@ class Policy(nn.Module):
         lora_dropout: Dropout in front of the adapter, training only (paper: 0.05).
         lora_targets: Names of the layers to adapt, or ``all-linear``.
         template: See :class:`~miepo.policy.template.PromptTemplate`.
-        dtype: Type of the base weights. Adapter weights are float32; with bfloat16 or float16 the computation is
-            autocast to that type, alike for sampling and training.
+        dtype: Type of the base weights. Adapter weights are float32; with bfloat16 the computation is autocast to it,
+            alike for sampling and training.
         temperature: Of the distribution the policy stands for: responses are sampled from it and all
             log-probabilities are taken of it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
@@ -83,8 +84,8 @@ class Policy(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise UserError(f"policy dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+        if dtype not in ("auto", "float32", "bfloat16"):  # float16 would need a loss scale
+            raise UserError(f"policy dtype must be auto, float32 or bfloat16, got {dtype!r}")
         if temperature <= 0:
             raise UserError(f"policy temperature must be positive, got {temperature}")
         if lora_rank < 1:
@@ -129,6 +130,9 @@ class Policy(nn.Module):
             self.model = get_peft_model(model, config, adapter_name=ADAPTER)
         except ValueError as error:
             raise UserError(f"lora_targets {self.lora_targets!r} do not fit the model '{self.base}': {error}") from None
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy of every input
         if sum(self._gate_blocks):
             for name, module in self.model.named_modules():
                 if name.endswith(f".lora_A.{ADAPTER}"):
@@ -170,6 +174,16 @@ class Policy(nn.Module):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name: exactly the adapter's."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def settings(self) -> dict[str, Any]:
+        """What an adapter means nothing without: a checkpoint of other settings is another policy."""
+        return {
+            "lora_rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+            "temperature": self.temperature,
+            "template": self.template_spec,
+            "conditioning": [{"class": type(c).__name__, **vars(c)} for c in self.conditioning],
+        }
 
     # -- the conditioned distribution ----------------------------------------------------------------------------------
 

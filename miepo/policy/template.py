@@ -17,8 +17,9 @@ _SENTINEL = "miepo-content-goes-here"
 class PromptTemplate:
     """Wraps the content, which is the user's text and the preference text, in the template's own text.
 
-    Control tokens are recognised in the template only. The content is tokenised as plain text, and role markers such
-    as ``Human:`` of a plain-text template are defused in the user's part by a space before their last character.
+    Control tokens are recognised in the template only. The content is tokenised as plain text. What a tokenizer or a
+    template marks without a special token (``Human:`` of a plain template, ``<|assistant|>``, ``[/INST]``, added
+    tokens such as ``<think>``) is defused in the user's part by a space before its last character.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -49,8 +50,11 @@ class PromptTemplate:
         frame = self._control_ids(self.prefix) + self._control_ids(self.suffix)
         special = set(tokenizer.all_special_ids)
         self.has_control_tokens = any(i in special for i in frame)
-        roles = [] if self.has_control_tokens else re.findall(r"\w+:", self.prefix + self.suffix)
-        literal = sorted({*roles, *markers}, key=len, reverse=True)
+        self._added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
+        pattern = r"<[^<>\s]+>|\[[^\[\]\s]+\]" + ("" if self.has_control_tokens else r"|\w+:")
+        roles = [m for m in re.findall(pattern, self.prefix + self.suffix) if m not in tokenizer.all_special_tokens]
+        added = [text for i, text in self._added.items() if i not in special]
+        literal = sorted({*roles, *added, *markers}, key=len, reverse=True)
         self._defuse = re.compile("|".join(map(re.escape, literal)), re.IGNORECASE) if literal else None
         self._start = self._start_ids(frame)
 
@@ -76,8 +80,8 @@ class PromptTemplate:
     def _plain_ids(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
         # never trust the flag alone: a tokenizer that ignores it would hand the user its control tokens
-        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-        if found := special.intersection(ids):
+        control = {*self._added, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        if found := control.intersection(ids):
             names = self.tokenizer.convert_ids_to_tokens(sorted(found))
             raise UserError(f"expected plain text, but this tokenizer reads {names} in {text[:80]!r} as control tokens")
         return ids

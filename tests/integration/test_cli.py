@@ -132,7 +132,7 @@ def test_everything_numeric_reaches_the_csv(fitted: tuple[Path, dict, str]) -> N
     import csv
 
     root, _, _ = fitted
-    rows = list(csv.DictReader((root / "run/version_0/metrics.csv").open()))
+    rows = list(csv.DictReader((root / "run/version_0/metrics.csv").read_text().splitlines()))
     filled = {key for row in rows for key, value in row.items() if value}
     expected = {"loss", "kl", "exploration", "information/infonce", "learning_rate", "response/tokens", "time/step"}
     for name in ("letter_e", "brevity"):
@@ -265,6 +265,23 @@ MISTAKES: dict[str, tuple[dict, str]] = {
         "DirichletPreferences.alpha must be positive, got -1",
     ),
     "bad grid": ({"data__grid": [[0.5, 0.5], [-1.0, 2.0]]}, "data.grid: the weight of 0 must not be negative"),
+    "empty grid": ({"data__grid": []}, "data.grid needs at least 2 preference vectors, got []"),
+    "alpha of another length": (
+        {
+            "data__preferences": {
+                "class_path": "miepo.preferences.DirichletPreferences",
+                "init_args": {"alpha": [1.0] * 3},
+            }
+        },
+        "DirichletPreferences.alpha has 3 entries, but there are 2 objectives",
+    ),
+    "scalarised feedback of one objective": (
+        {"data__feedback": "scalarised", "model__router": {"class_path": "miepo.router.SampleRouter"}},
+        "data.feedback scalarised needs the scores of all objectives",
+    ),
+    "no end": ({"trainer__max_epochs": -1}, "expected trainer.max_epochs or max_steps, got none"),
+    "prompts of another kind": ({"data__prompts": "prompts.txt"}, "expected a .jsonl file of prompts, got no file"),
+    "bad validation limit": ({"data__validation_limit": 0}, "data.validation_limit must be at least 1, got 0"),
     "bad batch size": ({"data__batch_size": 0}, "data.batch_size must be at least 1, got 0"),
     "bad beta": ({"model__beta_w": -1.0}, "beta_w must not be negative, got -1"),
     "bad precision": ({"trainer__precision": "bf16-mixed"}, "expected trainer.precision 32-true, got bf16-mixed"),
@@ -299,18 +316,34 @@ def test_a_mistake_is_one_sentence(
     ],
 )
 def test_a_wrong_preference_is_one_sentence(
-    preferences: str, message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    preferences: str, message: str, fitted: tuple[Path, dict, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    root, values, _ = fitted
+    args = ["--ckpt_path", str(checkpoint(root)), "--data.predict_prompts", '["x"]']
     with pytest.raises(SystemExit) as error:
-        run("predict", config(tiny_model, tmp_path, data__predict_prompts=["x"]), tmp_path, "--data.predict_preferences", preferences)  # fmt: skip
+        run("predict", values, tmp_path, *args, "--data.predict_preferences", preferences)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_predict_without_prompts(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        run("fit", config(tiny_model, tmp_path, trainer__accelerator="cuda"), tmp_path)
+    assert error.value.code == 2
+    assert "accelerator" in capsys.readouterr().err
+
+
+def test_predict_needs_prompts_and_a_checkpoint(
+    fitted: tuple[Path, dict, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, values, _ = fitted
     with pytest.raises(SystemExit):
-        run("predict", config(tiny_model, tmp_path), tmp_path)
+        run("predict", values, tmp_path, "--ckpt_path", str(checkpoint(root)))
     assert "expected data.predict_prompts, got none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("predict", values, tmp_path, "--data.predict_prompts", '["x"]')
+    assert "expected --ckpt_path, got none" in capsys.readouterr().err
 
 
 def test_a_malformed_file_is_named_with_its_line(
@@ -348,7 +381,44 @@ def test_a_checkpoint_of_another_model_is_refused(
     values = config(tiny_model, tmp_path, model__policy__init_args__lora_rank=3)
     with pytest.raises(SystemExit):
         run("validate", values, tmp_path, "--ckpt_path", str(checkpoint(root)))
-    assert "the checkpoint's adapter does not fit the policy" in capsys.readouterr().err
+    assert "the checkpoint's policy has lora_rank 2 and not 3" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_settings_is_refused(
+    fitted: tuple[Path, dict, str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same shapes, but another policy."""
+    root, _, _ = fitted
+    for key, value in (("lora_alpha", 7), ("temperature", 0.5)):
+        values = config(tiny_model, tmp_path)
+        values["model"]["policy"]["init_args"][key] = value
+        with pytest.raises(SystemExit):
+            run("validate", values, tmp_path, "--ckpt_path", str(checkpoint(root)))
+        assert f"the checkpoint's policy has {key} " in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_checkpoint(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import pickle
+
+    class Harm:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"state_dict": Harm()}, tmp_path / "harm.ckpt", pickle_module=pickle)
+    (tmp_path / "noise.ckpt").write_bytes(b"noise")
+    for name in ("harm.ckpt", "noise.ckpt"):
+        with pytest.raises(SystemExit) as error:
+            run("validate", config(tiny_model, tmp_path), tmp_path, "--ckpt_path", str(tmp_path / name))
+        assert error.value.code == 2
+        assert f"{name}', got a file that is none" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_one_evaluation_is_not_shown_as_two(tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        run("fit", config(tiny_model, tmp_path, trainer__num_sanity_val_steps=0), tmp_path)
+    assert "before" not in caplog.text
+    assert "value (step 2)" in caplog.text
 
 
 def test_a_missing_checkpoint(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

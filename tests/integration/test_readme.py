@@ -67,6 +67,11 @@ def test_every_class_path_and_file_it_names_exists() -> None:
         assert (ROOT / "miepo" / file).exists() or file == "exclamations.py", file
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "<!--" not in README
+    assert "TODO" not in README
+
+
 def test_yaml_examples_parse() -> None:
     for block in blocks("yaml"):
         assert "objectives" in yaml.safe_load(block)

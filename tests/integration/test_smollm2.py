@@ -65,5 +65,7 @@ def test_control_tokens_of_a_user_stay_text(policy: Policy) -> None:
 def test_a_converted_model_is_reused(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     from miepo.policy import base_model
 
-    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("converted twice"))
+    monkeypatch.setattr(
+        base_model.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("converted twice")
+    )
     assert Path(base_model._folder(POLICY["base"])).is_dir()

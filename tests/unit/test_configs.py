@@ -30,6 +30,7 @@ def test_instantiates_and_has_a_header(file: Path, monkeypatch: pytest.MonkeyPat
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
     for part in ("Purpose:", "Command:", "Run on:", "Result:"):
         assert any(line.startswith(f"# {part}") for line in header), part
+    assert "TODO" not in file.read_text()
     assert any(f"configs/{file.relative_to(CONFIGS)}" in line for line in header)
 
 

@@ -26,14 +26,15 @@ def test_swapping_the_responses_flips_every_label() -> None:
 
 
 def test_counts_name_each_reason_once() -> None:
-    counts = feedback_counts(SCORES, torch.ones(5, 2, dtype=torch.bool), EMPTY)
-    assert counts == {"empty_responses": 1, "not_a_number": 2, "ties": 2, "labels": 4}
+    counts = feedback_counts(pairwise_labels(SCORES, EMPTY), SCORES, torch.ones(5, 2, dtype=torch.bool), EMPTY)
+    assert counts == {"empty_responses": 1, "empty": 2, "not_a_number": 2, "ties": 2, "labels": 4}
+    assert sum(counts.values()) - counts["empty_responses"] == 10
 
 
 def test_an_objective_that_was_not_asked_is_not_counted() -> None:
     asked = torch.ones(5, 2, dtype=torch.bool)
     asked[2, 0] = False
-    assert feedback_counts(SCORES, asked, EMPTY)["not_a_number"] == 1
+    assert feedback_counts(pairwise_labels(SCORES, EMPTY), SCORES, asked, EMPTY)["not_a_number"] == 1
 
 
 def test_scalarised_feedback_differs_where_objectives_conflict() -> None:

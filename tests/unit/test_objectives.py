@@ -111,6 +111,21 @@ def test_reward_model_is_the_raw_logit_of_its_label(classifier: Path) -> None:
             torch.testing.assert_close(rewards[i], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("responses", [[""], ["", "dogs", ""]])
+def test_reward_model_scores_empty_responses(classifier: Path, responses: list[str]) -> None:
+    """A collapsed policy must not end the run: its responses are counted elsewhere."""
+    objective = RewardModel(str(classifier), "r", input="response")
+    objective.load(torch.device("cpu"))
+    assert objective.reward(["x"] * len(responses), responses).isfinite().all()
+
+
+def test_reward_model_is_cut_to_what_the_model_can_read(classifier: Path) -> None:
+    objective = RewardModel(str(classifier), "r")
+    objective.load(torch.device("cpu"))
+    assert objective.max_length == 64
+    assert objective.reward(["word " * 500], ["word " * 500]).isfinite().all()
+
+
 def test_reward_model_with_a_label_it_lacks(classifier: Path) -> None:
     with pytest.raises(ObjectiveError, match=r"objective r: expected a label below 2.*got 2"):
         RewardModel(str(classifier), "r", label=2).load(torch.device("cpu"))

@@ -182,6 +182,7 @@ def test_evaluating_restores_the_mode(tiny_model: Path) -> None:
     ("kwargs", "message"),
     [
         ({"dtype": "int8"}, "dtype must be"),
+        ({"dtype": "float16"}, "dtype must be"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
         ({"conditioning": []}, "at least one conditioning"),

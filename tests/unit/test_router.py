@@ -37,6 +37,12 @@ def test_sampled_routing_never_draws_an_objective_of_weight_zero() -> None:
     assert SampleRouter().route(w, torch.tensor([0.0, 0.5, 1 - 2**-24]))[:, 1].tolist() == [1, 1, 1]
 
 
+def test_the_largest_draw_stays_in_range() -> None:
+    """A float64 just below 1 would round to 1 in float32."""
+    routing = SampleRouter().route(torch.tensor([[0.3, 0.7]]), torch.tensor([1 - 2**-53], dtype=torch.float64))
+    assert routing.tolist() == [[0.0, 1.0]]
+
+
 def test_expectation_is_the_preference_itself() -> None:
     w = torch.rand(3, 2)
     assert ExpectationRouter().route(w, torch.rand(3)) is w

@@ -61,6 +61,30 @@ def test_role_markers_of_a_user_are_defused(attack: str) -> None:
     assert text.endswith(" Assistant:")
 
 
+@pytest.mark.parametrize(
+    ("frame", "marker"),
+    [
+        ("<|im_start|><|user|>\n{prompt}{preference}<|im_end|><|assistant|>\n", "<|assistant|>"),
+        ("<|im_start|>[INST]{prompt}{preference}[/INST]", "[/INST]"),
+    ],
+)
+def test_plain_markers_of_a_frame_with_control_tokens_are_defused(frame: str, marker: str) -> None:
+    text = PromptTemplate(CHAT, frame).text(f"x{marker}y")
+    assert text.count(marker) == 1
+
+
+def test_added_tokens_that_are_not_special_are_defused() -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    assert think in tokenizer("<think>", split_special_tokens=True)["input_ids"]  # the flag does not see to these
+    ids = PromptTemplate(tokenizer).encode("so <think> hard")
+    assert think not in ids
+    assert "<think >" in tokenizer.decode(ids)
+
+
 def test_preference_text_of_a_user_is_defused() -> None:
     template = PromptTemplate(PLAIN, "paper", markers=["<kind>"])
     assert template.text("say <kind> 1.00", " <kind> 0.00") == "Human: say <kind > 1.00 <kind> 0.00 Assistant:"
