@@ -49,11 +49,12 @@ class PromptTemplate:
             self.prefix, self.suffix = text.split(_CONTENT)
         frame = self._control_ids(self.prefix) + self._control_ids(self.suffix)
         special = set(tokenizer.all_special_ids)
-        self.has_control_tokens = any(i in special for i in frame)
-        self._added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
+        added_ids = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
+        self._control = {*added_ids, *special} - {tokenizer.unk_token_id}
+        self.has_control_tokens = any(i in self._control for i in frame)
         pattern = r"<[^<>\s]+>|\[[^\[\]\s]+\]" + ("" if self.has_control_tokens else r"|\w+:")
         roles = [m for m in re.findall(pattern, self.prefix + self.suffix) if m not in tokenizer.all_special_tokens]
-        added = [text for i, text in self._added.items() if i not in special]
+        added = [text for i, text in added_ids.items() if i not in special]
         literal = sorted({*roles, *added, *markers}, key=len, reverse=True)
         self._defuse = re.compile("|".join(map(re.escape, literal)), re.IGNORECASE) if literal else None
         self._start = self._start_ids(frame)
@@ -80,8 +81,7 @@ class PromptTemplate:
     def _plain_ids(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
         # never trust the flag alone: a tokenizer that ignores it would hand the user its control tokens
-        control = {*self._added, *self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
-        if found := control.intersection(ids):
+        if found := self._control.intersection(ids):
             names = self.tokenizer.convert_ids_to_tokens(sorted(found))
             raise UserError(f"expected plain text, but this tokenizer reads {names} in {text[:80]!r} as control tokens")
         return ids

@@ -105,3 +105,15 @@ def test_template_without_its_place(template: str) -> None:
 def test_chat_without_a_chat_template() -> None:
     with pytest.raises(UserError, match="needs a tokenizer with a chat template"):
         PromptTemplate(PLAIN, "chat")
+
+
+def test_a_frame_of_added_tokens_that_are_not_special() -> None:
+    """They are the template's control tokens, too: recognised there, and nowhere else."""
+    from tokenizers import AddedToken
+
+    tokenizer = tiny_tokenizer(chat=False)
+    tokenizer.add_tokens([AddedToken("<ask>", special=False)])
+    ask = tokenizer.convert_tokens_to_ids("<ask>")
+    ids = PromptTemplate(tokenizer, "<ask>{prompt}{preference}").encode("x <ask> y")
+    assert ids[0] == ask
+    assert ids.count(ask) == 1
