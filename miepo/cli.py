@@ -20,6 +20,7 @@ from miepo.datamodule import OnlinePreferenceDataModule
 from miepo.errors import UserError
 from miepo.module import MIEPO
 from miepo.objectives import Objective
+from miepo.policy_module import PolicyModule
 
 
 class LogConfig(SaveConfigCallback):
@@ -32,12 +33,28 @@ class LogConfig(SaveConfigCallback):
 
 
 class MiepoCLI(LightningCLI):
-    """LightningCLI with ``objectives:``, which joins the trainer's callbacks, and ``writer:`` for predictions."""
+    """LightningCLI with ``objectives:``, which joins the trainer's callbacks, and ``writer:`` for predictions.
+
+    ``model`` and ``data`` may name a ``class_path``, for a method that brings its own; without one their settings are
+    those of MIEPO and OnlinePreferenceDataModule.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            PolicyModule,
+            OnlinePreferenceDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            **kwargs,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--objectives", type=list[Objective], default=[], help="The objectives, in column order.")
         parser.add_lightning_class_args(ResponseWriter, "writer")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
+        defaults = {"model": MIEPO, "data": OnlinePreferenceDataModule}
+        parser.set_defaults({key: {"class_path": f"miepo.{value.__name__}"} for key, value in defaults.items()})
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
 
     def _parse_ckpt_path(self) -> None:
         """Checks the checkpoint before anything is built, and leaves the configuration as it is."""
@@ -77,12 +94,9 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")  # peft, not ours
     try:
         MiepoCLI(
-            MIEPO,
-            OnlinePreferenceDataModule,
             save_config_callback=LogConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            auto_configure_optimizers=False,
             parser_kwargs={"description": "Train and use a policy for every trade-off between objectives."},
             args=args,
         )

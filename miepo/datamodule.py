@@ -104,8 +104,15 @@ class OnlinePreferenceDataModule(LightningDataModule):
         self.grid_spec, self.feedback, self.normalise_on = grid, feedback, normalise_on
         self.predict_prompts, self.predict_preferences = predict_prompts, predict_preferences
         self.seed = seed
+        self.scored_responses = 0  # in training: the budget by which methods are compared
         self.train_set: list[str] = []
         self.validation_set: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scored_responses": self.scored_responses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scored_responses = state_dict["scored_responses"]
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
@@ -198,9 +205,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
         """Algorithm 1, steps 1 to 3: preferences, responses, scores, labels; and the reference's log-probabilities."""
         module, policy, device = self._module, self._policy, self._policy.device
         self.ensure_normalised()
+        exploration = module.exploration
         preference, counterfactual = draw_preferences(
-            self.preferences, self.seed, batch.epochs, batch.positions, module.num_counterfactuals, len(module.names)
-        )  # (B, K), (B, C, K)
+            self.preferences, self.seed, batch.epochs, batch.positions,
+            exploration.num_counterfactuals if exploration.active else 0, len(module.names), exploration.candidates,
+        )  # fmt: skip
         uniform = [
             generator(Stream.ROUTING, self.seed, e, p).random()
             for e, p in zip(batch.epochs, batch.positions, strict=True)
@@ -213,6 +222,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         responses = self.engine.sample(policy, batch.prompts, preference, RESPONSES, self.max_new_tokens, seed)
         sampled = perf_counter()
         raw = score_responses(module.objectives, batch.prompts, responses.texts, routing > 0)
+        self.scored_responses += RESPONSES * len(batch)
         scores = normalise_rewards(module.objectives, raw)  # (B, 2, K)
         empty = responses.empty.cpu()
         labels = (

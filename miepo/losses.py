@@ -40,37 +40,14 @@ def alignment_loss(reward: Tensor, labels: Tensor, beta_c: float) -> Tensor:
     return -F.logsigmoid(logit)
 
 
-def exploration_loss(reward: Tensor, counterfactual_reward: Tensor, beta_w: float) -> Tensor:
-    """Eq. 12: InfoNCE between the sampling preference w+ and counterfactual preferences w-.
-
-    With one w- it is ``-log sigmoid(beta_w r(x, w+, y) - beta_w r(x, w-, y))``; with more, the InfoNCE cross-entropy
-    over ``1 + C`` candidates. The anchor logit carries a stop-gradient (Section on Eq. 13), so the gradient reaches
-    the policy through w- alone.
-
-    Args:
-        reward: ``(B, 2)`` implicit rewards under w+.
-        counterfactual_reward: ``(B, 2, C)`` implicit rewards of the same responses under each w-.
-        beta_w: Scale of the exploration logits.
-
-    Returns:
-        ``(B, 2)``.
-    """
-    anchor = beta_w * reward.detach().unsqueeze(-1)  # (B, 2, 1)
-    logits = torch.cat([torch.zeros_like(anchor), beta_w * counterfactual_reward - anchor], -1)  # (B, 2, 1 + C)
-    return torch.logsumexp(logits, -1)
-
-
-def total_loss(alignment: Tensor, exploration: Tensor | None, anchors: Tensor) -> Tensor:
-    """Eq. 13, averaged over prompts: ``sum_k w_k L_YC,k + 1/2 sum_y L_YW(y)``.
+def total_loss(alignment: Tensor, exploration: Tensor | None) -> Tensor:
+    """Eq. 13, averaged over prompts: ``sum_k w_k L_YC,k`` plus the exploration term.
 
     Args:
         alignment: ``(B,)`` the routed alignment loss of each prompt.
-        exploration: ``(B, 2)`` the exploration loss of each response; None where beta_w = 0, which is MO-ODPO.
-        anchors: ``(B, 2)`` True where a response may serve as an anchor (empty ones may not).
+        exploration: ``(B,)`` the exploration term of each prompt; None where it is off, which is MO-ODPO.
 
     Returns:
         A scalar.
     """
-    if exploration is None:
-        return alignment.mean()
-    return (alignment + torch.where(anchors, exploration, 0.0).mean(-1)).mean()
+    return alignment.mean() if exploration is None else (alignment + exploration).mean()

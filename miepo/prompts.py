@@ -139,9 +139,13 @@ class OnlinePrompts(Dataset):
 
     def __getitem__(self, position: int) -> tuple[str, int, int]:
         epoch = self.epoch()
+        return self.at(epoch, position), epoch, position
+
+    def at(self, epoch: int, position: int) -> str:
+        """The prompt at ``position`` of the shuffle of ``epoch``."""
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, generator(Stream.SHUFFLE, self.seed, epoch).permutation(len(self.prompts)))
-        return self.prompts[self._order[1][position]], epoch, position
+        return self.prompts[self._order[1][position]]
 
     @staticmethod
     def collate(rows: Sequence[tuple[str, int, int]]) -> PromptBatch:

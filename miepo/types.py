@@ -96,6 +96,18 @@ class PreferenceBatch:
 
 
 @dataclass(frozen=True)
+class SupervisedBatch:
+    """Responses to imitate, each under the scores it was given: everything a rewards-in-context step needs."""
+
+    prompts: Sequence[str]  # N
+    responses: Tokens  # (N, T)
+    scores: Tensor  # (N, K) normalised, higher is better
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
 class EvaluationBatch:
     """One response per (prompt, grid vector) pair, scored by every objective."""
 

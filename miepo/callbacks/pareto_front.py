@@ -29,10 +29,11 @@ class ParetoFront(Callback):
         reference_point: Coordinate of the hypervolume's reference point on every axis, in normalised rewards. With the
             default of -1, one sd below the mean that the rewards are normalised by, a policy that has learnt nothing
             has a hypervolume of 1.
+        draw: Draw the front at every evaluation.
     """
 
-    def __init__(self, reference_point: float = -1.0) -> None:
-        self.reference_point = reference_point
+    def __init__(self, reference_point: float = -1.0, draw: bool = True) -> None:
+        self.reference_point, self.draw = reference_point, draw
         self.before: list[list[float]] | None = None  # the first front of the run, (M, K)
         self.picture: Path | None = None
 
@@ -67,6 +68,7 @@ class ParetoFront(Callback):
         if trainer.is_global_zero:
             rows = [(format_preference(w, names), *s) for w, s in zip(metric.grid.cpu(), means.tolist(), strict=True)]
             log_table(trainer, "front/table", ["preference", *names], rows)
+        if trainer.is_global_zero and self.draw:
             self.picture = run_folder(trainer) / "fronts" / f"step_{trainer.global_step:06d}.png"
             figure = draw_front(metric.grid.cpu(), means, names, self.before, f"{trainer.global_step} steps")
             self.picture.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from miepo.callbacks.reporting import log_evaluation, whole_evaluation
 from miepo.metrics import PreferenceInformationMetric, bootstrap_interval
-from miepo.module import response_log_prob
+from miepo.policy_module import response_log_prob
 from miepo.types import EvaluationBatch
 
 METRIC = "preference_information"
@@ -34,7 +34,8 @@ class PreferenceInformation(Callback):
             pl_module.metrics[METRIC] = PreferenceInformationMetric(len(grid))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.pairs.append(outputs["feedback_information"].cpu())
+        if "feedback_information" in outputs:  # methods that judge pairs
+            self.pairs.append(outputs["feedback_information"].cpu())
 
     @whole_evaluation
     def on_validation_batch_end(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from miepo.types import PreferenceBatch
+from miepo.types import PreferenceBatch, SupervisedBatch
 
 
 class Throughput(Callback):
@@ -30,14 +30,22 @@ class Throughput(Callback):
         self.mark = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PreferenceBatch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: PreferenceBatch | SupervisedBatch,
+        batch_idx: int,
     ) -> None:
-        now, values = perf_counter(), {f"time/{key}": value for key, value in batch.seconds.items()}
-        tokens = int(batch.responses.tokens.mask.sum())
-        values["tokens_per_second/sampling"] = tokens / max(batch.seconds["sampling"], 1e-9)
+        now, values = perf_counter(), {}
+        if isinstance(batch, PreferenceBatch):  # sampled for this step
+            values = {f"time/{key}": value for key, value in batch.seconds.items()}
+            tokens = int(batch.responses.tokens.mask.sum())
+            values["tokens_per_second/sampling"] = tokens / max(batch.seconds["sampling"], 1e-9)
+            if self.mark is not None:
+                values["tokens_per_second/step"] = tokens / (now - self.mark)
         if self.mark is not None:
             values["time/step"] = now - self.mark
-            values["tokens_per_second/step"] = tokens / (now - self.mark)
         values["memory/peak_gb"] = peak_memory(pl_module.device)
         pl_module.log_dict(values, batch_size=len(batch))
         self.mark = now

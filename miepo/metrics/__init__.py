@@ -5,6 +5,7 @@ from miepo.metrics.front import (
     conditional_reward_dispersion,
     hypervolume,
     mean_inner_product,
+    reward_overlap,
 )
 from miepo.metrics.information import (
     PreferenceInformationMetric,
@@ -24,4 +25,5 @@ __all__ = [
     "infonce_bound",
     "mean_inner_product",
     "pointwise_information",
+    "reward_overlap",
 ]

@@ -58,6 +58,33 @@ def conditional_reward_dispersion(covariances: Tensor) -> Tensor:
     return torch.linalg.det(covariances).nanmean()
 
 
+def reward_overlap(scores: Tensor, grid_index: Tensor, grid: Tensor, bins: int = 10) -> Tensor:
+    """Overlap of the reward distributions of neighbouring preferences: 1 where w changes nothing, 0 where they are apart.
+
+    For every grid vector, its nearest other vector and each objective: the common mass ``sum_b min(p_b, q_b)`` of the
+    two histograms over the objective's whole range; the mean of all.
+
+    Args:
+        scores: ``(N, K)`` rewards; rows that are not finite do not count.
+        grid_index: ``(N,)`` the preference vector of each.
+        grid: ``(M, K)``.
+        bins: Of the histograms. With few responses per vector the histograms' noise lowers the overlap.
+
+    Returns:
+        A scalar; NaN where a vector has no responses.
+    """
+    m, k = grid.shape
+    keep = scores.isfinite().all(-1)
+    rows, index = scores[keep].double(), grid_index[keep]
+    low, high = rows.amin(0), rows.amax(0)  # (K,)
+    place = ((rows - low) / (high - low).clamp(min=1e-12) * bins).long().clamp(0, bins - 1)  # (N, K)
+    mass = torch.zeros(k, m * bins, dtype=torch.float64, device=rows.device)
+    mass.scatter_add_(1, (index.unsqueeze(1) * bins + place).T, torch.ones_like(rows).T)
+    share = mass.view(k, m, bins) / mass.view(k, m, bins).sum(-1, keepdim=True)  # (K, M, bins)
+    nearest = (torch.cdist(grid, grid) + torch.eye(m, device=grid.device) * 1e9).argmin(-1)  # (M,)
+    return torch.minimum(share, share[:, nearest]).sum(-1).mean()
+
+
 class ParetoFrontMetric(Metric):
     """Means and covariances of reward vectors by preference vector; exact under any split into batches or processes.
 

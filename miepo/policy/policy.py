@@ -102,6 +102,7 @@ class Policy(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.names: tuple[str, ...] = ()
         self._gate = _Gate()
+        self._silent = False
 
     # -- construction --------------------------------------------------------------------------------------------------
 
@@ -188,14 +189,26 @@ class Policy(nn.Module):
     # -- the conditioned distribution ----------------------------------------------------------------------------------
 
     def preference_text(self, preference: Sequence[float]) -> str:
+        if self._silent:
+            return ""
         return "".join(c.write(preference, self.names) for c in self.conditioning)
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within it, nothing is written in prompts, whatever the preference."""
+        before, self._silent = self._silent, True
+        try:
+            yield
+        finally:
+            self._silent = before
 
     def encode(self, prompts: Sequence[str], preference: Tensor) -> Tokens:
         """``G(x, w)`` as left-padded tokens ``(N, P)`` for ``N`` prompts and their preferences ``(N, K)``."""
-        rows = [
-            self.template.encode(prompt, self.preference_text(w))
-            for prompt, w in zip(prompts, preference.tolist(), strict=True)
-        ]
+        return self.encode_text(prompts, [self.preference_text(w) for w in preference.tolist()])
+
+    def encode_text(self, prompts: Sequence[str], texts: Sequence[str]) -> Tokens:
+        """Prompts, each with the text that conditions it, as left-padded tokens ``(N, P)``."""
+        rows = [self.template.encode(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         width = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)

@@ -147,9 +147,9 @@ def test_the_whole_configuration_reaches_the_logger(fitted: tuple[Path, dict, st
     root, values, _ = fitted
     for name in ("config.yaml", "hparams.yaml"):
         saved = yaml.safe_load((root / "run/version_0" / name).read_text())
-        assert saved["model"]["beta_c"] == 0.1, name
+        assert saved["model"]["init_args"]["beta_c"] == 0.1, name
         assert saved["objectives"][0]["init_args"]["letter"] == "e", name
-        assert saved["data"]["prompts"] == values["data"]["prompts"], name
+        assert saved["data"]["init_args"]["prompts"] == values["data"]["prompts"], name
 
 
 def test_a_checkpoint_holds_the_adapter_and_plain_data_only(fitted: tuple[Path, dict, str]) -> None:
@@ -227,7 +227,7 @@ def test_wandb_offline_run_reads_back(tiny_model: Path, tmp_path: Path, monkeypa
         assert key in history, (key, sorted(history))
     assert history["front/picture/_type"] == "images/separated"
     assert {history[f"{key}/_type"] for key in ("front/table", "samples", "evaluation")} == {"table-file"}
-    assert "beta_w" in json.dumps(settings)
+    assert "beta_c" in json.dumps(settings)
     assert "letter_e" in json.dumps(settings) or '"letter": "e"' in json.dumps(settings)
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/front/*.png"))) == 2
 
@@ -283,7 +283,10 @@ MISTAKES: dict[str, tuple[dict, str]] = {
     "prompts of another kind": ({"data__prompts": "prompts.txt"}, "expected a .jsonl file of prompts, got no file"),
     "bad validation limit": ({"data__validation_limit": 0}, "data.validation_limit must be at least 1, got 0"),
     "bad batch size": ({"data__batch_size": 0}, "data.batch_size must be at least 1, got 0"),
-    "bad beta": ({"model__beta_w": -1.0}, "beta_w must not be negative, got -1"),
+    "bad beta": (
+        {"model__exploration": {"class_path": "InfoNCE", "init_args": {"beta_w": -1.0}}},
+        "beta_w must not be negative, got -1",
+    ),
     "bad precision": ({"trainer__precision": "bf16-mixed"}, "expected trainer.precision 32-true, got bf16-mixed"),
     "unknown function": (
         {"objectives": [{"class_path": "miepo.objectives.PythonObjective", "init_args": {"function": "nope.f"}}]},
@@ -459,6 +462,9 @@ def test_three_objectives_and_prompt_conditioning(tmp_path: Path) -> None:
     values = config(model, tmp_path, data__grid=None)
     values["objectives"].append({"class_path": "tests.helpers.tiny.Letters", "init_args": {"letter": "o"}})
     values["model"]["policy"]["init_args"]["conditioning"] = [{"class_path": "miepo.policy.PromptConditioning"}]
-    values["model"] |= {"num_counterfactuals": 2, "router": {"class_path": "miepo.router.SampleRouter"}}
+    values["model"] |= {
+        "exploration": {"class_path": "InfoNCE", "init_args": {"num_counterfactuals": 2}},
+        "router": {"class_path": "miepo.router.SampleRouter"},
+    }
     run("fit", values, tmp_path)
     assert list(tmp_path.glob("run/version_0/fronts/step_000002.png"))

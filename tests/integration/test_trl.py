@@ -68,7 +68,7 @@ def test_one_objective_is_trl_dpo(tiny_base_model: Path, tmp_path: Path) -> None
     reward = implicit_reward(log_prob, policy.reference_log_prob(prompts, responses), responses.mask)
     reward = reward.view(2, 3).T  # (B, 2): chosen, rejected
     alignment = alignment_loss(reward, torch.ones(3, 1), beta_c=0.3)
-    loss = total_loss(ExpectationRouter.combine(alignment, preference[:3]), None, torch.ones(3, 2, dtype=torch.bool))
+    loss = total_loss(ExpectationRouter.combine(alignment, preference[:3]), None)
     loss.backward()
 
     torch.testing.assert_close(loss, trl_loss, rtol=1e-5, atol=1e-6)

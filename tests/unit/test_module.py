@@ -13,9 +13,10 @@ from lightning.pytorch import Callback
 
 from miepo import MIEPO
 from miepo.errors import UserError
+from miepo.exploration import InfoNCE
 from miepo.losses import implicit_reward
-from miepo.module import response_log_prob
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
+from miepo.policy_module import response_log_prob
 from miepo.router import SampleRouter
 from miepo.types import PreferenceBatch, Responses, Tokens
 from tests.helpers.fit import PROMPTS, tiny_run
@@ -56,7 +57,7 @@ def step(module: MIEPO, batch: PreferenceBatch) -> tuple[torch.Tensor, dict[str,
 @pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
 def test_beta_w_zero_is_mo_odpo_bit_for_bit(tiny_model: Path, tmp_path: Path, conditioning) -> None:
     """Loss and gradients equal those of sum_k w_k DPO_k written out here; and w- is not even drawn."""
-    module, batch, _ = rollout(tiny_model, tmp_path, conditioning=[conditioning], module={"beta_w": 0.0})
+    module, batch, _ = rollout(tiny_model, tmp_path, conditioning=[conditioning], module={"exploration": InfoNCE(0.0)})
     assert batch.counterfactual.shape[1] == 0
     randomise_adapter(module.policy)
     loss, gradients = step(module, batch)
@@ -75,10 +76,10 @@ def test_beta_w_zero_is_mo_odpo_bit_for_bit(tiny_model: Path, tmp_path: Path, co
 
 def test_a_vanishing_beta_w_is_mo_odpo_in_the_limit(tiny_model: Path, tmp_path: Path) -> None:
     """The other path to the same point: the term is computed, and beta_w goes to 0."""
-    module, batch, _ = rollout(tiny_model, tmp_path, module={"beta_w": 1e-12})
+    module, batch, _ = rollout(tiny_model, tmp_path, module={"exploration": InfoNCE(1e-12)})
     randomise_adapter(module.policy)
     _, gradients = step(module, batch)
-    module.beta_w = 0.0
+    module.exploration.beta_w = 0.0
     _, expected = step(module, batch)
     for name in gradients:
         torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-9)
@@ -86,11 +87,11 @@ def test_a_vanishing_beta_w_is_mo_odpo_in_the_limit(tiny_model: Path, tmp_path: 
 
 def test_the_exploration_term_by_a_slow_loop(tiny_model: Path, tmp_path: Path) -> None:
     module, batch, _ = rollout(
-        tiny_model, tmp_path, conditioning=[PromptConditioning()], module={"beta_w": 0.5, "num_counterfactuals": 3}
+        tiny_model, tmp_path, conditioning=[PromptConditioning()], module={"exploration": InfoNCE(0.5, 3)}
     )
     policy = randomise_adapter(module.policy)
     loss, _ = step(module, batch)
-    module.beta_w, total = 0.0, 0.0
+    module.exploration.beta_w, total = 0.0, 0.0
     alignment, _ = step(module, batch)
     with torch.no_grad():
         for b, prompt in enumerate(batch.prompts):
@@ -111,7 +112,7 @@ def test_the_exploration_term_by_a_slow_loop(tiny_model: Path, tmp_path: Path) -
 def test_the_gradient_of_the_exploration_term_uses_w_minus_only(tiny_model: Path, tmp_path: Path) -> None:
     """With one-hot preferences and separate blocks: w+ = e_0 and w- = e_1 touch different parameters."""
     module, batch, _ = rollout(
-        tiny_model, tmp_path, conditioning=[GatedConditioning(shared=False)], module={"beta_w": 0.5}
+        tiny_model, tmp_path, conditioning=[GatedConditioning(shared=False)], module={"exploration": InfoNCE(0.5)}
     )
     randomise_adapter(module.policy)
     first = torch.tensor([1.0, 0.0]).expand(len(batch), 2)
@@ -127,7 +128,7 @@ def test_the_gradient_of_the_exploration_term_uses_w_minus_only(tiny_model: Path
 
 
 def test_permuting_the_objectives_permutes_the_gate_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
-    module, batch, _ = rollout(tiny_model, tmp_path, module={"beta_w": 0.3})
+    module, batch, _ = rollout(tiny_model, tmp_path, module={"exploration": InfoNCE(0.3)})
     policy = randomise_adapter(module.policy)
     loss, gradients = step(module, batch)
     r = policy.lora_rank
@@ -148,7 +149,7 @@ def test_permuting_the_objectives_permutes_the_gate_and_nothing_else(tiny_model:
 
 @pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
 def test_padding_changes_no_loss_and_no_logged_number(tiny_model: Path, tmp_path: Path, conditioning) -> None:
-    module, batch, _ = rollout(tiny_model, tmp_path, conditioning=[conditioning], module={"beta_w": 0.3})
+    module, batch, _ = rollout(tiny_model, tmp_path, conditioning=[conditioning], module={"exploration": InfoNCE(0.3)})
     randomise_adapter(module.policy)
 
     def logged(batch: PreferenceBatch) -> dict[str, float]:
@@ -184,7 +185,7 @@ def test_padding_changes_no_loss_and_no_logged_number(tiny_model: Path, tmp_path
 
 def test_accumulation_1x8_equals_8x1(tiny_model: Path, tmp_path: Path) -> None:
     """For given rollouts: the mean of the gradients of single prompts is the gradient of the batch."""
-    module, batch, _ = rollout(tiny_model, tmp_path, module={"beta_w": 0.3}, data={"batch_size": 8})
+    module, batch, _ = rollout(tiny_model, tmp_path, module={"exploration": InfoNCE(0.3)}, data={"batch_size": 8})
     randomise_adapter(module.policy)
     _, whole = step(module, batch)
     parts = []
@@ -208,7 +209,7 @@ def test_accumulation_1x8_equals_8x1(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_all_ties_give_zero_alignment_gradient_and_are_counted(tiny_model: Path, tmp_path: Path) -> None:
     same = [Chosen([1.0] * 8, "same"), Chosen([float("nan")] * 8, "none")]
-    module, batch, logged = rollout(tiny_model, tmp_path, objectives=same, module={"beta_w": 0.0})
+    module, batch, logged = rollout(tiny_model, tmp_path, objectives=same, module={"exploration": InfoNCE(0.0)})
     randomise_adapter(module.policy)
     loss, gradients = step(module, batch)
     assert loss.isfinite()
@@ -280,7 +281,7 @@ def test_scalarised_feedback_is_one_order_for_all(tiny_model: Path, tmp_path: Pa
 def test_steps_on_a_batch_teach_each_preference_its_own_order(tiny_model: Path, tmp_path: Path) -> None:
     """The same pairs, opposite judges: after some steps the implicit reward orders them as the asked objective does."""
     module, batch, _ = rollout(
-        tiny_model, tmp_path, objectives=[Length("long"), Length("short", sign=-1)], module={"beta_w": 0.0},
+        tiny_model, tmp_path, objectives=[Length("long"), Length("short", sign=-1)], module={"exploration": InfoNCE(0.0)},
         data={"batch_size": 8},
     )  # fmt: skip
     rows = torch.arange(4).repeat(2)  # every pair twice: once for each objective
@@ -359,8 +360,6 @@ def test_the_same_seed_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> N
     ("kwargs", "message"),
     [
         ({"beta_c": -1.0}, "beta_c must not be negative, got -1"),
-        ({"beta_w": -0.1}, "beta_w must not be negative"),
-        ({"num_counterfactuals": 0}, "num_counterfactuals must be at least 1, got 0"),
         ({"warmup": 1.0}, "warmup is a fraction"),
     ],
 )

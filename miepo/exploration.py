@@ -1,0 +1,271 @@
+"""The exploration term: what keeps responses under different preferences distinguishable, I(Y; W | X) of Eq. 6.
+
+Each formulation is a pure function of log-probabilities and a thin class with its settings. All of them vanish at
+weight 0, where MI-EPO is MO-ODPO exactly. ``configs/studies/README.md`` compares them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from miepo.errors import UserError
+from miepo.losses import alignment_loss
+from miepo.metrics.information import infonce_bound
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A pair of responses under the preference they were sampled with and under counterfactual ones."""
+
+    preference: Tensor  # (B, K) w+
+    counterfactual: Tensor  # (B, C, K) w-
+    log_prob: Tensor  # (B, 2) of the whole response under w+
+    counterfactual_log_prob: Tensor  # (B, 2, C) under each w-
+    reward: Tensor  # (B, 2) implicit reward under w+
+    counterfactual_reward: Tensor  # (B, 2, C) under each w-
+    lengths: Tensor  # (B, 2) response tokens
+    labels: Tensor  # (B, K) feedback
+    anchors: Tensor  # (B, 2) True where a response may be learnt from: it is not empty
+    beta_c: float  # scale of the alignment logits
+
+
+# -- functions ---------------------------------------------------------------------------------------------------------
+
+
+def infonce_loss(reward: Tensor, counterfactual_reward: Tensor, beta_w: float) -> Tensor:
+    """Eq. 12: InfoNCE between the sampling preference w+ and counterfactual preferences w-.
+
+    With one w- it is ``-log sigmoid(beta_w r(x, w+, y) - beta_w r(x, w-, y))``; with more, the InfoNCE cross-entropy
+    over ``1 + C`` candidates. The anchor logit carries a stop-gradient (Section on Eq. 13), so the gradient reaches
+    the policy through w- alone.
+
+    Args:
+        reward: ``(B, 2)`` implicit rewards under w+.
+        counterfactual_reward: ``(B, 2, C)`` implicit rewards of the same responses under each w-.
+        beta_w: Scale of the exploration logits.
+
+    Returns:
+        ``(B, 2)``.
+    """
+    anchor = beta_w * reward.detach().unsqueeze(-1)  # (B, 2, 1)
+    logits = torch.cat([torch.zeros_like(anchor), beta_w * counterfactual_reward - anchor], -1)  # (B, 2, 1 + C)
+    return torch.logsumexp(logits, -1)
+
+
+def information_labels(log_prob: Tensor, counterfactual_log_prob: Tensor) -> Tensor:
+    """+1 where the first response tells more about w+ than the second, -1 where less, 0 where alike; ``(B,)``.
+
+    What a response tells is its pointwise information ``log pi(y|x,w+) - log mean_j pi(y|x,w_j)`` over w+ and the
+    counterfactual preferences. It is the reward whose score-function gradient is that of I(Y; W | X).
+
+    Args:
+        log_prob: ``(B, 2)`` under w+.
+        counterfactual_log_prob: ``(B, 2, C)`` under each w-.
+    """
+    information = infonce_bound(log_prob, counterfactual_log_prob)  # (B, 2)
+    return torch.sign(information[:, 0] - information[:, 1])
+
+
+def matching_loss(
+    reward: Tensor,
+    counterfactual_reward: Tensor,
+    preference: Tensor,
+    counterfactual: Tensor,
+    labels: Tensor,
+    beta: float,
+) -> Tensor:
+    """Which response belongs to which preference: a contrast over pairs instead of over single responses.
+
+    Under w+ and w- the feedback of the objectives weighs the two responses differently by
+    ``g = 1/2 sum_k (w+_k - w-_k) c_k`` with labels ``c_k``: where ``g > 0`` the first response is w+'s and the second
+    w-'s. The loss is ``-|g| log sigmoid(sign(g) beta ((r(w+, y1) - r(w+, y2)) - (r(w-, y1) - r(w-, y2))))``: the logit
+    is the difference of the two responses' InfoNCE logits, so whatever both responses have in common, length included,
+    cancels, and making a response unlikely everywhere gains nothing. Pairs on which all objectives agree say nothing
+    about the preference (``g = 0``).
+
+    Args:
+        reward: ``(B, 2)`` implicit rewards under w+.
+        counterfactual_reward: ``(B, 2, C)`` under each w-.
+        preference: ``(B, K)`` w+.
+        counterfactual: ``(B, C, K)`` w-.
+        labels: ``(B, K)``.
+        beta: Scale of the logits.
+
+    Returns:
+        ``(B, C)``.
+    """
+    gap = ((preference.unsqueeze(1) - counterfactual) * labels.unsqueeze(1)).sum(-1) / 2  # (B, C) in [-1, 1]
+    margin = (reward[:, 0] - reward[:, 1]).unsqueeze(-1) - (counterfactual_reward[:, 0] - counterfactual_reward[:, 1])
+    return torch.where(gap == 0, 0.0, -gap.abs() * F.logsigmoid(beta * torch.sign(gap) * margin))
+
+
+def counterfactual_alignment(contrast: Contrast) -> Tensor:
+    """Eq. 8 under every w-, routed by it, averaged over the w-: the pair once more, for other preferences; ``(B,)``."""
+    each = [
+        alignment_loss(contrast.counterfactual_reward[:, :, j], contrast.labels, contrast.beta_c)
+        for j in range(contrast.counterfactual.shape[1])
+    ]  # C of (B, K)
+    return (torch.stack(each, 1) * contrast.counterfactual).sum(-1).mean(-1)
+
+
+# -- formulations ------------------------------------------------------------------------------------------------------
+
+
+class Exploration(ABC):
+    """A formulation of the exploration term.
+
+    Args:
+        weight: Factor of the term in the loss; with 0 it is not computed, which is MO-ODPO.
+        num_counterfactuals: Preference vectors w- per prompt.
+        candidates: w- is the farthest from w+ of so many draws; 1 leaves it independent of w+.
+        warmup: Fraction of all steps over which the weight rises linearly from 0.
+    """
+
+    needs_gradient = True  # of the log-probabilities under w-
+
+    def __init__(
+        self, weight: float = 1.0, num_counterfactuals: int = 1, candidates: int = 1, warmup: float = 0.0
+    ) -> None:
+        name = type(self).__name__
+        if weight < 0:
+            raise UserError(f"the weight of {name} must not be negative, got {weight}")
+        for key, value in (("num_counterfactuals", num_counterfactuals), ("candidates", candidates)):
+            if value < 1:
+                raise UserError(f"{name}.{key} must be at least 1, got {value}")
+        if not 0 <= warmup <= 1:
+            raise UserError(f"{name}.warmup is a fraction of all steps, from 0 to 1, got {warmup}")
+        self.weight, self.num_counterfactuals, self.candidates, self.warmup = (
+            weight, num_counterfactuals, candidates, warmup,
+        )  # fmt: skip
+
+    @property
+    def active(self) -> bool:
+        return self.weight > 0
+
+    @abstractmethod
+    def loss(self, contrast: Contrast) -> Tensor:
+        """The term of each prompt before its weight, ``(B,)``."""
+
+    def __call__(self, contrast: Contrast, progress: float) -> Tensor:
+        """The weighted term ``(B,)`` when ``progress`` of all steps (0 to 1) are done."""
+        return self.weight * min(1.0, progress / self.warmup if self.warmup else 1.0) * self.loss(contrast)
+
+
+class InfoNCE(Exploration):
+    """The paper's L_YW (Eq. 12 and 13): ``1/2 sum_y -log sigmoid(beta_w r(x,w+,y) - beta_w r(x,w-,y))``.
+
+    Args:
+        beta_w: Scale of the exploration logits (paper: 0.01). With 0 the term is not computed: that is MO-ODPO.
+        num_counterfactuals: Preference vectors w- per prompt (paper: 1). More give the full InfoNCE bound.
+        per_token: Divide the implicit rewards by the response's length, so that length alone is no signal.
+        clip: Drop a response whose likelihood under every w- is already this many nats below that under w+.
+        candidates: See :class:`Exploration`.
+        warmup: See :class:`Exploration`.
+    """
+
+    def __init__(
+        self,
+        beta_w: float = 0.01,
+        num_counterfactuals: int = 1,
+        per_token: bool = False,
+        clip: float | None = None,
+        candidates: int = 1,
+        warmup: float = 0.0,
+    ) -> None:
+        if beta_w < 0:
+            raise UserError(f"beta_w must not be negative, got {beta_w}")
+        super().__init__(1.0, num_counterfactuals, candidates, warmup)
+        self.beta_w, self.per_token, self.clip = beta_w, per_token, clip
+
+    @property
+    def active(self) -> bool:
+        return self.beta_w > 0
+
+    def loss(self, contrast: Contrast) -> Tensor:
+        scale = 1 / contrast.lengths if self.per_token else torch.ones_like(contrast.lengths)  # (B, 2)
+        loss = infonce_loss(
+            contrast.reward * scale, contrast.counterfactual_reward * scale.unsqueeze(-1), self.beta_w
+        )  # (B, 2)
+        keep = contrast.anchors
+        if self.clip is not None:
+            gap = contrast.log_prob - contrast.counterfactual_log_prob.amax(-1)  # (B, 2)
+            keep = keep & (gap.detach() < self.clip)
+        return torch.where(keep, loss, 0.0).mean(-1)
+
+
+class PairwiseInformation(Exploration):
+    """Pointwise information as one more judge: of two responses the one that tells more about w+ is preferred.
+
+    A DPO loss (Eq. 8) with ``beta_c`` and the labels of :func:`information_labels`: the score-function gradient of
+    I(Y; W | X) turned into a preference. The passes under w- need no gradient.
+
+    Args:
+        weight: Factor of the loss.
+        num_counterfactuals: Fresh preference vectors that, with w+, make up the mixture.
+        candidates: See :class:`Exploration`.
+        warmup: See :class:`Exploration`.
+    """
+
+    needs_gradient = False
+
+    def __init__(
+        self, weight: float = 1.0, num_counterfactuals: int = 4, candidates: int = 1, warmup: float = 0.0
+    ) -> None:
+        super().__init__(weight, num_counterfactuals, candidates, warmup)
+
+    def loss(self, contrast: Contrast) -> Tensor:
+        labels = information_labels(contrast.log_prob.detach(), contrast.counterfactual_log_prob.detach())  # (B,)
+        labels = labels * contrast.anchors.all(-1)
+        return alignment_loss(contrast.reward, labels.unsqueeze(-1), contrast.beta_c).squeeze(-1)
+
+
+class Matching(Exploration):
+    """Which of two responses belongs to which of two preferences (:func:`matching_loss`), averaged over the w-.
+
+    Args:
+        weight: Factor of the loss.
+        reuse: Factor, within the term, of the alignment loss under w- (:func:`counterfactual_alignment`), which the
+            pass under w- makes free.
+        beta: Scale of the logits; ``beta_c`` by default.
+        num_counterfactuals: Preference vectors w- per prompt.
+        candidates: See :class:`Exploration`.
+        warmup: See :class:`Exploration`.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        reuse: float = 0.0,
+        beta: float | None = None,
+        num_counterfactuals: int = 1,
+        candidates: int = 1,
+        warmup: float = 0.0,
+    ) -> None:
+        if beta is not None and beta <= 0:
+            raise UserError(f"Matching.beta must be positive, got {beta}")
+        super().__init__(weight, num_counterfactuals, candidates, warmup)
+        if reuse < 0:
+            raise UserError(f"Matching.reuse must not be negative, got {reuse}")
+        self.beta, self.reuse = beta, reuse
+
+    def loss(self, contrast: Contrast) -> Tensor:
+        matching = matching_loss(
+            contrast.reward, contrast.counterfactual_reward, contrast.preference, contrast.counterfactual,
+            contrast.labels, contrast.beta_c if self.beta is None else self.beta,
+        ).mean(-1)  # fmt: skip
+        return matching + self.reuse * counterfactual_alignment(contrast) if self.reuse else matching
+
+
+class CounterfactualAlignment(Exploration):
+    """No information term but its control: the same pair and feedback, learnt from under w-, too (Eq. 8 routed by w-).
+
+    What a formulation gains over this it gains by contrasting preferences, and not by reading each pair twice.
+    """
+
+    def loss(self, contrast: Contrast) -> Tensor:
+        return counterfactual_alignment(contrast)

@@ -1,0 +1,327 @@
+"""Rewards-in-Context (RiC): imitate responses under the scores they got, then ask for the scores one wants.
+
+An offline stage trains on responses of the base policy, or of a file, with their normalised scores written in the
+prompt. Online rounds then sample under wanted scores, score, write the scores *obtained* into the prompt, keep what is
+good at something and train on that. At inference a preference vector becomes target scores (:func:`preference_to_target`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+
+from miepo.datamodule import RESPONSES, OnlinePreferenceDataModule
+from miepo.errors import UserError
+from miepo.objectives.base import normalise_rewards, score_responses
+from miepo.policy import Conditioning, Policy
+from miepo.policy_module import PolicyModule
+from miepo.preferences import Stream, generator, torch_seed
+from miepo.prompts import OnlinePrompts, read_rows
+from miepo.types import PromptBatch, SupervisedBatch, Tokens
+
+# -- functions ---------------------------------------------------------------------------------------------------------
+
+
+def score_range(draws: int = 5000) -> tuple[float, float]:
+    """The smallest and the largest of so many standard normal draws: where targets of z-scores begin and end."""
+    values = generator(Stream.CALIBRATION, draws).standard_normal(draws)
+    return float(values.min()), float(values.max())
+
+
+def preference_to_target(preference: Sequence[float], low: float, high: float) -> list[float]:
+    """Target scores ``w_i / ||w||_2 (high - low) + low``: weight 1 asks for the top, weight 0 for the bottom."""
+    norm = float(np.linalg.norm(preference))
+    return [w / norm * (high - low) + low for w in preference]
+
+
+def good_at_something(scores: Tensor, quantile: float) -> Tensor:
+    """Rows ``(n,)`` of ``scores`` ``(n, K)`` in which any score is at or above its quantile; NaN is not."""
+    thresholds = scores.nanquantile(quantile, 0)  # (K,)
+    return (scores >= thresholds).any(-1)
+
+
+# -- conditioning ------------------------------------------------------------------------------------------------------
+
+
+class TargetConditioning(Conditioning):
+    """Scores in the prompt: ``<helpfulness_score> 1.3 <humor_score> -0.4`` after its text.
+
+    Args:
+        draws: See :func:`score_range`.
+    """
+
+    def __init__(self, draws: int = 5000) -> None:
+        if draws < 2:
+            raise UserError(f"TargetConditioning.draws must be at least 2, got {draws}")
+        self.draws = draws
+
+    def write(self, preference: Sequence[float], names: Sequence[str]) -> str:
+        return self.write_scores(preference_to_target(preference, *score_range(self.draws)), names)
+
+    def write_scores(self, scores: Sequence[float], names: Sequence[str]) -> str:
+        # + 0.0 so that -0.04 reads 0.0 and not -0.0
+        return "".join(f" <{n}_score> {round(s, 1) + 0.0:.1f}" for n, s in zip(names, scores, strict=True))
+
+    def markers(self, names: Sequence[str]) -> list[str]:
+        return [f"<{name}_score>" for name in names]
+
+
+# -- the module --------------------------------------------------------------------------------------------------------
+
+
+class RewardsInContext(PolicyModule):
+    """Supervised fine-tuning on responses under their scores.
+
+    Args:
+        policy: A policy whose one conditioning is :class:`TargetConditioning`.
+        learning_rate: Rate of Adam in the offline stage, after the warm-up.
+        online_learning_rate: Constant rate of the online rounds.
+        warmup: Fraction of all steps in which the rate rises.
+    """
+
+    def __init__(
+        self, policy: Policy, learning_rate: float = 1e-4, online_learning_rate: float = 1e-5, warmup: float = 0.0
+    ) -> None:
+        super().__init__(policy, learning_rate, warmup)
+        if online_learning_rate < 0:
+            raise UserError(f"online_learning_rate must not be negative, got {online_learning_rate}")
+        self.online_learning_rate = online_learning_rate
+        if [type(c) for c in policy.conditioning] != [TargetConditioning]:
+            got = ", ".join(type(c).__name__ for c in policy.conditioning)
+            raise UserError(f"RewardsInContext needs one conditioning, TargetConditioning, got {got}")
+        self.conditioning: TargetConditioning = policy.conditioning[0]  # type: ignore[assignment]
+
+    def training_step(self, batch: SupervisedBatch, batch_idx: int) -> STEP_OUTPUT:
+        texts = [self.conditioning.write_scores(row, self.names) for row in batch.scores.tolist()]
+        prompts = self.policy.encode_text(batch.prompts, texts)  # (N, P)
+        log_prob = self.policy.log_prob(prompts, batch.scores, batch.responses)  # (N, T)
+        loss = -log_prob.sum() / batch.responses.mask.sum()  # nats per token
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        self.log_dict(
+            {f"reward/{name}": batch.scores[:, k].nanmean() for k, name in enumerate(self.names)}, batch_size=len(batch)
+        )
+        return {"loss": loss}
+
+    def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
+        """A warm-up and a constant rate offline; a constant lower rate online."""
+        warm, offline = round(self.warmup * steps), self.trainer.datamodule.plan(steps)[0]  # type: ignore[attr-defined]
+        ratio = self.online_learning_rate / self.learning_rate if self.learning_rate else 0.0
+        return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warm + 1)) if step < offline else ratio)
+
+
+# -- the data ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pool:
+    """Scored responses."""
+
+    prompts: list[str]
+    responses: Tokens  # (n, T)
+    scores: Tensor  # (n, K)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, index: Sequence[int]) -> Pool:
+        chosen = torch.as_tensor(index, dtype=torch.long)
+        tokens = Tokens(self.responses.ids[chosen], self.responses.mask[chosen])
+        return Pool([self.prompts[i] for i in chosen.tolist()], tokens, self.scores[chosen])
+
+    def good(self, quantile: float) -> Pool:
+        return self.rows(good_at_something(self.scores, quantile).nonzero().flatten().tolist())
+
+
+def _on_cpu(tokens: Tokens) -> Tokens:
+    return Tokens(tokens.ids.cpu(), tokens.mask.cpu())
+
+
+def join(pools: Sequence[Pool], pad: int) -> Pool:
+    width = max(pool.responses.ids.shape[1] for pool in pools)
+
+    def padded(x: Tensor, value: Any) -> Tensor:
+        return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
+
+    return Pool(
+        [prompt for pool in pools for prompt in pool.prompts],
+        Tokens(
+            torch.cat([padded(pool.responses.ids, pad) for pool in pools]),
+            torch.cat([padded(pool.responses.mask, False) for pool in pools]),
+        ),
+        torch.cat([pool.scores for pool in pools]),
+    )
+
+
+class RewardsInContextDataModule(OnlinePreferenceDataModule):
+    """The stages of RiC over the same prompts, in the same order, as an online method: two responses for each.
+
+    The steps of a run are dealt out to the offline stage and the online rounds. At its first step a stage samples two
+    responses for every prompt that falls into it and scores them: the base policy offline, the policy of the moment
+    under drawn preferences online. A step then imitates ``2 B`` rows. The whole run samples and scores as many
+    responses, and takes as many steps on as many rows, as MO-ODPO with the same settings.
+
+    Args:
+        offline: Share of the steps in the offline stage.
+        offline_rows: A ``.jsonl`` file with ``prompt`` and ``response`` to train on offline instead of the policy's own
+            responses.
+        rounds: Number of online rounds.
+        quantile: An online round keeps rows, its own and offline ones, in which any score reaches its quantile.
+        **kwargs: Of :class:`~miepo.OnlinePreferenceDataModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        offline: float = 0.5,
+        offline_rows: str | None = None,
+        rounds: int = 2,
+        quantile: float = 0.7,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 < offline <= 1:
+            raise UserError(f"data.offline is a share of the steps, above 0 and at most 1, got {offline}")
+        if rounds < 0 or (rounds == 0) != (offline == 1):
+            raise UserError(f"data.rounds must be positive, or 0 with data.offline 1, got {rounds} with {offline}")
+        if not 0 <= quantile < 1:
+            raise UserError(f"data.quantile must be at least 0 and below 1, got {quantile}")
+        self.offline, self.rounds, self.quantile, self.offline_file = offline, rounds, quantile, offline_rows
+        self.stage = -1
+        self.offline_pool: Pool | None = None
+        self.pool: Pool | None = None
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if not isinstance(self._module, RewardsInContext):
+            raise UserError(
+                f"data {type(self).__name__} needs model RewardsInContext, got {type(self._module).__name__}"
+            )
+        if self._trainer.world_size > 1:
+            raise UserError(f"RewardsInContext pools its responses in one process, got {self._trainer.world_size}")
+        if self.offline_file is not None and stage == "fit":
+            self.rows = read_rows(self.offline_file, "prompt", "response")
+
+    def plan(self, steps: int) -> list[int]:
+        """Steps at which the stages end: the offline stage, then each round."""
+        first = steps if self.rounds == 0 else max(1, round(self.offline * steps))
+        return [first, *(first + round((steps - first) * (r + 1) / self.rounds) for r in range(self.rounds))]
+
+    def train_dataloader(self) -> DataLoader:
+        loader = super().train_dataloader()
+        self._train_prompts: OnlinePrompts = loader.dataset  # type: ignore[assignment]
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pools: a resume in the middle of a stage goes on with its rows."""
+        pools = {"pool": self.pool, "offline_pool": self.offline_pool}
+        return (
+            super().state_dict()
+            | {"stage": self.stage}
+            | {k: vars(p) | {"responses": vars(p.responses)} for k, p in pools.items() if p}
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.stage = state_dict["stage"]
+        for key in state_dict.keys() & {"pool", "offline_pool"}:
+            saved = state_dict[key]
+            setattr(self, key, Pool(saved["prompts"], Tokens(**saved["responses"]), saved["scores"]))
+
+    def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> Any:
+        """The rows that a step imitates, or an evaluation."""
+        if not self._trainer.training:
+            return self.evaluation(batch)
+        self.ensure_normalised()
+        per_epoch = int(self._trainer.num_training_batches)
+        index = batch.epochs[0] * per_epoch + batch.positions[0] // self.batch_size  # batches before this one
+        accumulated = self._trainer.accumulate_grad_batches
+        ends = [end * accumulated for end in self.plan(int(self._trainer.estimated_stepping_batches))]
+        stage = next((s for s, end in enumerate(ends) if index < end), len(ends) - 1)
+        if stage != self.stage:
+            self._begin(stage, range(index, ends[stage]), per_epoch)
+        assert self.pool is not None
+        rng = generator(Stream.SHUFFLE, self.seed, stage, 1)
+        begin, size = ends[stage - 1] if stage else 0, RESPONSES * self.batch_size
+        passes = -(-(ends[stage] - begin) * size // len(self.pool))  # over the pool in this stage
+        order = np.concatenate([rng.permutation(len(self.pool)) for _ in range(passes)])
+        start = (index - begin) * size
+        rows = self.pool.rows(order[start : start + RESPONSES * len(batch)].tolist())
+        device = self._policy.device
+        return SupervisedBatch(
+            rows.prompts,
+            Tokens(rows.responses.ids.to(device), rows.responses.mask.to(device)),
+            rows.scores.to(device),
+        )
+
+    def _begin(self, stage: int, batches: range, per_epoch: int) -> None:
+        """Samples, scores and filters what a stage trains on."""
+        fresh = self._read() if stage == 0 and self.offline_file else self._sample(stage, batches, per_epoch)
+        if stage == 0:
+            self.pool = self.offline_pool = fresh
+        else:
+            assert self.offline_pool is not None  # stage 0 came first, here or in the checkpoint
+            parts = [fresh.good(self.quantile), self.offline_pool.good(self.quantile)]
+            self.pool = join(parts, self._policy.tokenizer.pad_token_id)
+        if not len(self.pool):
+            raise UserError("RewardsInContext has no response to imitate: every one was empty or had no score")
+        self.stage = stage
+        rank_zero_info(f"RiC stage {stage}: {len(fresh)} responses scored, {len(self.pool)} to imitate")
+
+    def _sample(self, stage: int, batches: range, per_epoch: int) -> Pool:
+        """Two responses for each prompt of the stage; under drawn preferences in an online round."""
+        module, policy, prompts = self._module, self._policy, self._train_prompts
+        pools = []
+        for index in batches:
+            epoch, first = index // per_epoch, (index % per_epoch) * self.batch_size
+            positions = range(first, min(first + self.batch_size, len(prompts)))
+            texts = [prompts.at(epoch, p) for p in positions]
+            draws = [
+                self.preferences.draw(generator(Stream.PREFERENCE, self.seed, epoch, p), 1, len(module.names))[0]
+                for p in positions
+            ]
+            preference = torch.from_numpy(np.stack(draws)).float()  # (B, K)
+            seed = torch_seed(Stream.SAMPLING, self.seed, epoch, first)
+            with policy.silent() if stage == 0 else nullcontext():  # the base has not read scores yet
+                responses = self.engine.sample(policy, texts, preference, RESPONSES, self.max_new_tokens, seed)
+            scores = normalise_rewards(module.objectives, score_responses(module.objectives, texts, responses.texts))
+            self.scored_responses += RESPONSES * len(texts)
+            usable = (scores.isfinite().all(-1) & ~responses.empty.cpu()).flatten()
+            pool = Pool(
+                [t for t in texts for _ in range(RESPONSES)], _on_cpu(responses.tokens.flat()), scores.flatten(0, 1)
+            )
+            pools.append(pool.rows(usable.nonzero().flatten().tolist()))
+        return join(pools, policy.tokenizer.pad_token_id)
+
+    def _read(self) -> Pool:
+        """The offline file, tokenised and scored."""
+        module, policy = self._module, self._policy
+        prompts, texts = ([row[key] for row in self.rows] for key in ("prompt", "response"))
+        ids = [
+            [
+                *policy.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+                policy.end_ids[0],
+            ]
+            for text in texts
+        ]
+        ids = [row[: self.max_new_tokens] for row in ids]
+        width, pad = max(map(len, ids)), policy.tokenizer.pad_token_id
+        tokens = Tokens(
+            torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
+            torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids]),
+        )
+        raw = score_responses(module.objectives, prompts, [[text] for text in texts])
+        self.scored_responses += len(texts)
+        scores = normalise_rewards(module.objectives, raw)[:, 0]  # (n, K)
+        usable = scores.isfinite().all(-1) & torch.tensor([bool(text.strip()) for text in texts])
+        return Pool(prompts, tokens, scores).rows(usable.nonzero().flatten().tolist())

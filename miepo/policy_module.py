@@ -1,0 +1,159 @@
+"""What the module of every method has in common: the policy, its optimiser, evaluation steps, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_cosine_schedule_with_warmup
+
+from miepo.errors import UserError
+from miepo.objectives import Objective
+from miepo.objectives.base import objectives_of
+from miepo.policy import Policy
+from miepo.types import EvaluationBatch, Tokens
+
+SCHEMA = 1
+
+
+class PolicyModule(LightningModule):
+    """A preference-conditioned policy in training; a method adds its ``training_step``.
+
+    Args:
+        policy: The preference-conditioned policy.
+        learning_rate: Peak rate of Adam.
+        warmup: Fraction of all steps in which the rate rises.
+    """
+
+    def __init__(self, policy: Policy, learning_rate: float, warmup: float) -> None:
+        super().__init__()
+        if learning_rate < 0:
+            raise UserError(f"learning_rate must not be negative, got {learning_rate}")
+        if not 0 <= warmup < 1:
+            raise UserError(f"warmup is a fraction of all steps, at least 0 and below 1, got {warmup}")
+        self.policy = policy
+        self.learning_rate, self.warmup = learning_rate, warmup
+        self.objectives: list[Objective] = []
+        self.metrics = nn.ModuleDict()  # filled by callbacks, so that metrics move and reduce with the module
+        self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint checks that it is whole
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the objectives, in column order."""
+        return tuple(o.name for o in self.objectives)
+
+    def setup(self, stage: str) -> None:
+        self.objectives = objectives_of(self.trainer)
+        if self.trainer.precision != "32-true":
+            raise UserError(
+                "the policy sets its own precision (policy.dtype), so that sampling and training agree: "
+                f"expected trainer.precision 32-true, got {self.trainer.precision}"
+            )
+
+    def configure_model(self) -> None:
+        self.policy.build(self.names)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's optimiser steps that are done."""
+        return self.trainer.global_step / max(self.trainer.estimated_stepping_batches, 1)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """The responses are sampled and scored when they come here; callbacks measure them."""
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """As :meth:`validation_step`."""
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One row per answer: prompt, preference by objective name, response."""
+        return [
+            {"prompt": prompt, "preference": dict(zip(self.names, weights, strict=True)), "response": texts[0]}
+            for prompt, weights, texts in zip(
+                batch.prompts, batch.preference.double().round(decimals=6).tolist(), batch.responses.texts, strict=True
+            )
+        ]
+
+    # -- optimisation and checkpoints ----------------------------------------------------------------------------------
+
+    def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
+        """A linear warm-up and a cosine decay to 0 (Tables 3 and 4)."""
+        return get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
+
+    def configure_optimizers(self) -> Any:
+        """Adam with :meth:`schedule`."""
+        optimizer = torch.optim.Adam(self.policy.adapter_parameters().values(), lr=self.learning_rate)
+        if self.trainer.estimated_stepping_batches == float("inf"):
+            raise UserError(
+                "the schedule needs the number of steps: expected trainer.max_epochs or max_steps, got none"
+            )
+        schedule = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the adapter and drops the base weights."""
+        keep = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+        checkpoint["miepo"] = {"schema": SCHEMA, "objectives": list(self.names), "base": self.policy.base}
+        checkpoint["miepo"]["policy"] = self.policy.settings()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other objectives or another adapter; restores the normalisation for evaluation."""
+        saved = checkpoint.get("miepo")
+        if saved is None:
+            raise UserError("expected a checkpoint written by miepo, got one without its entry")
+        if saved["schema"] > SCHEMA:
+            raise UserError(f"expected a checkpoint of schema {SCHEMA} or older, got {saved['schema']}: update miepo")
+        if saved["objectives"] != list(self.names):
+            raise UserError(
+                f"the checkpoint was trained on the objectives {saved['objectives']}, in this order; "
+                f"the config lists {list(self.names)}"
+            )
+        now = self.policy.settings()
+        if changed := [key for key, value in saved["policy"].items() if now.get(key) != value]:
+            both = "; ".join(f"{key} {saved['policy'][key]} and not {now.get(key)}" for key in changed)
+            raise UserError(f"the checkpoint's policy has {both}: set the configuration's policy alike")
+        if saved["base"] != self.policy.base:
+            rank_zero_warn(
+                f"the adapter was trained on the base '{saved['base']}', the config has '{self.policy.base}'"
+            )
+        expected = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+        came = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if wrong := sorted(name for name in expected.keys() | came.keys() if expected.get(name) != came.get(name)):
+            name = wrong[0]
+            raise UserError(
+                f"the checkpoint's adapter does not fit the policy: {len(wrong)} of {len(expected)} weights differ, "
+                f"first {name}: expected shape {_shape(expected.get(name))}, got {_shape(came.get(name))}"
+            )
+        for objective in self.objectives:  # Lightning restores callbacks for fit alone
+            objective.load_state_dict(checkpoint.get("callbacks", {}).get(objective.state_key, {}))
+
+
+def response_log_prob(policy: Policy, prompts: Any, preferences: Tensor, responses: Tokens) -> Tensor:
+    """Token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
+
+    Args:
+        policy: The policy.
+        prompts: ``B`` prompts.
+        preferences: ``(B, C, K)``.
+        responses: ``(B, n, T)``.
+
+    Returns:
+        ``(B, n, C, T)``.
+    """
+    (b, c, _), n = preferences.shape, responses.ids.shape[1]
+    flat_prompts = [prompt for prompt in prompts for _ in range(c)]
+    tokens = policy.encode(flat_prompts, preferences.flatten(0, 1)).repeat(n)  # (B C n, P)
+    each = Tokens(*(x.unsqueeze(1).expand(-1, c, -1, -1).flatten(0, 2) for x in (responses.ids, responses.mask)))
+    log_prob = policy.log_prob(tokens, preferences.flatten(0, 1).repeat_interleave(n, 0), each)
+    return log_prob.view(b, c, n, -1).transpose(1, 2)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "no such weight" if shape is None else str(tuple(shape))

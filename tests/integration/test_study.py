@@ -1,0 +1,86 @@
+"""A whole study in processes: resumed, with a crash, reported."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tools.study.__main__ import main
+
+STUDY = """
+prepare: tests.helpers.study.prepare
+true_front: tools.study.language.true_front
+config: configs/studies/tasks/tiny.yaml
+set:
+  model.policy.base: "{parts}/base"
+  data.prompts: "{parts}/train.jsonl"
+  data.validation_prompts: "{parts}/validation.jsonl"
+  data.batch_size: 2
+  data.grid: 3
+  trainer.limit_train_batches: 4
+  trainer.val_check_interval: 2
+seeds: 2
+processes: 2
+baseline: mo_odpo
+methods:
+  mo_odpo: {label: MO-ODPO, config: [configs/methods/mo_odpo.yaml]}
+  ric: {label: RiC, config: [configs/methods/ric.yaml]}
+"""
+CRASH = "  broken: {set: {objectives: '[{class_path: tests.helpers.tiny.Broken}]'}}\n"
+
+
+def test_a_study_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "small.yaml", tmp_path / "out"
+    file.write_text(STUDY + CRASH)
+    assert main([str(file), "--out", str(out)]) == 1  # something failed, and the rest went on
+    printed = capsys.readouterr().out
+    assert "broken, seed 0: exit status 2: miepo: error: objective broken failed to score" in printed
+    rows = pd.read_csv(out / "results.csv")
+    assert sorted(set(zip(rows.method, rows.seed, rows.step, strict=True))) == [
+        (m, s, n) for m in ("mo_odpo", "ric") for s in (0, 1) for n in (2, 4)
+    ]
+    assert set(rows.loc[rows.step == 4, "scored_responses"]) == {16}  # 4 steps x 2 prompts x 2, for both methods
+    numbers = [
+        "front/hv",
+        "front/mip",
+        "front/crd",
+        "information/preference",
+        "front/sd/warmth",
+        "overlap",
+        "kl",
+        "length",
+    ]
+    assert rows[numbers].notna().all().all()
+    page = (out / "report.html").read_text()
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)|@import|url\(", page)  # no network
+    assert 'name="viewport"' in page
+    for text in ("MO-ODPO (2)", "Difference to MO-ODPO", "HV gap", "I(Y;W|X)", "broken, seed 1"):
+        assert text in page, text
+    assert {f.name for f in out.glob("*.png")} == {"fronts.png", "information.png"}
+
+    # resumed: what has finished is not repeated, what has not is
+    kept, redone = out / "mo_odpo/seed_0/result.json", out / "ric/seed_1/result.json"
+    before = kept.stat().st_mtime_ns
+    redone.unlink()
+    file.write_text(STUDY)
+    assert main([str(file), "--out", str(out)]) == 0
+    assert kept.stat().st_mtime_ns == before
+    assert redone.exists()
+    again = pd.read_csv(out / "results.csv")
+    same = [c for c in rows.columns if c != "seconds"]
+    pd.testing.assert_frame_equal(rows[same], again[same])  # a run repeats itself
+
+    file.write_text(STUDY + "  longer: {set: {trainer.limit_train_batches: 6}}\n")
+    assert main([str(file), "--out", str(out)]) == 2
+    assert "expected runs of one budget, got different scored responses" in capsys.readouterr().err
+
+
+def test_a_mistake_ends_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(STUDY.replace("baseline: mo_odpo", "baseline: dpo"))
+    assert main([str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "baseline names the unknown method 'dpo'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,201 @@
+"""The formulations of the exploration term against hand-written values, and the property that defines each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from math import exp, log
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from miepo.errors import UserError
+from miepo.exploration import (
+    Contrast,
+    CounterfactualAlignment,
+    Exploration,
+    InfoNCE,
+    Matching,
+    PairwiseInformation,
+    infonce_loss,
+    information_labels,
+    matching_loss,
+)
+from miepo.losses import alignment_loss
+
+
+def rewards(b: int = 6, seed: int = 0) -> torch.Tensor:
+    return torch.randn(b, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def contrast(b: int = 5, c: int = 2, seed: int = 0, gradient: bool = False) -> Contrast:
+    """A pair of responses with random log-probabilities; the reference gives every response -3."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randn(b, 2, generator=generator).requires_grad_(gradient)
+    other = torch.randn(b, 2, c, generator=generator).requires_grad_(gradient)
+    weights = torch.rand(b, 1 + c, 1, generator=generator)
+    preferences = torch.cat([weights, 1 - weights], -1)  # (B, 1 + C, 2)
+    labels = torch.tensor([[1, -1], [-1, 1], [1, 1], [1, 0], [0, 0]]).float()[torch.arange(b) % 5]
+    return Contrast(
+        preferences[:, 0], preferences[:, 1:], own, other, own + 3, other + 3, torch.full((b, 2), 4), labels,
+        torch.ones(b, 2, dtype=torch.bool), 0.1,
+    )  # fmt: skip
+
+
+def test_infonce_loss_is_equation_12_with_one_counterfactual() -> None:
+    r, c = rewards(), rewards(seed=5).unsqueeze(-1)
+    expected = -torch.nn.functional.logsigmoid(0.01 * r - 0.01 * c.squeeze(-1))
+    torch.testing.assert_close(infonce_loss(r, c, 0.01), expected)
+
+
+def test_infonce_loss_is_infonce_with_more() -> None:
+    r = rewards(4)
+    c = torch.randn(4, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    loss = infonce_loss(r, c, 0.7)
+    for b in range(4):
+        for y in range(2):
+            positive = exp(0.7 * r[b, y].item())
+            everything = positive + sum(exp(0.7 * c[b, y, j].item()) for j in range(5))
+            assert loss[b, y].item() == pytest.approx(-log(positive / everything), rel=1e-12)
+
+
+def test_exploration_gradient_flows_through_the_counterfactual_only() -> None:
+    r, c = rewards(), rewards(seed=5)
+    own, other = torch.autograd.grad(infonce_loss(r, c.unsqueeze(-1), 0.5).sum(), [r, c], allow_unused=True)
+    assert own is None
+    # d/db log(1 + exp(b - a)) = beta sigmoid(b - a) > 0: an unlikelihood term on w-
+    torch.testing.assert_close(other, 0.5 * torch.sigmoid(0.5 * (c - r)).detach())
+
+
+def test_infonce_is_the_mean_over_the_anchors_that_are_not_empty() -> None:
+    pair = contrast()
+    each = infonce_loss(pair.reward, pair.counterfactual_reward, 0.3)  # (B, 2)
+    torch.testing.assert_close(InfoNCE(0.3, 2).loss(pair), each.mean(-1))
+    anchors = pair.anchors.clone()
+    anchors[1, 0] = False
+    halved = InfoNCE(0.3, 2).loss(replace(pair, anchors=anchors))
+    torch.testing.assert_close(halved[1], each[1, 1] / 2)
+
+
+def test_infonce_per_token_and_clip() -> None:
+    pair = contrast()
+    per_token = InfoNCE(0.3, 2, per_token=True).loss(pair)
+    torch.testing.assert_close(per_token, infonce_loss(pair.reward / 4, pair.counterfactual_reward / 4, 0.3).mean(-1))
+    far = replace(pair, counterfactual_log_prob=pair.log_prob.unsqueeze(-1) - 5 + torch.zeros(5, 2, 2))
+    assert InfoNCE(0.3, 2, clip=4.0).loss(far).abs().max() == 0
+    assert InfoNCE(0.3, 2, clip=6.0).loss(far).min() > 0
+
+
+def test_the_judge_prefers_the_response_with_more_pointwise_information() -> None:
+    log_prob = torch.tensor([[-1.0, -1.0], [-5.0, -2.0], [-1.0, -1.0]])
+    others = torch.tensor([[[-9.0], [-1.0]], [[-5.0], [-2.0]], [[-2.0], [-4.0]]])
+    # the first response is unlikely under w- and so tells more; both tell nothing; the second tells more
+    assert information_labels(log_prob, others).tolist() == [1.0, 0.0, -1.0]
+
+
+def test_pointwise_information_is_the_score_of_the_gradient_and_pairs_point_its_way() -> None:
+    """On a table of three responses: the exact gradient of I(Y; W) is E[pmi d log pi], and pairs ordered by pmi point
+    to the same side of it."""
+    logits = torch.tensor([[0.5, -0.2, 0.1], [-0.3, 0.4, 0.0]], dtype=torch.float64, requires_grad=True)  # two w
+    log_pi = logits.log_softmax(-1)
+    pi = log_pi.exp()
+    pmi = log_pi - pi.mean(0).log()
+    (exact,) = torch.autograd.grad((pi * pmi).sum() / 2, logits, retain_graph=True)
+    (score,) = torch.autograd.grad((pi.detach() * pmi.detach() * log_pi).sum() / 2, logits, retain_graph=True)
+    torch.testing.assert_close(exact, score)
+    loss = torch.zeros((), dtype=torch.float64)
+    for w, a, b in product(range(2), range(3), range(3)):  # every pair under w, with its probability
+        own = torch.stack([log_pi[w, a], log_pi[w, b]]).unsqueeze(0)
+        other = torch.stack([log_pi[1 - w, a], log_pi[1 - w, b]]).view(1, 2, 1)
+        label = information_labels(own.detach(), other.detach())
+        loss = loss + pi[w, a].detach() * pi[w, b].detach() * alignment_loss(own, label.unsqueeze(-1), 1.0).sum()
+    (judged,) = torch.autograd.grad(loss, logits)
+    assert F.cosine_similarity(-judged.flatten(), exact.flatten(), 0) > 0.9
+
+
+def test_the_judge_learns_under_w_plus_only() -> None:
+    pair = contrast(gradient=True)
+    own, other = torch.autograd.grad(
+        PairwiseInformation().loss(pair).sum(), [pair.log_prob, pair.counterfactual_log_prob], allow_unused=True
+    )
+    assert other is None
+    assert own.abs().min() > 0
+    silent = replace(pair, anchors=torch.zeros(5, 2, dtype=torch.bool))
+    torch.testing.assert_close(PairwiseInformation().loss(silent), torch.full((5,), log(2)))  # no label, no gradient
+
+
+def test_matching_by_hand() -> None:
+    reward, other = torch.tensor([[3.0, 1.0]]), torch.tensor([[[0.5], [1.0]]])
+    plus, minus = torch.tensor([[0.9, 0.1]]), torch.tensor([[[0.2, 0.8]]])
+    labels = torch.tensor([[1.0, -1.0]])
+    # g = ((0.9 - 0.2) - (0.1 - 0.8)) / 2 = 0.7; margin = (3 - 1) - (0.5 - 1) = 2.5
+    expected = -0.7 * F.logsigmoid(torch.tensor(0.4 * 2.5))
+    torch.testing.assert_close(matching_loss(reward, other, plus, minus, labels, 0.4), expected.view(1, 1))
+    flipped = matching_loss(reward, other, plus, minus, -labels, 0.4)
+    torch.testing.assert_close(flipped, -0.7 * F.logsigmoid(torch.tensor(-0.4 * 2.5)).view(1, 1))
+
+
+def test_matching_ignores_what_both_responses_share_and_pairs_all_agree_on() -> None:
+    pair = contrast(gradient=True)
+    loss = Matching(num_counterfactuals=2).loss(pair)
+    shifted = replace(
+        pair,
+        reward=pair.reward + torch.tensor([[2.0], [-1.0], [0.5], [3.0], [1.0]]),
+        counterfactual_reward=pair.counterfactual_reward + torch.arange(10.0).view(5, 1, 2),
+    )
+    torch.testing.assert_close(loss, Matching(num_counterfactuals=2).loss(shifted), rtol=1e-4, atol=1e-6)
+    assert loss[2].item() == 0  # both objectives prefer the first response
+    assert loss[4].item() == 0  # two ties
+    own, other = torch.autograd.grad(loss.sum(), [pair.log_prob, pair.counterfactual_log_prob])
+    # no unlikelihood: whatever is taken from one response goes to the other, under w+ and under every w-
+    assert own.abs().max() > 0.01
+    torch.testing.assert_close(own.sum(-1), torch.zeros(5), rtol=0, atol=1e-7)
+    torch.testing.assert_close(other.sum(1), torch.zeros(5, 2), rtol=0, atol=1e-7)
+
+
+def test_matching_does_not_care_which_preference_is_called_w_plus() -> None:
+    pair = contrast(c=1)
+    swapped = matching_loss(
+        pair.counterfactual_reward[..., 0], pair.reward.unsqueeze(-1), pair.counterfactual[:, 0],
+        pair.preference.unsqueeze(1), pair.labels, 0.1,
+    )  # fmt: skip
+    here = matching_loss(
+        pair.reward, pair.counterfactual_reward, pair.preference, pair.counterfactual, pair.labels, 0.1
+    )
+    torch.testing.assert_close(here, swapped)
+
+
+def test_the_control_is_the_alignment_loss_under_w_minus() -> None:
+    pair = contrast(c=1)
+    expected = alignment_loss(pair.counterfactual_reward[..., 0], pair.labels, 0.1) * pair.counterfactual[:, 0]
+    torch.testing.assert_close(CounterfactualAlignment().loss(pair), expected.sum(-1))
+
+
+@pytest.mark.parametrize("formulation", [InfoNCE, PairwiseInformation, Matching, CounterfactualAlignment])
+def test_weight_and_warm_up(formulation: type[Exploration]) -> None:
+    pair, term = contrast(), formulation(warmup=0.5)
+    full = term.loss(pair) * term.weight
+    for progress, share in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
+        torch.testing.assert_close(term(pair, progress), full * share)
+    if formulation is not InfoNCE:
+        assert not formulation(weight=0.0).active
+        torch.testing.assert_close(formulation(weight=3.0)(pair, 1.0), 3 * formulation().loss(pair))
+    assert formulation().active
+    assert not InfoNCE(beta_w=0.0).active
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InfoNCE(beta_w=-0.1), "beta_w must not be negative, got -0.1"),
+        (lambda: InfoNCE(num_counterfactuals=0), r"InfoNCE.num_counterfactuals must be at least 1, got 0"),
+        (lambda: Matching(beta=0.0), r"Matching.beta must be positive, got 0"),
+        (lambda: Matching(candidates=0), r"Matching.candidates must be at least 1, got 0"),
+        (lambda: PairwiseInformation(weight=-1.0), "weight of PairwiseInformation must not be negative, got -1"),
+        (lambda: Matching(warmup=2.0), r"Matching.warmup is a fraction of all steps"),
+    ],
+)
+def test_bad_settings(make, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,172 @@
+"""Rewards-in-Context: targets, the quantile filter, stages, relabelling, equal work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from miepo.errors import UserError
+from miepo.methods import RewardsInContext, RewardsInContextDataModule, TargetConditioning
+from miepo.methods.ric import good_at_something, preference_to_target, score_range
+from miepo.policy import GatedConditioning, Policy
+from miepo.types import SupervisedBatch
+from tests.helpers.fit import PROMPTS, tiny_run
+from tests.helpers.tiny import Length, Letters
+
+
+def ric_run(
+    model: Path, root: Path, trainer: dict[str, Any] | None = None, **data: Any
+) -> tuple[Trainer, RewardsInContext, RewardsInContextDataModule]:
+    fitted, _, _ = tiny_run(model, root, trainer={"max_steps": -1, "max_epochs": 2, **(trainer or {})})
+    policy = Policy(str(model), [TargetConditioning()], lora_rank=2, lora_alpha=4, lora_dropout=0.0, dtype="float32")
+    module = RewardsInContext(policy, learning_rate=1e-2, online_learning_rate=1e-3)
+    settings = {"validation_prompts": ["the rain"], "batch_size": 2, "max_new_tokens": 6, "normalise_on": 8}
+    return fitted, module, RewardsInContextDataModule(prompts=PROMPTS, **settings | data)
+
+
+class Watch:
+    """The batches a module trains on and the stage and rate at each."""
+
+    def __init__(self, module: RewardsInContext, data: RewardsInContextDataModule) -> None:
+        self.batches: list[SupervisedBatch] = []
+        self.stages: list[int] = []
+        self.rates: list[float] = []
+        self.pools: dict[int, Any] = {}
+        step = module.training_step
+
+        def training_step(batch: SupervisedBatch, batch_idx: int) -> Any:
+            self.batches.append(batch)
+            self.stages.append(data.stage)
+            self.pools[data.stage] = data.pool
+            self.rates.append(module.optimizers().param_groups[0]["lr"])
+            return step(batch, batch_idx)
+
+        module.training_step = training_step
+
+
+def test_preference_to_target_by_hand() -> None:
+    assert preference_to_target([1.0, 0.0], -3.0, 4.0) == [4.0, -3.0]
+    middle = preference_to_target([0.5, 0.5], -3.0, 4.0)
+    assert middle == pytest.approx([0.5**0.5 * 7 - 3] * 2)  # not half-way: w / ||w||
+    low, high = score_range(5000)
+    assert -5 < low < -3
+    assert 3 < high < 5
+    assert score_range(5000) == (low, high)
+
+
+def test_the_quantile_filter_keeps_what_is_good_at_anything() -> None:
+    scores = torch.tensor([[0.0, 9.0], [1.0, 0.0], [2.0, 1.0], [3.0, 2.0], [float("nan"), 3.0]])
+    # thresholds at 0.7: 2.1 of (0, 1, 2, 3) and 2.8 of (0, 1, 2, 3, 9)
+    assert good_at_something(scores, 0.7).tolist() == [True, False, False, True, True]
+
+
+def test_what_is_written() -> None:
+    c = TargetConditioning()
+    assert c.write_scores([1.26, -0.04], ["a", "b"]) == " <a_score> 1.3 <b_score> 0.0"
+    low, high = score_range(5000)
+    assert c.write([1.0, 0.0], ["a", "b"]) == f" <a_score> {high:.1f} <b_score> {low:.1f}"
+    assert c.markers(["a"]) == ["<a_score>"]
+
+
+def test_stages_relabelling_filter_and_equal_work(tiny_model: Path, tmp_path: Path) -> None:
+    """8 prompts, 2 a step, 2 epochs: 8 steps; 4 offline, then 2 rounds of 2."""
+    trainer, module, data = ric_run(tiny_model, tmp_path)
+    watch = Watch(module, data)
+    trainer.fit(module, data)
+    assert data.plan(8) == [4, 6, 8]
+    assert watch.stages == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert watch.rates == pytest.approx([1e-2] * 4 + [1e-3] * 4)
+    assert [len(b) for b in watch.batches] == [4] * 8  # rows of a step: two for each prompt, as for a pair
+    assert data.scored_responses == 2 * 8 * 2  # every prompt of the run, twice, as for any online method
+    objectives = module.objectives
+    for batch in watch.batches:  # relabelled: the scores written are those that the response got
+        texts = [module.policy.tokenizer.decode(i[m], skip_special_tokens=True).strip() for i, m in zip(batch.responses.ids, batch.responses.mask, strict=True)]  # fmt: skip
+        got = torch.stack([o.normalise(o.reward(batch.prompts, texts)) for o in objectives], -1)
+        torch.testing.assert_close(batch.scores, got)
+    first = watch.pools[0]
+    for stage in (1, 2):  # both parts were filtered, so the rounds hold fewer rows than were scored
+        pool = watch.pools[stage]
+        assert len(pool) < 8 + len(first)
+        kept = first.good(0.7)
+        assert len(kept) < len(first)
+        assert pool.prompts[-len(kept) :] == kept.prompts  # the rest is fresh
+        assert torch.equal(pool.scores[-len(kept) :], kept.scores)
+    assert len(first) <= 16
+
+
+def test_a_step_is_the_likelihood_of_responses_under_their_scores(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, module, data = ric_run(tiny_model, tmp_path)
+    watch, losses = Watch(module, data), []
+    module.log = lambda name, value, **_: losses.append(float(value)) if name == "loss" else None
+    module.log_dict = lambda *_, **__: None
+    trainer.fit(module, data)
+    batch, policy = watch.batches[-1], module.policy
+    text = policy.template.text(
+        batch.prompts[0], TargetConditioning().write_scores(batch.scores[0].tolist(), module.names)
+    )
+    assert "<letter_e_score>" in text
+    assert len(losses) == 8
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+
+
+def test_offline_rows_from_a_file(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": p, "response": f"{p} eee"} for p in PROMPTS] + [{"prompt": "the garden", "response": " "}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    trainer, module, data = ric_run(
+        tiny_model, tmp_path, offline_rows=str(tmp_path / "rows.jsonl"), max_new_tokens=20, rounds=0, offline=1.0
+    )
+    watch = Watch(module, data)
+    trainer.fit(module, data)
+    assert len(watch.pools[0]) == 8  # silence is nothing to imitate
+    assert watch.batches[0].responses.mask.sum(-1).min() > 2
+    tokens = watch.pools[0].responses
+    ends = {int(i[m][-1]) for i, m in zip(tokens.ids, tokens.mask, strict=True) if m.sum() < 20}
+    assert ends == {module.policy.end_ids[0]}  # whole responses end
+
+
+def test_a_resume_in_a_stage_goes_on_with_its_rows(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, module, data = ric_run(tiny_model, tmp_path)
+    trainer.fit(module, data)
+    copy = RewardsInContextDataModule(prompts=PROMPTS, batch_size=2)
+    torch.save(data.state_dict(), tmp_path / "state.pt")
+    copy.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert copy.stage == data.stage == 2
+    assert copy.scored_responses == data.scored_responses
+    assert copy.pool.prompts == data.pool.prompts
+    assert torch.equal(copy.pool.responses.ids, data.pool.responses.ids)
+    assert torch.equal(copy.offline_pool.scores, data.offline_pool.scores)
+
+
+def test_the_target_reaches_the_policy_at_evaluation(tiny_model: Path) -> None:
+    policy = Policy(str(tiny_model), [TargetConditioning()], lora_rank=2, dtype="float32").build(("a", "b"))
+    high = score_range(5000)[1]
+    assert f"<a_score> {high:.1f}" in policy.template.text("x", policy.preference_text([1.0, 0.0]))
+    with policy.silent():
+        assert policy.preference_text([1.0, 0.0]) == ""
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"offline": 0.0}, "data.offline is a share of the steps, above 0 and at most 1, got 0"),
+        ({"rounds": -1}, "data.rounds must be positive, or 0 with data.offline 1, got -1"),
+        ({"rounds": 0}, "data.rounds must be positive, or 0 with data.offline 1, got 0 with 0.5"),
+        ({"quantile": 1.0}, "data.quantile must be at least 0 and below 1"),
+    ],
+)
+def test_bad_settings(kwargs: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RewardsInContextDataModule(prompts=PROMPTS, **kwargs)
+
+
+def test_parts_that_do_not_fit(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs one conditioning, TargetConditioning, got GatedConditioning"):
+        RewardsInContext(Policy("x", [GatedConditioning()]))
+    trainer, module, _ = tiny_run(tiny_model, tmp_path, objectives=[Letters("e"), Length()])
+    with pytest.raises(UserError, match="needs model RewardsInContext, got MIEPO"):
+        trainer.fit(module, RewardsInContextDataModule(prompts=PROMPTS))

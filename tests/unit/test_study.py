@@ -1,0 +1,216 @@
+"""Studies: their files, their statistics, the synthetic language and its true front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from miepo.errors import UserError
+from miepo.metrics import hypervolume
+from tools.study import analysis, language
+from tools.study.report import format_estimate
+from tools.study.study import Method, Run, Study, command, read_study, runs_of
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
+GOOD = """
+config: configs/studies/tasks/tiny.yaml
+seeds: 2
+baseline: a
+methods:
+  a: {config: [configs/methods/mo_odpo.yaml]}
+  b: {control: a, set: {model.learning_rate: 0.5}}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "s.yaml").write_text(text)
+    return folder / "s.yaml"
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.stem)
+def test_every_study_can_be_read_and_has_a_header(file: Path) -> None:
+    study = read_study(file)
+    assert study.baseline in study.methods
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    for part in ("Purpose:", "Command:", "Run on:", "Result:"):
+        assert any(line.startswith(f"# {part}") for line in header), part
+    assert any(f"configs/studies/{file.name}" in line for line in header)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("baseline: a", "baseline: c", "baseline names the unknown method 'c': there are a, b"),
+        ("control: a", "control: z", r"methods.b.control names the unknown method 'z'"),
+        ("seeds: 2", "seeds: 2\nmetrics: [hv, mpi]", "unknown metric mpi: there are hv, mip, crd"),
+        ("seeds: 2", "seeds: 0", "seeds must be a number of seeds or a list of them, got 0"),
+        ("seeds: 2", "seeds: [1, 1]", r"expected different seeds, got \[1, 1\]"),
+        ("seeds: 2", "seeds: 2\nseed: 3", "expected the keys .*, got seed"),
+        ("seeds: 2\n", "", "expected the keys seeds, got none"),
+        ("seeds: 2", "seeds: 2\nprocesses: 0", "processes must be a number of at least 1, got 0"),
+        ("control: a", "kontrol: a", "method 'b' takes config, control, label, set, got kontrol"),
+        ("mo_odpo.yaml", "mo_odp.yaml", "expected a configuration at 'configs/methods/mo_odp.yaml'"),
+        ("methods:", "methods: {", "expected YAML, got text that is not"),
+    ],
+)
+def test_a_bad_study_file_is_one_sentence(old: str, new: str, message: str, tmp_path: Path) -> None:
+    read_study(write(tmp_path, GOOD))
+    with pytest.raises(UserError, match=message):
+        read_study(write(tmp_path, GOOD.replace(old, new)))
+
+
+def test_the_command_of_a_run(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, GOOD + "set: {data.prompts: '{parts}/train.jsonl'}\n"))
+    runs = runs_of(study, tmp_path)
+    assert [(r.method.name, r.seed) for r in runs] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    arguments = command(study, runs[3], tmp_path)
+    pairs = dict(zip(arguments[3:-1], arguments[4:], strict=True))
+    assert pairs["--data.prompts"] == f"{tmp_path}/parts/train.jsonl"
+    assert (pairs["--seed_everything"], pairs["--model.learning_rate"]) == ("1", "0.5")
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def table(values: dict[str, list[float]], steps: dict[str, int] | None = None) -> pd.DataFrame:
+    rows = [
+        {
+            "method": m,
+            "seed": s,
+            "step": (steps or {}).get(m, 5),
+            "scored_responses": 10,
+            "front/hv": v,
+            "front/mip": 1.0,
+        }
+        for m, column in values.items()
+        for s, v in enumerate(column)
+    ]
+    return pd.DataFrame(rows)
+
+
+def study_of(*names: str) -> Study:
+    methods = {n: Method(n, n.upper()) for n in names}
+    return Study("s", ROOT, methods, [0, 1, 2], names[0], ["hv", "mip"], {}, None, None, 1, 1)
+
+
+def test_a_paired_difference_is_taken_seed_by_seed() -> None:
+    """The seeds differ by far more than the methods; the pairing removes that."""
+    last = analysis.final(table({"a": [1.0, 5.0, 9.0], "b": [1.5, 5.4, 9.6]}))
+    difference = analysis.paired(study_of("a", "b"), last, "b", "a")["front/hv"]
+    assert difference.mean == pytest.approx(0.5)
+    assert difference.low is not None
+    assert 0.39 < difference.low < difference.mean < difference.high < 0.61
+    assert difference.excludes_zero
+    assert not analysis.paired(study_of("a", "b"), last, "b", "a")["front/mip"].excludes_zero
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    last = analysis.final(table({"a": [1.0, 5.0], "b": [2.0, 6.0, 100.0]}))
+    difference = analysis.paired(study_of("a", "b"), last, "b", "a")["front/hv"]
+    assert (difference.mean, difference.seeds) == (1.0, 2)
+
+
+def test_one_seed_has_no_interval() -> None:
+    last = analysis.final(table({"a": [1.0], "b": [2.0]}))
+    value = analysis.summary(study_of("a", "b"), last)["a"]["front/hv"]
+    assert (value.mean, value.low, value.high) == (1.0, None, None)
+    assert format_estimate(value) == "1.000"
+    assert not analysis.paired(study_of("a", "b"), last, "b", "a")["front/hv"].excludes_zero
+    assert analysis.relative(last, "b", "a", "front/hv").low is None
+
+
+def test_different_budgets_are_refused() -> None:
+    with pytest.raises(UserError, match=r"expected runs of one budget, got different steps: a has 5; b has 6"):
+        analysis.final(table({"a": [1.0], "b": [2.0]}, {"b": 6}))
+
+
+def test_relative_margin_and_closed_gap() -> None:
+    last = analysis.final(table({"a": [2.0, 2.0, 2.0], "b": [3.0, 3.0, 3.0]}))
+    assert analysis.relative(last, "b", "a", "front/hv").mean == pytest.approx(0.5)
+    gap = analysis.relative(last, "b", "a", "front/hv", ceiling=6.0)
+    assert (gap.mean, gap.low, gap.high) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_interval_of_the_mean_covers_it_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    intervals = [analysis.estimate(rng.normal(3.0, 1.0, 10)) for _ in range(200)]
+    covered = np.mean([e.low <= 3.0 <= e.high for e in intervals])
+    assert 0.84 < covered < 0.98  # the percentile bootstrap of ten values is somewhat narrow
+
+
+def test_attainment_surfaces_by_hand() -> None:
+    low, high = np.array([[0.0, 2.0], [2.0, 0.0]]), np.array([[1.0, 3.0], [3.0, 1.0]])
+    surfaces = analysis.attainment([low, high])
+    np.testing.assert_array_equal(sorted(map(tuple, surfaces[25])), sorted(map(tuple, high)))  # one of two runs
+    np.testing.assert_array_equal(sorted(map(tuple, surfaces[75])), sorted(map(tuple, low)))  # both
+
+
+# -- the language ------------------------------------------------------------------------------------------------------
+
+
+def test_scores_by_hand() -> None:
+    prompt = "bala bano bari batu dola dono"
+    assert language.coverage(prompt, "balaus banous balaus", "us") == pytest.approx(1 - (4 / 6) ** 2)
+    assert language.coverage(prompt, "balaie kuribaus doriie", "us") == 0
+    assert language.coverage(prompt, " ".join(f"{c}ie" for c in prompt.split()), "ie") == 1
+    assert language.coverage(prompt, "bala " * 6 + "balaus", "us") == 0  # the seventh word is not read
+
+
+def test_no_answer_beats_the_true_front() -> None:
+    """Every way to spend six words lies on or below the hull of the vertices."""
+    vertices = language.true_front()
+    prompt = language.CONCEPTS[:6]
+    mean, sd = language.NORMALISATION
+    ceiling = analysis.true_hypervolume(vertices, -1.0)
+    for formal in range(7):
+        for warm in range(7 - formal):
+            words = [c + "us" for c in prompt[:formal]] + [c + "ie" for c in reversed(prompt)][:warm]
+            raw = [language.coverage(" ".join(prompt), " ".join(words), e) for e in ("us", "ie")]
+            point = (np.array(raw) - mean) / sd
+            points = torch.from_numpy(np.vstack([analysis.hull_points(vertices), point]))
+            assert float(hypervolume(points, -1.0)) == pytest.approx(ceiling, abs=1e-9)
+    assert (np.diff(vertices[:, 0]) > 0).all()
+    assert (np.diff(vertices[:, 1]) < 0).all()
+    slopes = np.diff(vertices[:, 1]) / np.diff(vertices[:, 0])
+    assert (np.diff(slopes) < 0).all()  # concave: every vertex is the best for some preference
+
+
+def test_the_normalisation_is_that_of_the_language() -> None:
+    rng = np.random.default_rng(3)
+    scores = []
+    for _ in range(20_000):
+        prompt = language.make_prompt(rng)
+        text = language.answer(rng, prompt)
+        scores.append([language.coverage(prompt, text, e) for e in language.ENDINGS.values()])
+    mean, sd = language.NORMALISATION
+    np.testing.assert_allclose(np.mean(scores, 0), mean, atol=0.006)
+    np.testing.assert_allclose(np.std(scores, 0), sd, atol=0.006)
+
+
+def test_the_tokenizer_reads_every_text_of_the_language() -> None:
+    tokenizer, rng = language.make_tokenizer(), np.random.default_rng(0)
+    for _ in range(200):
+        for part in language.make_text(rng):
+            assert tokenizer.unk_token_id not in tokenizer(part)["input_ids"], part
+    scores = "Human: bala <formality_score> -0.4 <warmth_score> 3.6 Assistant:"
+    assert tokenizer.unk_token_id not in tokenizer(scores)["input_ids"]
+
+
+def test_the_base_model_learns(tmp_path: Path) -> None:
+    long, short = (language.train_base(tmp_path / str(n), 0, steps=n, batch_size=16) for n in (40, 2))
+    assert long < short - 0.5
+    assert {f.name for f in (tmp_path / "40").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_run_is_finished_or_failed(tmp_path: Path) -> None:
+    run = Run(Method("a", "A"), 3, tmp_path)
+    assert (run.finished, run.failure) == (False, None)
+    (tmp_path / "failed.txt").write_text("exit status 1: boom\n")
+    assert run.failure == "exit status 1: boom"
+    (tmp_path / "result.json").write_text("{}")
+    assert (run.finished, run.failure) == (True, None)

@@ -1,0 +1,46 @@
+"""``python -m tools.study configs/studies/tiny.yaml``: run a study, or what is missing of it, and write its report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from miepo.errors import UserError
+from tools.study.report import write_report
+from tools.study.study import execute, prepare, read_study, runs_of
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.study", description=__doc__)
+    parser.add_argument("study", type=Path, help="a file in configs/studies")
+    parser.add_argument("--out", type=Path, help="folder of the runs and the report; by default studies/NAME")
+    parser.add_argument("--processes", type=int, help="runs at a time")
+    parser.add_argument("--report", action="store_true", help="only write the report of what has finished")
+    options = parser.parse_args(arguments)
+    try:
+        study = read_study(options.study)
+        if options.processes is not None:
+            if options.processes < 1:
+                raise UserError(f"--processes must be at least 1, got {options.processes}")
+            study = replace(study, processes=options.processes)
+        folder = (options.out or Path("studies") / study.name).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.report:
+            runs = runs_of(study, folder)
+        else:
+            prepare(study, folder)
+            runs = execute(study, folder)
+        page = write_report(study, runs, folder)
+    except UserError as error:
+        print(f"study: error: {error}", file=sys.stderr)
+        return 2
+    failed = [run.name for run in runs if run.failure]
+    print((folder / "summary.md").read_text())
+    print(f"Report: {page}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""From the runs of a study to a tidy table, means with intervals, and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import moocore
+import numpy as np
+import pandas as pd
+import torch
+
+from miepo.errors import UserError
+from miepo.metrics import bootstrap_interval, hypervolume
+from tools.study.study import METRICS, Run, Study, rows_of
+
+DRAWS = 10_000
+BUDGET = ("scored_responses", "step")  # what two runs must have in common to be compared
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % bootstrap interval; none is invented for a single seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of one value per seed; NaN does not count."""
+    numbers = np.asarray(values, dtype=np.float64)
+    numbers = numbers[np.isfinite(numbers)]
+    if len(numbers) == 0:
+        return Estimate(float("nan"), None, None, 0)
+    if len(numbers) == 1:
+        return Estimate(float(numbers[0]), None, None, 1)
+    low, high = bootstrap_interval(torch.from_numpy(numbers), range(len(numbers)), draws=DRAWS)
+    return Estimate(float(numbers.mean()), low, high, len(numbers))
+
+
+def tidy(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per run and evaluation: method, seed, step, work done, metrics; the front is left out."""
+    rows = []
+    for run in runs:
+        if run.finished:
+            for row in rows_of(run):
+                values = {k: v for k, v in row.items() if k not in ("front", "grid")}
+                rows.append({"method": run.method.name, "seed": run.seed, **values})
+    return pd.DataFrame(rows)
+
+
+def final(table: pd.DataFrame) -> pd.DataFrame:
+    """The last evaluation of every run.
+
+    Raises:
+        UserError: two runs had different budgets, so that a difference between them would say nothing.
+    """
+    last = table.sort_values("step").groupby(["method", "seed"], sort=False).tail(1)
+    for key in BUDGET:
+        budgets = last.groupby(key)["method"].first()
+        if len(budgets) > 1:
+            both = "; ".join(f"{method} has {int(value)}" for value, method in budgets.items())
+            raise UserError(f"expected runs of one budget, got different {key.replace('_', ' ')}s: {both}")
+    return last
+
+
+def columns(study: Study, table: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Column of the table -> (title, better when), as the study's ``metrics`` ask."""
+    result = {}
+    for name in study.metrics:
+        key, title, better = METRICS[name]
+        if key.endswith("*"):
+            for column in table.columns:
+                if column.startswith(key[:-1]):
+                    result[column] = (f"{title} of {column.removeprefix(key[:-1])}", better)
+        elif key in table.columns:
+            result[key] = (title, better)
+    return result
+
+
+def summary(study: Study, last: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
+    """Mean over seeds of every metric of every method that has a finished run."""
+    return {
+        name: {column: estimate(last.loc[last.method == name, column]) for column in columns(study, last)}
+        for name in study.methods
+        if (last.method == name).any()
+    }
+
+
+def paired(study: Study, last: pd.DataFrame, method: str, other: str) -> dict[str, Estimate]:
+    """Mean difference ``method - other`` over the seeds that both have."""
+    a, b = (last[last.method == name].set_index("seed") for name in (method, other))
+    seeds = sorted(set(a.index) & set(b.index))
+    return {column: estimate(a.loc[seeds, column] - b.loc[seeds, column]) for column in columns(study, last)}
+
+
+def relative(last: pd.DataFrame, method: str, other: str, column: str, ceiling: float = 0.0) -> Estimate:
+    """``(method - other) / |ceiling - other|`` of the means over seeds, resampled seed by seed.
+
+    With ``ceiling`` 0 it is the relative change; with the true front's hypervolume the share of the gap that is closed.
+    """
+    a, b = (last[last.method == name].set_index("seed")[column] for name in (method, other))
+    seeds = sorted(set(a.index) & set(b.index))
+    x, y = a.loc[seeds].to_numpy(float), b.loc[seeds].to_numpy(float)
+    if len(seeds) == 0 or y.mean() == ceiling:
+        return Estimate(float("nan"), None, None, 0)
+    value = float((x.mean() - y.mean()) / abs(ceiling - y.mean()))
+    if len(seeds) == 1:
+        return Estimate(value, None, None, 1)
+    index = np.random.default_rng(0).integers(len(seeds), size=(DRAWS, len(seeds)))
+    scale = np.abs(ceiling - y[index].mean(1))
+    drawn = (x[index].mean(1) - y[index].mean(1))[scale > 0] / scale[scale > 0]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Estimate(value, float(low), float(high), len(seeds))
+
+
+def hull_points(vertices: np.ndarray, steps: int = 2000) -> np.ndarray:
+    """Points on the segments between successive vertices of a concave front, ``(n, 2)``.
+
+    Mean rewards of a policy that mixes two answers lie on the segment between theirs.
+    """
+    parts = [np.linspace(a, b, steps) for a, b in pairwise(vertices)]
+    return np.concatenate(parts)
+
+
+def true_hypervolume(vertices: np.ndarray, reference_point: float) -> float:
+    """Hypervolume below a concave front given by its vertices ``(V, 2)``."""
+    return float(hypervolume(torch.from_numpy(hull_points(vertices)), reference_point))
+
+
+def fronts(runs: Sequence[Run], method: str) -> list[np.ndarray]:
+    """The last front ``(M, K)`` of every finished run of a method."""
+    return [np.array(list(rows_of(r))[-1]["front"]) for r in runs if r.method.name == method and r.finished]
+
+
+def attainment(sets: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+    """Empirical attainment surfaces for two objectives: what 25, 50 and 75 % of the runs reach (moocore).
+
+    Args:
+        sets: One front ``(M, 2)`` per run, higher is better.
+
+    Returns:
+        Percentage of the runs -> points of the surface ``(n, 2)``.
+    """
+    points, index = -np.concatenate(sets), np.repeat(np.arange(1, len(sets) + 1), [len(s) for s in sets])
+    surfaces = moocore.eaf(points, index, percentiles=[25, 50, 75])  # moocore minimises
+    return {p: -surfaces[surfaces[:, -1] == p][:, :-1] for p in (25, 50, 75)}
+
+
+def work(last: pd.DataFrame) -> dict[str, Any]:
+    """The budget that all runs of a study share."""
+    return {key: int(last[key].iloc[0]) for key in BUDGET}

@@ -1,0 +1,227 @@
+"""The report of a study: one HTML page that needs no network, and its pictures as PNG files beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from tools.study import analysis
+from tools.study.analysis import Estimate
+from tools.study.study import Run, Study, named
+
+PAGE = Path(__file__).with_name("report.html.jinja")
+
+
+def write_report(study: Study, runs: Sequence[Run], folder: Path) -> Path:
+    """Writes ``results.csv``, ``summary.md``, the pictures and ``report.html`` into ``folder``; returns the page.
+
+    Raises:
+        UserError: the runs had different budgets.
+    """
+    table = analysis.tidy(runs)
+    failures = {run.name: run.failure for run in runs if run.failure}
+    if table.empty:
+        lines = "; ".join(f"{name}: {why}" for name, why in failures.items()) or "none was started"
+        raise analysis.UserError(f"expected finished runs, got none: {lines}")
+    last = analysis.final(table)
+    table.to_csv(folder / "results.csv", index=False)
+    vertices = named(study.true_front)() if study.true_front else None
+    ceiling = analysis.true_hypervolume(vertices, last.reference_point.iloc[0]) if vertices is not None else None
+    sections = sections_of(study, last, ceiling)
+    figures = {"information": draw_information(study, table)}
+    if len(list(runs_grid(runs))) == 2:
+        figures = {"fronts": draw_fronts(study, runs, vertices)} | figures
+    pictures = {}
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=130)
+        pictures[name] = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+    unfinished = [run.name for run in runs if not run.finished and not run.failure]
+    (folder / "summary.md").write_text(markdown(sections, failures, unfinished))
+    text = jinja2.Environment(autoescape=True).from_string(PAGE.read_text()).render(
+        name=study.name, sections=sections, pictures=pictures, failures=failures, unfinished=unfinished,
+        work=analysis.work(last), reference_point=last.reference_point.iloc[0], ceiling=ceiling,
+        captions={
+            "fronts": "Empirical attainment surfaces over seeds (dark: reached by half of the runs; band: by a quarter "
+            "and by three quarters)" + (", and the true front (dashed)." if vertices is not None else "."),
+            "information": "I(Y;W|X) over training: mean over seeds, band: 95 % bootstrap interval.",
+        },
+    )  # fmt: skip
+    page = folder / "report.html"
+    page.write_text(text)
+    return page
+
+
+def runs_grid(runs: Sequence[Run]) -> Sequence[float]:
+    """The first front's first row, to see how many objectives there are."""
+    return next(sets[0][0] for run in runs if (sets := analysis.fronts([run], run.method.name)))
+
+
+def sections_of(study: Study, last: pd.DataFrame, ceiling: float | None) -> list[dict[str, Any]]:
+    """The tables of the report: means, differences to the baseline, differences to each control, relative margins."""
+    titles = {column: title + _arrow(better) for column, (title, better) in analysis.columns(study, last).items()}
+    means = analysis.summary(study, last)
+    label = {name: study.methods[name].label for name in means}
+    seeds = {name: int((last.method == name).sum()) for name in means}
+
+    def table(title: str, note: str, rows: dict[str, dict[str, Estimate]], signed: bool) -> dict[str, Any]:
+        cells = [
+            {
+                "label": text,
+                "cells": [
+                    {"text": format_estimate(values[c], signed), "clear": signed and values[c].excludes_zero}
+                    for c in values
+                ],
+            }
+            for text, values in rows.items()
+        ]
+        head = list(titles.values()) if rows and next(iter(rows.values())).keys() == titles.keys() else None
+        return {"title": title, "note": note, "head": head or list(next(iter(rows.values()))), "rows": cells}
+
+    sections = [
+        table("Means over seeds", "In brackets: 95 % bootstrap interval over seeds.",
+              {f"{label[n]} ({seeds[n]})": v for n, v in means.items()}, False),
+    ]  # fmt: skip
+    base = study.baseline
+    others = [n for n in means if n != base]
+    if base in means and others:
+        sections.append(
+            table(f"Difference to {label[base]}", "Paired by seed. Bold: the interval excludes zero.",
+                  {label[n]: analysis.paired(study, last, n, base) for n in others}, True)
+        )  # fmt: skip
+        margins = {label[n]: _margins(last, n, base, ceiling) for n in others}
+        note = "Change of the means in per cent of the baseline's."
+        if ceiling is not None:
+            note += f" HV gap: share of the gap to the true front's hypervolume, {ceiling:.3f}, that is closed."
+        sections.append(table(f"Relative to {label[base]}, per cent", note, margins, True))
+    controls = {n: c for n in means if (c := study.methods[n].control) in means and c is not None}
+    if controls:
+        differences = {f"{label[n]} − {label[c]}": analysis.paired(study, last, n, c) for n, c in controls.items()}
+        note = "The same settings without the term that is tested; paired by seed."
+        sections.append(table("Difference to the control", note, differences, True))
+    return sections
+
+
+def _margins(last: pd.DataFrame, method: str, base: str, ceiling: float | None) -> dict[str, Estimate]:
+    wanted = {"HV": ("front/hv", 0.0), "MIP": ("front/mip", 0.0), "CRD": ("front/crd", 0.0)}
+    if ceiling is not None:
+        wanted["HV gap"] = ("front/hv", ceiling)
+    values = {k: analysis.relative(last, method, base, c, top) for k, (c, top) in wanted.items()}
+    return {
+        k: Estimate(*(None if x is None else 100 * x for x in (v.mean, v.low, v.high)), v.seeds)  # type: ignore[arg-type]
+        for k, v in values.items()
+    }  # fmt: skip
+
+
+def _arrow(better: str) -> str:
+    return {"up": " ↑", "down": " ↓", "": ""}[better]
+
+
+def format_estimate(value: Estimate, signed: bool = False) -> str:
+    """``1.23 [1.10, 1.35]``, without a bracket where there is one seed."""
+    if value.seeds == 0:
+        return "–"
+    digits = 1 if abs(value.mean) >= 10 else 3 if abs(value.mean) >= 0.1 else 4
+    sign = "+" if signed else ""
+    text = f"{value.mean:{sign}.{digits}f}"
+    return text if value.low is None else f"{text} [{value.low:{sign}.{digits}f}, {value.high:{sign}.{digits}f}]"
+
+
+def markdown(sections: Sequence[dict[str, Any]], failures: dict[str, str | None], unfinished: Sequence[str]) -> str:
+    """The tables as Markdown."""
+    lines = []
+    for section in sections:
+        lines += [f"### {section['title']}", "", section["note"], ""]
+        lines += ["| method | " + " | ".join(section["head"]) + " |", "|---" * (len(section["head"]) + 1) + "|"]
+        for row in section["rows"]:
+            cells = [f"**{c['text']}**" if c["clear"] else c["text"] for c in row["cells"]]
+            lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    if failures:
+        lines += ["### Failed runs, not in the tables", "", *(f"- {n}: {why}" for n, why in failures.items()), ""]
+    if unfinished:
+        lines += ["### Runs that have not finished, not in the tables", "", *(f"- {n}" for n in unfinished), ""]
+    return "\n".join(lines)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def draw_fronts(study: Study, runs: Sequence[Run], vertices: np.ndarray | None) -> Figure:
+    """One panel per method: attainment surfaces over seeds, with the baseline's median for comparison."""
+    sets = {name: found for name in study.methods if (found := analysis.fronts(runs, name))}
+    surfaces = {name: analysis.attainment(found) for name, found in sets.items()}
+    names = _objective_names(runs)
+    across = min(3, len(sets))
+    down = -(-len(sets) // across)
+    figure = Figure(figsize=(4.2 * across, 3.8 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
+    points = np.concatenate(
+        [s for found in sets.values() for s in found] + ([vertices] if vertices is not None else [])
+    )
+    low, high = points.min(0) - 0.15, points.max(0) + 0.15
+    for axis, (name, levels) in zip(axes, surfaces.items(), strict=False):
+        if vertices is not None:
+            axis.plot(*vertices.T, "--", color="0.35", lw=1, label="true front")
+        if name != study.baseline and study.baseline in surfaces:
+            axis.plot(
+                *_staircase(surfaces[study.baseline][50], low).T,
+                color="0.6",
+                lw=1.5,
+                label=study.methods[study.baseline].label,
+            )
+        for level, alpha in ((25, 0.15), (75, 0.3)):
+            steps = _staircase(levels[level], low)
+            axis.fill_between(steps[:, 0], low[1], steps[:, 1], color="C0", alpha=alpha, lw=0)
+        axis.plot(*_staircase(levels[50], low).T, color="C0", lw=2, label="half of the runs")
+        axis.set(title=study.methods[name].label, xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+        axis.set(xlabel=f"{names[0]} (normalised)", ylabel=f"{names[1]} (normalised)")
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6, loc="lower left")
+    for axis in axes[len(surfaces) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def _objective_names(runs: Sequence[Run]) -> list[str]:
+    import json
+
+    from tools.study.study import RESULT
+
+    return next(json.loads((r.folder / RESULT).read_text())["names"] for r in runs if r.finished)
+
+
+def _staircase(points: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """The boundary of what ``points`` ``(n, 2)`` dominate, from left to right."""
+    ordered = points[np.argsort(points[:, 0])]
+    path = [(low[0], ordered[0, 1])]
+    for i, (x, y) in enumerate(ordered):
+        path += [(x, y), (x, ordered[i + 1, 1] if i + 1 < len(ordered) else low[1])]
+    return np.array(path)
+
+
+def draw_information(study: Study, table: pd.DataFrame) -> Figure:
+    """I(Y;W|X) against the optimiser step, a line per method."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for i, (name, method) in enumerate(study.methods.items()):
+        rows = table[table.method == name]
+        if rows.empty or "information/preference" not in rows:
+            continue
+        steps = sorted(rows.step.unique())
+        values = [analysis.estimate(rows.loc[rows.step == s, "information/preference"]) for s in steps]
+        line = {"color": f"C{i % 10}", "ls": "-" if i < 10 else "--"}
+        axis.plot(steps, [v.mean for v in values], label=method.label, **line)
+        if all(v.low is not None for v in values):
+            axis.fill_between(steps, [v.low for v in values], [v.high for v in values], color=line["color"], alpha=0.15)
+    axis.set(xlabel="optimiser steps", ylabel="I(Y;W|X), nats")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return figure

@@ -1,0 +1,238 @@
+"""A study: methods x seeds, each run one ``miepo fit`` in a process of its own, resumable, at equal work."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from miepo.errors import UserError
+from tools.study.record import EVALUATIONS, RESULT
+
+ROOT = Path(__file__).resolve().parents[2]
+FAILED, LOG, READY = "failed.txt", "log.txt", "ready"
+KEYS = {"prepare", "config", "set", "seeds", "baseline", "metrics", "methods", "true_front", "processes", "threads"}
+
+# what a report can show: name -> (logged key, title, better when)
+METRICS = {
+    "hv": ("front/hv", "HV", "up"),
+    "mip": ("front/mip", "MIP", "up"),
+    "crd": ("front/crd", "CRD", "down"),
+    "information": ("information/preference", "I(Y;W|X), nats", "up"),
+    "sd": ("front/sd/*", "sd", "down"),  # a column for each objective
+    "overlap": ("overlap", "overlap", "down"),
+    "kl": ("kl", "KL, nats", ""),
+    "length": ("length", "tokens", ""),
+    "seconds": ("seconds", "seconds", ""),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: what is added to the study's configuration."""
+
+    name: str
+    label: str
+    config: Sequence[Path] = ()
+    set: dict[str, Any] = field(default_factory=dict)
+    control: str | None = None  # a second method it is compared with, seed by seed
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, read and checked."""
+
+    name: str
+    config: Path
+    methods: dict[str, Method]
+    seeds: Sequence[int]
+    baseline: str
+    metrics: Sequence[str]
+    set: dict[str, Any]
+    prepare: str | None
+    true_front: str | None
+    processes: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed, and the folder of its results."""
+
+    method: Method
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}, seed {self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / RESULT).exists()
+
+    @property
+    def failure(self) -> str | None:
+        path = self.folder / FAILED
+        return path.read_text().strip() if path.exists() and not self.finished else None
+
+
+def read_study(path: Path) -> Study:
+    """Reads a study file.
+
+    Raises:
+        UserError: names the key or method that cannot be used.
+    """
+    if not path.is_file():
+        raise UserError(f"expected a study file at '{path}': there is none")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: expected YAML, got text that is not: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of {', '.join(sorted(KEYS))}, got {type(values).__name__}")
+    if unknown := sorted(values.keys() - KEYS):
+        raise UserError(f"{path}: expected the keys {', '.join(sorted(KEYS))}, got {', '.join(unknown)}")
+    if missing := sorted({"config", "seeds", "baseline", "methods"} - values.keys()):
+        raise UserError(f"{path}: expected the keys {', '.join(missing)}, got none")
+    if not isinstance(values["methods"], dict) or not values["methods"]:
+        raise UserError(f"{path}: expected methods by name, got {values['methods']!r}")
+    methods = {name: _method(path, name, entry) for name, entry in values["methods"].items()}
+    for name, wanted in [
+        ("baseline", values["baseline"]),
+        *((f"methods.{m.name}.control", m.control) for m in methods.values()),
+    ]:
+        if wanted is not None and wanted not in methods:
+            raise UserError(f"{path}: {name} names the unknown method '{wanted}': there are {', '.join(methods)}")
+    metrics = values.get("metrics", list(METRICS))
+    if unknown := [m for m in metrics if m not in METRICS]:
+        raise UserError(f"{path}: unknown metric {', '.join(map(str, unknown))}: there are {', '.join(METRICS)}")
+    seeds = list(range(values["seeds"])) if isinstance(values["seeds"], int) else values["seeds"]
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
+        raise UserError(f"{path}: seeds must be a number of seeds or a list of them, got {values['seeds']!r}")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: expected different seeds, got {seeds}")
+    for key in ("processes", "threads"):
+        if not isinstance(values.get(key, 1), int) or values.get(key, 1) < 1:
+            raise UserError(f"{path}: {key} must be a number of at least 1, got {values[key]!r}")
+    return Study(
+        path.stem, _file(path, values["config"]), methods, seeds, values["baseline"], metrics, values.get("set") or {},
+        values.get("prepare"), values.get("true_front"), values.get("processes", 1), values.get("threads", 1),
+    )  # fmt: skip
+
+
+def _method(path: Path, name: str, entry: Any) -> Method:
+    entry = entry or {}
+    keys = {"label", "config", "set", "control"}
+    if not isinstance(entry, dict) or entry.keys() - keys:
+        got = ", ".join(sorted(entry.keys() - keys)) if isinstance(entry, dict) else repr(entry)
+        raise UserError(f"{path}: method '{name}' takes {', '.join(sorted(keys))}, got {got}")
+    files = [_file(path, f) for f in entry.get("config", [])]
+    return Method(name, entry.get("label", name), files, entry.get("set") or {}, entry.get("control"))
+
+
+def _file(path: Path, name: str) -> Path:
+    if not (ROOT / name).is_file():
+        raise UserError(f"{path}: expected a configuration at '{name}', relative to the project: there is none")
+    return ROOT / name
+
+
+def runs_of(study: Study, folder: Path) -> list[Run]:
+    """All runs, seed by seed, so that a study that is cut short has whole comparisons."""
+    return [Run(m, seed, folder / m.name / f"seed_{seed}") for seed in study.seeds for m in study.methods.values()]
+
+
+def command(study: Study, run: Run, folder: Path) -> list[str]:
+    """The ``miepo fit`` command of a run."""
+    arguments = ["--config", str(study.config)]
+    for file in run.method.config:
+        arguments += ["--config", str(file)]
+    record = {"class_path": "tools.study.record.Record", "init_args": {"folder": str(run.folder)}}
+    values = study.set | run.method.set | {"seed_everything": run.seed, "trainer.default_root_dir": str(run.folder)}
+    values["trainer.callbacks+"] = record
+    for key, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        arguments += [f"--{key}", text.replace("{parts}", str(folder / "parts"))]
+    return [sys.executable, "-m", "miepo", "fit", *arguments]
+
+
+def prepare(study: Study, folder: Path) -> None:
+    """Makes what all runs share, once."""
+    parts = folder / "parts"
+    if study.prepare is None or (parts / READY).exists():
+        return
+    parts.mkdir(parents=True, exist_ok=True)
+    named(study.prepare)(parts)
+    (parts / READY).touch()
+
+
+def named(path: str) -> Any:
+    """The object at an import path ``module.name``."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"expected a function at '{path}': {error}") from None
+
+
+def execute(study: Study, folder: Path) -> list[Run]:
+    """Runs what is missing, ``processes`` at a time, and returns all runs. A crashed run does not stop the others."""
+    everything = runs_of(study, folder)
+    missing = [run for run in everything if not run.finished]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(study.threads), "MKL_NUM_THREADS": str(study.threads), "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"), "MPLBACKEND": "Agg",
+    }  # fmt: skip
+    running: set[subprocess.Popen] = set()
+
+    def one(run: Run) -> Run:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / FAILED).unlink(missing_ok=True)
+        arguments = command(study, run, folder)
+        with (run.folder / LOG).open("w") as log:
+            log.write(" ".join(arguments) + "\n")
+            log.flush()
+            process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
+        if not run.finished:
+            (run.folder / FAILED).write_text(f"exit status {status}: {_last_line(run.folder / LOG)}\n")
+        return run
+
+    pool = ThreadPoolExecutor(study.processes)
+    try:
+        futures = [pool.submit(one, run) for run in missing]
+        with tqdm(total=len(everything), initial=len(everything) - len(missing), unit="run", desc=study.name) as bar:
+            for future in as_completed(futures):
+                run = future.result()
+                if run.failure:
+                    bar.write(f"failed: {run.name}: {run.failure}")
+                bar.update()
+    finally:  # an interrupted study leaves no process behind; what has finished is kept
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.terminate()
+    return everything
+
+
+def _last_line(path: Path) -> str:
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no output"
+
+
+def rows_of(run: Run) -> Iterator[dict[str, Any]]:
+    """The evaluations of a finished run."""
+    for line in (run.folder / EVALUATIONS).read_text().splitlines():
+        yield json.loads(line)
