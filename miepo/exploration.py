@@ -239,8 +239,8 @@ class Matching(Exploration):
 
     def __init__(
         self,
-        weight: float = 1.0,
-        reuse: float = 0.0,
+        weight: float = 0.5,
+        reuse: float = 1.0,
         beta: float | None = None,
         num_counterfactuals: int = 1,
         candidates: int = 1,

@@ -2,7 +2,8 @@
 
 An offline stage trains on responses of the base policy, or of a file, with their normalised scores written in the
 prompt. Online rounds then sample under wanted scores, score, write the scores *obtained* into the prompt, keep what is
-good at something and train on that. At inference a preference vector becomes target scores (:func:`preference_to_target`).
+good at something and train on that. At inference a preference vector becomes target scores, see
+:func:`preference_to_target`.
 """
 
 from __future__ import annotations

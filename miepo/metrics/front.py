@@ -59,7 +59,7 @@ def conditional_reward_dispersion(covariances: Tensor) -> Tensor:
 
 
 def reward_overlap(scores: Tensor, grid_index: Tensor, grid: Tensor, bins: int = 10) -> Tensor:
-    """Overlap of the reward distributions of neighbouring preferences: 1 where w changes nothing, 0 where they are apart.
+    """Overlap of the rewards under neighbouring preferences: 1 where w changes nothing, 0 where they are apart.
 
     For every grid vector, its nearest other vector and each objective: the common mass ``sum_b min(p_b, q_b)`` of the
     two histograms over the objective's whole range; the mean of all.

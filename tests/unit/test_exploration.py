@@ -138,13 +138,13 @@ def test_matching_by_hand() -> None:
 
 def test_matching_ignores_what_both_responses_share_and_pairs_all_agree_on() -> None:
     pair = contrast(gradient=True)
-    loss = Matching(num_counterfactuals=2).loss(pair)
+    loss = Matching(reuse=0.0, num_counterfactuals=2).loss(pair)
     shifted = replace(
         pair,
         reward=pair.reward + torch.tensor([[2.0], [-1.0], [0.5], [3.0], [1.0]]),
         counterfactual_reward=pair.counterfactual_reward + torch.arange(10.0).view(5, 1, 2),
     )
-    torch.testing.assert_close(loss, Matching(num_counterfactuals=2).loss(shifted), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, Matching(reuse=0.0, num_counterfactuals=2).loss(shifted), rtol=1e-4, atol=1e-6)
     assert loss[2].item() == 0  # both objectives prefer the first response
     assert loss[4].item() == 0  # two ties
     own, other = torch.autograd.grad(loss.sum(), [pair.log_prob, pair.counterfactual_log_prob])
@@ -164,6 +164,13 @@ def test_matching_does_not_care_which_preference_is_called_w_plus() -> None:
         pair.reward, pair.counterfactual_reward, pair.preference, pair.counterfactual, pair.labels, 0.1
     )
     torch.testing.assert_close(here, swapped)
+
+
+def test_matching_reuses_the_pair_under_w_minus() -> None:
+    pair = contrast()
+    both = Matching(reuse=0.7, num_counterfactuals=2).loss(pair)
+    parts = Matching(reuse=0.0, num_counterfactuals=2).loss(pair) + 0.7 * CounterfactualAlignment().loss(pair)
+    torch.testing.assert_close(both, parts)
 
 
 def test_the_control_is_the_alignment_loss_under_w_minus() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_the_command_of_a_run(tmp_path: Path) -> None:
     runs = runs_of(study, tmp_path)
     assert [(r.method.name, r.seed) for r in runs] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     arguments = command(study, runs[3], tmp_path)
-    pairs = dict(zip(arguments[3:-1], arguments[4:], strict=True))
+    pairs = dict(pairwise(arguments))
     assert pairs["--data.prompts"] == f"{tmp_path}/parts/train.jsonl"
     assert (pairs["--seed_everything"], pairs["--model.learning_rate"]) == ("1", "0.5")
 

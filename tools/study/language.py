@@ -84,8 +84,8 @@ def make_prompt(rng: np.random.Generator) -> str:
 def answer(rng: np.random.Generator, prompt: str, weight: float | None = None) -> str:
     """An answer of 1 to 6 words; each names a concept of the prompt with probability 0.75, any concept otherwise.
 
-    Words are formal with a probability that is drawn for each answer, or, in half of the answers whose prompt states the
-    ``weight`` of formality, with that probability.
+    Words are formal with a probability that is drawn for each answer, or, in half of the answers whose prompt states
+    the ``weight`` of formality, with that probability.
     """
     wanted = prompt.split()
     length = rng.integers(1, MAX_WORDS + 1)
@@ -137,7 +137,7 @@ def make_batch(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[Tensor
 
 
 def train_base(folder: Path, seed: int, steps: int = 3000, batch_size: int = 64) -> float:
-    """Trains the base model from scratch, saves it as a Hugging Face folder, returns the last loss in nats per token."""
+    """Trains the base model from scratch, saves it as a Hugging Face folder; returns its last loss, nats a token."""
     rng = np.random.default_rng([1, seed])
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():

@@ -23,8 +23,8 @@ class Record(Callback):
     """Writes ``evaluations.jsonl`` while a run trains, and ``result.json`` once it has ended well.
 
     Beside what other callbacks log, a row has the KL divergence of the policy under each preference to the base policy
-    on the plain prompt (the same reference for every method, whatever its prompts say), the length of the responses, the
-    overlap of the rewards of neighbouring preferences, the front, and the work done so far.
+    on the plain prompt (the same reference for every method, whatever its prompts say), the length of the responses,
+    the overlap of the rewards of neighbouring preferences, the front, and the work done so far.
 
     Args:
         folder: Where the files go.
