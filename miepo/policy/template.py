@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from miepo.errors import UserError
@@ -58,12 +59,14 @@ class PromptTemplate:
         literal = sorted({*roles, *added, *markers}, key=len, reverse=True)
         self._defuse = re.compile("|".join(map(re.escape, literal)), re.IGNORECASE) if literal else None
         self._start = self._start_ids(frame)
+        # an evaluation asks for every input once for each vector of the grid; bounded, for long prompts
+        self.encode = lru_cache(maxsize=4096)(self._encode)
 
     def text(self, prompt: str, preference: str = "") -> str:
         """The whole input as text."""
         return f"{self.prefix}{self._user_text(prompt)}{preference}{self.suffix}"
 
-    def encode(self, prompt: str, preference: str = "") -> list[int]:
+    def _encode(self, prompt: str, preference: str = "") -> list[int]:
         """The whole input as token ids."""
         content = self._user_text(prompt) + preference
         if not self.has_control_tokens:  # one piece, so that words at the seams are tokenised as in running text

@@ -14,7 +14,7 @@ from miepo.errors import UserError
 from miepo.metrics import hypervolume
 from tools.study import analysis, language
 from tools.study.report import format_estimate
-from tools.study.study import Method, Run, Study, command, read_study, runs_of
+from tools.study.study import Method, Run, Study, arguments, read_study, runs_of
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -69,8 +69,7 @@ def test_the_command_of_a_run(tmp_path: Path) -> None:
     study = read_study(write(tmp_path, GOOD + "set: {data.prompts: '{parts}/train.jsonl'}\n"))
     runs = runs_of(study, tmp_path)
     assert [(r.method.name, r.seed) for r in runs] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
-    arguments = command(study, runs[3], tmp_path)
-    pairs = dict(pairwise(arguments))
+    pairs = dict(pairwise(arguments(study, runs[3], tmp_path)))
     assert pairs["--data.prompts"] == f"{tmp_path}/parts/train.jsonl"
     assert (pairs["--seed_everything"], pairs["--model.learning_rate"]) == ("1", "0.5")
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import yaml
 from tqdm import tqdm
 
+from miepo.cli import main
 from miepo.errors import UserError
 from tools.study.record import EVALUATIONS, RESULT
 
@@ -152,18 +153,18 @@ def runs_of(study: Study, folder: Path) -> list[Run]:
     return [Run(m, seed, folder / m.name / f"seed_{seed}") for seed in study.seeds for m in study.methods.values()]
 
 
-def command(study: Study, run: Run, folder: Path) -> list[str]:
-    """The ``miepo fit`` command of a run."""
-    arguments = ["--config", str(study.config)]
+def arguments(study: Study, run: Run, folder: Path) -> list[str]:
+    """What follows ``miepo`` in the command of a run."""
+    result = ["fit", "--config", str(study.config)]
     for file in run.method.config:
-        arguments += ["--config", str(file)]
+        result += ["--config", str(file)]
     record = {"class_path": "tools.study.record.Record", "init_args": {"folder": str(run.folder)}}
     values = study.set | run.method.set | {"seed_everything": run.seed, "trainer.default_root_dir": str(run.folder)}
     values["trainer.callbacks+"] = record
     for key, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value)
-        arguments += [f"--{key}", text.replace("{parts}", str(folder / "parts"))]
-    return [sys.executable, "-m", "miepo", "fit", *arguments]
+        result += [f"--{key}", text.replace("{parts}", str(folder / "parts"))]
+    return result
 
 
 def prepare(study: Study, folder: Path) -> None:
@@ -186,29 +187,30 @@ def named(path: str) -> Any:
 
 
 def execute(study: Study, folder: Path) -> list[Run]:
-    """Runs what is missing, ``processes`` at a time, and returns all runs. A crashed run does not stop the others."""
+    """Runs what is missing, ``processes`` at a time, and returns all runs. A crashed run does not stop the others.
+
+    Each run is a process of its own, forked from one that has imported everything, which saves it ten seconds.
+    """
     everything = runs_of(study, folder)
     missing = [run for run in everything if not run.finished]
-    environment = os.environ | {
+    os.environ |= {
         "OMP_NUM_THREADS": str(study.threads), "MKL_NUM_THREADS": str(study.threads), "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"), "MPLBACKEND": "Agg",
     }  # fmt: skip
-    running: set[subprocess.Popen] = set()
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["miepo.cli", "tools.study.record"])
+    running: dict[Run, Any] = {}
 
     def one(run: Run) -> Run:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / FAILED).unlink(missing_ok=True)
-        arguments = command(study, run, folder)
-        with (run.folder / LOG).open("w") as log:
-            log.write(" ".join(arguments) + "\n")
-            log.flush()
-            process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            running.add(process)
-            status = process.wait()
-            running.discard(process)
+        process = context.Process(target=fit, args=(arguments(study, run, folder), run.folder / LOG))
+        process.start()
+        running[run] = process
+        process.join()
+        del running[run]
         if not run.finished:
-            (run.folder / FAILED).write_text(f"exit status {status}: {_last_line(run.folder / LOG)}\n")
+            (run.folder / FAILED).write_text(f"exit status {process.exitcode}: {_last_line(run.folder / LOG)}\n")
         return run
 
     pool = ThreadPoolExecutor(study.processes)
@@ -222,9 +224,21 @@ def execute(study: Study, folder: Path) -> list[Run]:
                 bar.update()
     finally:  # an interrupted study leaves no process behind; what has finished is kept
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
+        for process in list(running.values()):
             process.terminate()
     return everything
+
+
+def fit(command: Sequence[str], log: Path) -> None:
+    """``miepo`` with these arguments, in this process, with everything it prints in a file."""
+    with log.open("w") as file:
+        file.write(" ".join(["miepo", *command]) + "\n")
+        file.flush()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    os.chdir(ROOT)
+    main(list(command))
 
 
 def _last_line(path: Path) -> str:
