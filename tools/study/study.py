@@ -199,16 +199,16 @@ def execute(study: Study, folder: Path) -> list[Run]:
     }  # fmt: skip
     context = get_context("forkserver")
     context.set_forkserver_preload(["miepo.cli", "tools.study.record"])
-    running: dict[Run, Any] = {}
+    running: set[Any] = set()
 
     def one(run: Run) -> Run:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / FAILED).unlink(missing_ok=True)
         process = context.Process(target=fit, args=(arguments(study, run, folder), run.folder / LOG))
         process.start()
-        running[run] = process
+        running.add(process)
         process.join()
-        del running[run]
+        running.discard(process)
         if not run.finished:
             (run.folder / FAILED).write_text(f"exit status {process.exitcode}: {_last_line(run.folder / LOG)}\n")
         return run
@@ -224,7 +224,7 @@ def execute(study: Study, folder: Path) -> list[Run]:
                 bar.update()
     finally:  # an interrupted study leaves no process behind; what has finished is kept
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running.values()):
+        for process in list(running):
             process.terminate()
     return everything
 
