@@ -100,11 +100,11 @@ def sections_of(study: Study, last: pd.DataFrame, ceiling: float | None) -> list
         if ceiling is not None:
             note += f" HV gap: share of the gap to the true front's hypervolume, {ceiling:.3f}, that is closed."
         sections.append(table(f"Relative to {label[base]}, per cent", note, margins, True))
-    controls = {n: c for n in means if (c := study.methods[n].control) in means and c is not None}
-    if controls:
-        differences = {f"{label[n]} − {label[c]}": analysis.paired(study, last, n, c) for n, c in controls.items()}
-        note = "The same settings without the term that is tested; paired by seed."
-        sections.append(table("Difference to the control", note, differences, True))
+    pairs = [(n, c) for n in means for c in study.methods[n].controls if c in means]
+    if pairs:
+        differences = {f"{label[n]} − {label[c]}": analysis.paired(study, last, n, c) for n, c in pairs}
+        note = "The same settings without what is tested; paired by seed. Bold: the interval excludes zero."
+        sections.append(table("Difference to the controls", note, differences, True))
     return sections
 
 

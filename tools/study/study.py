@@ -46,7 +46,7 @@ class Method:
     label: str
     config: Sequence[Path] = ()
     set: dict[str, Any] = field(default_factory=dict)
-    control: str | None = None  # a second method it is compared with, seed by seed
+    controls: Sequence[str] = ()  # further methods it is compared with, seed by seed
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,9 @@ def read_study(path: Path) -> Study:
     if not isinstance(values["methods"], dict) or not values["methods"]:
         raise UserError(f"{path}: expected methods by name, got {values['methods']!r}")
     methods = {name: _method(path, name, entry) for name, entry in values["methods"].items()}
-    for name, wanted in [
-        ("baseline", values["baseline"]),
-        *((f"methods.{m.name}.control", m.control) for m in methods.values()),
-    ]:
-        if wanted is not None and wanted not in methods:
+    named_controls = [(f"methods.{m.name}.control", control) for m in methods.values() for control in m.controls]
+    for name, wanted in [("baseline", values["baseline"]), *named_controls]:
+        if wanted not in methods:
             raise UserError(f"{path}: {name} names the unknown method '{wanted}': there are {', '.join(methods)}")
     metrics = values.get("metrics", list(METRICS))
     if unknown := [m for m in metrics if m not in METRICS]:
@@ -139,7 +137,9 @@ def _method(path: Path, name: str, entry: Any) -> Method:
         got = ", ".join(sorted(entry.keys() - keys)) if isinstance(entry, dict) else repr(entry)
         raise UserError(f"{path}: method '{name}' takes {', '.join(sorted(keys))}, got {got}")
     files = [_file(path, f) for f in entry.get("config", [])]
-    return Method(name, entry.get("label", name), files, entry.get("set") or {}, entry.get("control"))
+    controls = entry.get("control", [])
+    controls = [controls] if isinstance(controls, str) else list(controls)
+    return Method(name, entry.get("label", name), files, entry.get("set") or {}, controls)
 
 
 def _file(path: Path, name: str) -> Path:
