@@ -124,7 +124,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         else:
             self.grid = evaluation_grid(len(names), self.grid_spec)
         self.preferences.draw(generator(Stream.PREFERENCE, self.seed), 1, len(names))  # its alpha may not fit K
-        if self.feedback == "scalarised" and isinstance(self._module.router, SampleRouter):
+        if self.feedback == "scalarised" and isinstance(getattr(self._module, "router", None), SampleRouter):
             raise UserError("data.feedback scalarised needs the scores of all objectives: SampleRouter asks one only")
         if stage == "predict":
             if self.predict_prompts is None:
@@ -225,11 +225,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
         self.scored_responses += RESPONSES * len(batch)
         scores = normalise_rewards(module.objectives, raw)  # (B, 2, K)
         empty = responses.empty.cpu()
-        labels = (
-            scalarised_labels(scores, routing, empty)
-            if self.feedback == "scalarised"
-            else pairwise_labels(scores, empty)
-        )
+        labels = self._labels(scores, routing, empty)  # (B, K)
+        under = [self._labels(scores, w, empty) for w in counterfactual.unbind(1)]  # C of (B, K)
+        counterfactual_labels = torch.stack(under, 1) if under else labels.new_empty(len(labels), 0, labels.shape[1])
         scored = perf_counter()
         reference, counterfactual_reference = self._reference(batch.prompts, preference, counterfactual, responses)
         synchronise()  # so that the time below is that of the work and not of its launch
@@ -241,6 +239,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             responses=responses,
             scores=scores.to(device),
             labels=labels.to(device),
+            counterfactual_labels=counterfactual_labels.to(device),
             reference_log_prob=reference,
             counterfactual_reference_log_prob=counterfactual_reference,
             counts=feedback_counts(labels, scores, routing > 0, empty),
@@ -250,6 +249,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
                 "reference": perf_counter() - scored,
             },
         )
+
+    def _labels(self, scores: Tensor, weights: Tensor, empty: Tensor) -> Tensor:
+        if self.feedback == "scalarised":
+            return scalarised_labels(scores, weights, empty)
+        return pairwise_labels(scores, empty)
 
     def _reference(
         self, prompts: Sequence[str], preference: Tensor, counterfactual: Tensor, responses: Responses

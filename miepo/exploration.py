@@ -30,6 +30,7 @@ class Contrast:
     counterfactual_reward: Tensor  # (B, 2, C) under each w-
     lengths: Tensor  # (B, 2) response tokens
     labels: Tensor  # (B, K) feedback
+    counterfactual_labels: Tensor  # (B, C, K) feedback as it would be under each w-
     anchors: Tensor  # (B, 2) True where a response may be learnt from: it is not empty
     beta_c: float  # scale of the alignment logits
 
@@ -77,16 +78,16 @@ def matching_loss(
     preference: Tensor,
     counterfactual: Tensor,
     labels: Tensor,
+    counterfactual_labels: Tensor,
     beta: float,
 ) -> Tensor:
     """Which response belongs to which preference: a contrast over pairs instead of over single responses.
 
-    Under w+ and w- the feedback of the objectives weighs the two responses differently by
-    ``g = 1/2 sum_k (w+_k - w-_k) c_k`` with labels ``c_k``: where ``g > 0`` the first response is w+'s and the second
-    w-'s. The loss is ``-|g| log sigmoid(sign(g) beta ((r(w+, y1) - r(w+, y2)) - (r(w-, y1) - r(w-, y2))))``: the logit
-    is the difference of the two responses' InfoNCE logits, so whatever both responses have in common, length included,
-    cancels, and making a response unlikely everywhere gains nothing. Pairs on which all objectives agree say nothing
-    about the preference (``g = 0``).
+    Under a preference w the feedback favours the first response by ``v(w) = sum_k w_k c_k`` with labels ``c_k``. Where
+    ``g = 1/2 (v(w+) - v(w-))`` is positive, the first response is w+'s and the second w-'s. The loss is
+    ``-|g| log sigmoid(sign(g) beta ((r(w+, y1) - r(w+, y2)) - (r(w-, y1) - r(w-, y2))))``: the logit is the difference
+    of the two responses' InfoNCE logits, so whatever both have in common, length included, cancels, and making a
+    response unlikely everywhere gains nothing. Pairs that both preferences order alike say nothing about w (``g = 0``).
 
     Args:
         reward: ``(B, 2)`` implicit rewards under w+.
@@ -94,12 +95,16 @@ def matching_loss(
         preference: ``(B, K)`` w+.
         counterfactual: ``(B, C, K)`` w-.
         labels: ``(B, K)``.
+        counterfactual_labels: ``(B, C, K)`` the labels under w-: the same where each objective has its own, others
+            where they order the scalarised reward.
         beta: Scale of the logits.
 
     Returns:
         ``(B, C)``.
     """
-    gap = ((preference.unsqueeze(1) - counterfactual) * labels.unsqueeze(1)).sum(-1) / 2  # (B, C) in [-1, 1]
+    value = (preference * labels).sum(-1, keepdim=True)  # (B, 1)
+    gap = (value - (counterfactual * counterfactual_labels).sum(-1)) / 2  # (B, C) in [-1, 1]
+    gap = torch.where(gap.abs() < 1e-6, 0.0, gap)  # rounding of sums that are equal
     margin = (reward[:, 0] - reward[:, 1]).unsqueeze(-1) - (counterfactual_reward[:, 0] - counterfactual_reward[:, 1])
     return torch.where(gap == 0, 0.0, -gap.abs() * F.logsigmoid(beta * torch.sign(gap) * margin))
 
@@ -107,7 +112,7 @@ def matching_loss(
 def counterfactual_alignment(contrast: Contrast) -> Tensor:
     """Eq. 8 under every w-, routed by it, averaged over the w-: the pair once more, for other preferences; ``(B,)``."""
     each = [
-        alignment_loss(contrast.counterfactual_reward[:, :, j], contrast.labels, contrast.beta_c)
+        alignment_loss(contrast.counterfactual_reward[:, :, j], contrast.counterfactual_labels[:, j], contrast.beta_c)
         for j in range(contrast.counterfactual.shape[1])
     ]  # C of (B, K)
     return (torch.stack(each, 1) * contrast.counterfactual).sum(-1).mean(-1)
@@ -127,6 +132,7 @@ class Exploration(ABC):
     """
 
     needs_gradient = True  # of the log-probabilities under w-
+    needs_feedback = False  # of every objective on every pair
 
     def __init__(
         self, weight: float = 1.0, num_counterfactuals: int = 1, candidates: int = 1, warmup: float = 0.0
@@ -237,6 +243,8 @@ class Matching(Exploration):
         warmup: See :class:`Exploration`.
     """
 
+    needs_feedback = True
+
     def __init__(
         self,
         weight: float = 0.5,
@@ -256,7 +264,7 @@ class Matching(Exploration):
     def loss(self, contrast: Contrast) -> Tensor:
         matching = matching_loss(
             contrast.reward, contrast.counterfactual_reward, contrast.preference, contrast.counterfactual,
-            contrast.labels, contrast.beta_c if self.beta is None else self.beta,
+            contrast.labels, contrast.counterfactual_labels, contrast.beta_c if self.beta is None else self.beta,
         ).mean(-1)  # fmt: skip
         return matching + self.reuse * counterfactual_alignment(contrast) if self.reuse else matching
 
@@ -266,6 +274,8 @@ class CounterfactualAlignment(Exploration):
 
     What a formulation gains over this it gains by contrasting preferences, and not by reading each pair twice.
     """
+
+    needs_feedback = True
 
     def loss(self, contrast: Contrast) -> Tensor:
         return counterfactual_alignment(contrast)

@@ -12,7 +12,7 @@ from miepo.losses import alignment_loss, implicit_reward, total_loss
 from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.policy import Policy
 from miepo.policy_module import PolicyModule, response_log_prob
-from miepo.router import ExpectationRouter, Router
+from miepo.router import ExpectationRouter, Router, SampleRouter
 from miepo.types import PreferenceBatch
 
 
@@ -44,6 +44,9 @@ class MIEPO(PolicyModule):
         self.router = router or ExpectationRouter()
         self.beta_c = beta_c
         self.exploration = exploration or InfoNCE()
+        if self.exploration.active and self.exploration.needs_feedback and isinstance(self.router, SampleRouter):
+            name = type(self.exploration).__name__
+            raise UserError(f"{name} needs the feedback of all objectives on every pair: SampleRouter asks one only")
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> STEP_OUTPUT:
         """Eq. 13 on one rollout; the flow chart of the method."""
@@ -76,6 +79,7 @@ class MIEPO(PolicyModule):
             implicit_reward(counterfactual, batch.counterfactual_reference_log_prob, mask.unsqueeze(2)),
             mask.sum(-1),
             batch.labels,
+            batch.counterfactual_labels,
             anchors=~batch.responses.empty,
             beta_c=self.beta_c,
         )

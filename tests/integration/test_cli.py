@@ -457,6 +457,42 @@ def test_objectives_of_the_trainer_count_too(tiny_model: Path, tmp_path: Path) -
     assert torch.load(checkpoint(tmp_path), weights_only=True)["miepo"]["objectives"] == ["letter_a", "brevity"]
 
 
+def test_rewards_in_context_through_the_command(tmp_path: Path, tiny_model: Path) -> None:
+    """Another module and another data module, by an overlay, with every callback of the quickstart."""
+    values = config(tiny_model, tmp_path, data__batch_size=2, trainer__max_epochs=2)
+    overlay = Path(__file__).parents[2] / "configs/methods/ric.yaml"
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(values))
+    main(["fit", "--config", str(tmp_path / "fit.yaml"), "--config", str(overlay), "--model.learning_rate", "0.02"])
+    saved = yaml.safe_load((tmp_path / "run/version_0/config.yaml").read_text())
+    assert saved["model"]["class_path"] == "miepo.methods.RewardsInContext"
+    assert saved["model"]["init_args"]["learning_rate"] == 0.02  # and the policy's settings were kept
+    assert saved["model"]["init_args"]["policy"]["init_args"]["base"] == str(tiny_model)
+    header, *rows = (tmp_path / "run/version_0/metrics.csv").read_text().splitlines()
+    assert {"front/hv", "information/preference", "time/step", "loss"} <= set(header.split(","))
+    assert len(rows) >= 6
+    main([
+        "validate", "--config", str(tmp_path / "fit.yaml"), "--config", str(overlay), "--ckpt_path",
+        str(checkpoint(tmp_path)),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("exploration", "message"),
+    [
+        ({"class_path": "Entropy"}, "Entropy"),
+        ({"class_path": "miepo.router.SampleRouter"}, "SampleRouter"),
+        ({"class_path": "Matching", "init_args": {"beta_w": 0.1}}, "beta_w"),
+    ],
+)
+def test_an_unknown_exploration_term_is_named(
+    exploration: dict, message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        run("fit", config(tiny_model, tmp_path, model__exploration=exploration), tmp_path)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_three_objectives_and_prompt_conditioning(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "m", chat=False)
     values = config(model, tmp_path, data__grid=None)

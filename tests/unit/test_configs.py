@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from miepo.cli import MiepoCLI
+from miepo.exploration import Matching
 from miepo.methods import RewardsInContext
 from miepo.module import MIEPO
 from miepo.objectives import Objective
+from miepo.preferences import CornerPreferences
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -43,6 +45,13 @@ def test_overlays_are_the_methods_they_name(monkeypatch: pytest.MonkeyPatch, tmp
     mo_odpo = instantiate(QUICKSTART, CONFIGS / "methods/mo_odpo.yaml")
     assert (mo_odpo.model.exploration.beta_w, mo_odpo.datamodule.feedback) == (0.0, "per_objective")
     scalarised = instantiate(QUICKSTART, CONFIGS / "methods/mo_odpo_scalarised.yaml")
+    soups = instantiate(QUICKSTART, CONFIGS / "methods/rewarded_soups.yaml")
+    (gate,) = soups.model.policy.conditioning
+    assert isinstance(soups.datamodule.preferences, CornerPreferences)
+    assert (gate.shared, soups.model.exploration.active) == (False, False)
+    matching = instantiate(QUICKSTART, CONFIGS / "methods/matching.yaml", CONFIGS / "conditioning/gated.yaml")
+    assert isinstance(matching.model.exploration, Matching)
+    assert matching.model.policy.conditioning[0].shared
     assert (scalarised.model.exploration.beta_w, scalarised.datamodule.feedback) == (0.0, "scalarised")
 
 

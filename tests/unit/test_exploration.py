@@ -39,7 +39,7 @@ def contrast(b: int = 5, c: int = 2, seed: int = 0, gradient: bool = False) -> C
     labels = torch.tensor([[1, -1], [-1, 1], [1, 1], [1, 0], [0, 0]]).float()[torch.arange(b) % 5]
     return Contrast(
         preferences[:, 0], preferences[:, 1:], own, other, own + 3, other + 3, torch.full((b, 2), 4), labels,
-        torch.ones(b, 2, dtype=torch.bool), 0.1,
+        labels.unsqueeze(1).expand(-1, c, -1), torch.ones(b, 2, dtype=torch.bool), 0.1,
     )  # fmt: skip
 
 
@@ -131,8 +131,10 @@ def test_matching_by_hand() -> None:
     labels = torch.tensor([[1.0, -1.0]])
     # g = ((0.9 - 0.2) - (0.1 - 0.8)) / 2 = 0.7; margin = (3 - 1) - (0.5 - 1) = 2.5
     expected = -0.7 * F.logsigmoid(torch.tensor(0.4 * 2.5))
-    torch.testing.assert_close(matching_loss(reward, other, plus, minus, labels, 0.4), expected.view(1, 1))
-    flipped = matching_loss(reward, other, plus, minus, -labels, 0.4)
+    torch.testing.assert_close(
+        matching_loss(reward, other, plus, minus, labels, labels.unsqueeze(1), 0.4), expected.view(1, 1)
+    )
+    flipped = matching_loss(reward, other, plus, minus, -labels, -labels.unsqueeze(1), 0.4)
     torch.testing.assert_close(flipped, -0.7 * F.logsigmoid(torch.tensor(-0.4 * 2.5)).view(1, 1))
 
 
@@ -158,12 +160,28 @@ def test_matching_does_not_care_which_preference_is_called_w_plus() -> None:
     pair = contrast(c=1)
     swapped = matching_loss(
         pair.counterfactual_reward[..., 0], pair.reward.unsqueeze(-1), pair.counterfactual[:, 0],
-        pair.preference.unsqueeze(1), pair.labels, 0.1,
+        pair.preference.unsqueeze(1), pair.counterfactual_labels[:, 0], pair.labels.unsqueeze(1), 0.1,
     )  # fmt: skip
     here = matching_loss(
-        pair.reward, pair.counterfactual_reward, pair.preference, pair.counterfactual, pair.labels, 0.1
+        pair.reward,
+        pair.counterfactual_reward,
+        pair.preference,
+        pair.counterfactual,
+        pair.labels,
+        pair.counterfactual_labels,
+        0.1,
     )
     torch.testing.assert_close(here, swapped)
+
+
+def test_matching_with_scalarised_feedback() -> None:
+    """One order under each preference: a pair counts in full where the two orders differ, and not at all elsewhere."""
+    reward, other = torch.tensor([[3.0, 1.0], [3.0, 1.0]]), torch.tensor([[[0.5], [1.0]], [[0.5], [1.0]]])
+    plus, minus = torch.tensor([[0.9, 0.1]] * 2), torch.tensor([[[0.2, 0.8]]] * 2)
+    first, second = torch.ones(2), -torch.ones(2)
+    labels, under = torch.stack([first, first]), torch.stack([second, first]).unsqueeze(1)
+    loss = matching_loss(reward, other, plus, minus, labels, under, 0.4)
+    torch.testing.assert_close(loss, torch.stack([-F.logsigmoid(torch.tensor([1.0])), torch.zeros(1)]))
 
 
 def test_matching_reuses_the_pair_under_w_minus() -> None:

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from miepo.metrics import ParetoFrontMetric, conditional_reward_dispersion, hypervolume, mean_inner_product
+from miepo.metrics import (
+    ParetoFrontMetric,
+    conditional_reward_dispersion,
+    hypervolume,
+    mean_inner_product,
+    reward_overlap,
+)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -43,6 +49,26 @@ def test_mip_by_hand() -> None:
 def test_crd_by_hand() -> None:
     covariances = torch.tensor([[[2.0, 1.0], [1.0, 2.0]], [[1.0, 0.0], [0.0, 5.0]]])
     assert conditional_reward_dispersion(covariances).item() == pytest.approx((3 + 5) / 2)
+
+
+def test_overlap_by_hand() -> None:
+    grid = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    index = torch.tensor([0, 0, 0, 0, 1, 1])
+    same = torch.tensor([[1.0], [1.0], [5.0], [5.0], [1.0], [5.0]])
+    assert reward_overlap(same, index, grid[:, :1]).item() == pytest.approx(1.0)
+    # first objective: (1, 1, 1, 5) against (1, 5): 1/2 + 1/4; second: apart
+    scores = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.0], [5.0, 0.0], [1.0, 9.0], [5.0, 9.0]])
+    assert reward_overlap(scores, index, grid).item() == pytest.approx((0.75 + 0.0) / 2)
+    broken = torch.cat([scores, torch.tensor([[torch.nan, 4.0]])])
+    assert reward_overlap(broken, torch.cat([index, torch.tensor([1])]), grid).item() == pytest.approx(0.375)
+
+
+def test_overlap_compares_nearest_neighbours_only() -> None:
+    """Three preferences whose rewards move step by step: neighbours overlap by half, the ends not at all."""
+    grid = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    index = torch.arange(3).repeat_interleave(2)
+    scores = torch.tensor([0.0, 3.0, 3.0, 6.0, 6.0, 9.0]).unsqueeze(1).expand(-1, 2)
+    assert reward_overlap(scores, index, grid).item() == pytest.approx(0.5)
 
 
 def test_metric_equals_numpy_and_does_not_depend_on_batches() -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 
 from miepo import MIEPO
 from miepo.errors import UserError
-from miepo.exploration import InfoNCE
+from miepo.exploration import InfoNCE, Matching
 from miepo.losses import implicit_reward
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.policy_module import response_log_prob
@@ -198,8 +198,8 @@ def test_accumulation_1x8_equals_8x1(tiny_model: Path, tmp_path: Path) -> None:
                 PreferenceBatch(
                     batch.prompts[one], batch.preference[one], batch.counterfactual[one], batch.routing[one],
                     Responses(Tokens(y.tokens.ids[one], y.tokens.mask[one]), y.texts[one], y.finished[one]),
-                    batch.scores[one], batch.labels[one], batch.reference_log_prob[one],
-                    batch.counterfactual_reference_log_prob[one],
+                    batch.scores[one], batch.labels[one], batch.counterfactual_labels[one],
+                    batch.reference_log_prob[one], batch.counterfactual_reference_log_prob[one],
                 ),
             )[1]
         )  # fmt: skip
@@ -268,6 +268,23 @@ def test_sampled_routing_asks_one_objective_per_prompt(tiny_model: Path, tmp_pat
     assert batch.scores.isnan().sum() == 16
     loss, _ = step(module, batch)
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("feedback", ["per_objective", "scalarised"])
+def test_feedback_under_w_minus(tiny_model: Path, tmp_path: Path, feedback: str) -> None:
+    """An objective's own order does not depend on w; the order of the scalarised reward does."""
+    module = {"exploration": Matching(num_counterfactuals=2)}
+    _, batch, _ = rollout(tiny_model, tmp_path, data={"feedback": feedback, "batch_size": 8}, module=module)
+    assert batch.counterfactual_labels.shape == (8, 2, 2)
+    if feedback == "per_objective":
+        expected = batch.labels.unsqueeze(1).expand(-1, 2, -1)
+    else:
+        difference = batch.scores[:, 0] - batch.scores[:, 1]  # (B, K)
+        order = torch.sign((batch.counterfactual * difference.unsqueeze(1)).sum(-1, keepdim=True))  # (B, C, 1)
+        usable = ~batch.responses.empty.any(1)
+        expected = torch.where(usable[:, None, None], order, 0.0).expand(-1, -1, 2)
+        assert not torch.equal(expected, batch.labels.unsqueeze(1).expand(-1, 2, -1))
+    assert torch.equal(batch.counterfactual_labels, expected)
 
 
 def test_scalarised_feedback_is_one_order_for_all(tiny_model: Path, tmp_path: Path) -> None:
@@ -360,6 +377,7 @@ def test_the_same_seed_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> N
     ("kwargs", "message"),
     [
         ({"beta_c": -1.0}, "beta_c must not be negative, got -1"),
+        ({"exploration": Matching(), "router": SampleRouter()}, "Matching needs the feedback of all objectives"),
         ({"warmup": 1.0}, "warmup is a fraction"),
     ],
 )

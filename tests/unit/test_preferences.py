@@ -52,6 +52,17 @@ def test_w_plus_does_not_depend_on_the_number_of_counterfactuals() -> None:
     assert torch.equal(draw_preferences(*args, 0, 2)[0], draw_preferences(*args, 4, 2)[0])
 
 
+def test_a_far_w_minus_is_the_farthest_of_its_candidates() -> None:
+    args = (DirichletPreferences(), 7, [0] * 50, range(50))
+    plus, every = draw_preferences(*args, 6, 2)  # the same draws, as six w-
+    again, far = draw_preferences(*args, 2, 2, 3)  # two w-, each of three candidates
+    assert torch.equal(plus, again)
+    assert far.shape == (50, 2, 2)
+    distance = (every - plus.unsqueeze(1)).abs().sum(-1).view(50, 2, 3)
+    torch.testing.assert_close((far - plus.unsqueeze(1)).abs().sum(-1), distance.amax(-1))
+    assert draw_preferences(*args, 0, 2, 3)[1].shape == (50, 0, 2)
+
+
 @pytest.mark.parametrize(("k", "points", "m"), [(1, None, 1), (2, None, 11), (2, 5, 5), (3, None, 13), (3, 15, 15), (3, 14, 10), (4, None, 11), (4, 4, 4)])  # fmt: skip
 def test_grids(k: int, points: int | None, m: int) -> None:
     grid = evaluation_grid(k, points)
