@@ -165,7 +165,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
         policy, limit = self._policy, self._policy.context_length
         if limit is None:
             return list(prompts)
-        text = policy.preference_text([0.5] * len(policy.names))
+        k = len(policy.names)
+        vectors = [[1 / k] * k, *([float(i == j) for j in range(k)] for i in range(k))]
+        text = max((policy.preference_text(w) for w in vectors), key=len)
         lengths = [len(policy.template.encode(prompt, text)) for prompt in prompts]
         fits = [n + self.max_new_tokens <= limit for n in lengths]
         if not all(fits):
@@ -206,6 +208,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         module, policy, device = self._module, self._policy, self._policy.device
         self.ensure_normalised()
         exploration = module.exploration
+        needs_feedback = exploration.active and exploration.needs_feedback
         preference, counterfactual = draw_preferences(
             self.preferences, self.seed, batch.epochs, batch.positions,
             exploration.num_counterfactuals if exploration.active else 0, len(module.names), exploration.candidates,
@@ -221,7 +224,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
         seed = torch_seed(Stream.SAMPLING, self.seed, batch.epochs[0], batch.positions[0])
         responses = self.engine.sample(policy, batch.prompts, preference, RESPONSES, self.max_new_tokens, seed)
         sampled = perf_counter()
-        raw = score_responses(module.objectives, batch.prompts, responses.texts, routing > 0)
+        # an objective of weight 0 is not asked, unless the exploration term wants to know what it would say
+        asked = torch.ones_like(routing, dtype=torch.bool) if needs_feedback else routing > 0
+        raw = score_responses(module.objectives, batch.prompts, responses.texts, asked)
         self.scored_responses += RESPONSES * len(batch)
         scores = normalise_rewards(module.objectives, raw)  # (B, 2, K)
         empty = responses.empty.cpu()
@@ -242,7 +247,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             counterfactual_labels=counterfactual_labels.to(device),
             reference_log_prob=reference,
             counterfactual_reference_log_prob=counterfactual_reference,
-            counts=feedback_counts(labels, scores, routing > 0, empty),
+            counts=feedback_counts(labels, scores, asked, empty),
             seconds={
                 "sampling": sampled - start,
                 "scoring": scored - sampled,

@@ -59,7 +59,9 @@ def infonce_loss(reward: Tensor, counterfactual_reward: Tensor, beta_w: float) -
 
 
 def information_labels(log_prob: Tensor, counterfactual_log_prob: Tensor) -> Tensor:
-    """+1 where the first response tells more about w+ than the second, -1 where less, 0 where alike; ``(B,)``.
+    """+1 where the first response tells more about w+ than the second, -1 where less; ``(B,)``.
+
+    0 where they differ by less than 0.001 nats, which is rounding.
 
     What a response tells is its pointwise information ``log pi(y|x,w+) - log mean_j pi(y|x,w_j)`` over w+ and the
     counterfactual preferences. It is the reward whose score-function gradient is that of I(Y; W | X).
@@ -69,7 +71,8 @@ def information_labels(log_prob: Tensor, counterfactual_log_prob: Tensor) -> Ten
         counterfactual_log_prob: ``(B, 2, C)`` under each w-.
     """
     information = infonce_bound(log_prob, counterfactual_log_prob)  # (B, 2)
-    return torch.sign(information[:, 0] - information[:, 1])
+    difference = information[:, 0] - information[:, 1]
+    return torch.where(difference.abs() < 1e-3, 0.0, torch.sign(difference))
 
 
 def matching_loss(
@@ -87,7 +90,8 @@ def matching_loss(
     ``g = 1/2 (v(w+) - v(w-))`` is positive, the first response is w+'s and the second w-'s. The loss is
     ``-|g| log sigmoid(sign(g) beta ((r(w+, y1) - r(w+, y2)) - (r(w-, y1) - r(w-, y2))))``: the logit is the difference
     of the two responses' InfoNCE logits, so whatever both have in common, length included, cancels, and making a
-    response unlikely everywhere gains nothing. Pairs that both preferences order alike say nothing about w (``g = 0``).
+    response unlikely everywhere gains nothing. Pairs on which all objectives agree, and of scalarised feedback those
+    that both preferences order alike, say nothing about w (``g = 0``).
 
     Args:
         reward: ``(B, 2)`` implicit rewards under w+.

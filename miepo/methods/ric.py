@@ -48,6 +48,8 @@ def preference_to_target(preference: Sequence[float], low: float, high: float) -
 
 def good_at_something(scores: Tensor, quantile: float) -> Tensor:
     """Rows ``(n,)`` of ``scores`` ``(n, K)`` in which any score is at or above its quantile; NaN is not."""
+    if not len(scores):
+        return torch.zeros(0, dtype=torch.bool)
     thresholds = scores.nanquantile(quantile, 0)  # (K,)
     return (scores >= thresholds).any(-1)
 
@@ -102,6 +104,12 @@ class RewardsInContext(PolicyModule):
             got = ", ".join(type(c).__name__ for c in policy.conditioning)
             raise UserError(f"RewardsInContext needs one conditioning, TargetConditioning, got {got}")
         self.conditioning: TargetConditioning = policy.conditioning[0]  # type: ignore[assignment]
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and not isinstance(data, RewardsInContextDataModule):
+            raise UserError(f"RewardsInContext needs data RewardsInContextDataModule, got {type(data).__name__}")
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> STEP_OUTPUT:
         texts = [self.conditioning.write_scores(row, self.names) for row in batch.scores.tolist()]
@@ -214,7 +222,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             self.rows = read_rows(self.offline_file, "prompt", "response")
 
     def plan(self, steps: int) -> list[int]:
-        """Steps at which the stages end: the offline stage, then each round."""
+        """Steps (or batches) of so many at which the stages end: the offline stage, then each round."""
         first = steps if self.rounds == 0 else max(1, round(self.offline * steps))
         return [first, *(first + round((steps - first) * (r + 1) / self.rounds) for r in range(self.rounds))]
 
@@ -244,10 +252,10 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         if not self._trainer.training:
             return self.evaluation(batch)
         self.ensure_normalised()
-        per_epoch = int(self._trainer.num_training_batches)
-        index = batch.epochs[0] * per_epoch + batch.positions[0] // self.batch_size  # batches before this one
-        accumulated = self._trainer.accumulate_grad_batches
-        ends = [end * accumulated for end in self.plan(int(self._trainer.estimated_stepping_batches))]
+        trainer, per_epoch = self._trainer, int(self._trainer.num_training_batches)
+        index = trainer.fit_loop.epoch_loop.batch_progress.total.ready  # batches before this one, of a resumed run, too
+        whole = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps > 0 else float("inf")
+        ends = self.plan(int(min(whole, per_epoch * trainer.max_epochs if trainer.max_epochs > 0 else whole)))
         stage = next((s for s, end in enumerate(ends) if index < end), len(ends) - 1)
         if stage != self.stage:
             self._begin(stage, range(index, ends[stage]), per_epoch)
@@ -307,10 +315,13 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
     def _read(self) -> Pool:
         """The offline file, tokenised and scored."""
         module, policy = self._module, self._policy
-        prompts, texts = ([row[key] for row in self.rows] for key in ("prompt", "response"))
+        fitting = set(self._fitting([row["prompt"] for row in self.rows]))
+        rows = [row for row in self.rows if row["prompt"] in fitting]
+        prompts, texts = ([row[key] for row in rows] for key in ("prompt", "response"))
+        lead = "" if policy.template.has_control_tokens else " "  # running text goes on after ``Assistant:``
         ids = [
             [
-                *policy.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+                *policy.tokenizer(lead + text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
                 policy.end_ids[0],
             ]
             for text in texts

@@ -62,7 +62,7 @@ def reward_overlap(scores: Tensor, grid_index: Tensor, grid: Tensor, bins: int =
     """Overlap of the rewards under neighbouring preferences: 1 where w changes nothing, 0 where they are apart.
 
     For every grid vector, its nearest other vector and each objective: the common mass ``sum_b min(p_b, q_b)`` of the
-    two histograms over the objective's whole range; the mean of all.
+    two histograms over the range of these scores; the mean of all.
 
     Args:
         scores: ``(N, K)`` rewards; rows that are not finite do not count.

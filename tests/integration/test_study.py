@@ -73,6 +73,10 @@ def test_a_study_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixt
     same = [c for c in rows.columns if c != "seconds"]
     pd.testing.assert_frame_equal(rows[same], again[same])  # a run repeats itself
 
+    file.write_text(STUDY.replace("data.grid: 3", "data.grid: 4"))  # the old runs are of another study
+    assert main([str(file), "--out", str(out)]) == 2
+    assert "holds a run of other settings than mo_odpo, seed 0 has now" in capsys.readouterr().err
+
     file.write_text(STUDY + "  longer: {set: {trainer.limit_train_batches: 6}}\n")
     assert main([str(file), "--out", str(out)]) == 2
     assert "expected runs of one budget, got different scored responses" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 
 from miepo.errors import UserError
 from miepo.metrics import hypervolume
-from tools.study import analysis, language
+from tools.study import analysis, language, report
 from tools.study.report import format_estimate
 from tools.study.study import Method, Run, Study, arguments, read_study, runs_of
 
@@ -54,6 +54,11 @@ def test_every_study_can_be_read_and_has_a_header(file: Path) -> None:
         ("seeds: 2", "seeds: 2\nseed: 3", "expected the keys .*, got seed"),
         ("seeds: 2\n", "", "expected the keys seeds, got none"),
         ("seeds: 2", "seeds: 2\nprocesses: 0", "processes must be a number of at least 1, got 0"),
+        ("seeds: 2", "seeds: 2\nmetrics: hv", "metrics must be a list of hv, .*, got 'hv'"),
+        ("set: {model.learning_rate: 0.5}", "set: [1]", r"methods.b.set must map settings to values, got \[1\]"),
+        ("[configs/methods/mo_odpo.yaml]", "configs", "methods.a.config must be a list of names, got 'configs'"),
+        ("control: a", "control: [[a]]", "methods.b.control must be a list of names"),
+        ("baseline: a", "baseline: [a]", "baseline names the unknown method"),
         ("control: a", "kontrol: a", "method 'b' takes config, control, label, set, got kontrol"),
         ("mo_odpo.yaml", "mo_odp.yaml", "expected a configuration at 'configs/methods/mo_odp.yaml'"),
         ("methods:", "methods: {", "expected YAML, got text that is not"),
@@ -100,7 +105,8 @@ def study_of(*names: str) -> Study:
 
 def test_a_paired_difference_is_taken_seed_by_seed() -> None:
     """The seeds differ by far more than the methods; the pairing removes that."""
-    last = analysis.final(table({"a": [1.0, 5.0, 9.0], "b": [1.5, 5.4, 9.6]}))
+    a = [1.0, 5.0, 9.0, 13.0, 17.0, 21.0]
+    last = analysis.final(table({"a": a, "b": [x + d for x, d in zip(a, [0.5, 0.4, 0.6, 0.5, 0.4, 0.6], strict=True)]}))
     difference = analysis.paired(study_of("a", "b"), last, "b", "a")["front/hv"]
     assert difference.mean == pytest.approx(0.5)
     assert difference.low is not None
@@ -113,6 +119,15 @@ def test_only_seeds_that_both_have_are_paired() -> None:
     last = analysis.final(table({"a": [1.0, 5.0], "b": [2.0, 6.0, 100.0]}))
     difference = analysis.paired(study_of("a", "b"), last, "b", "a")["front/hv"]
     assert (difference.mean, difference.seeds) == (1.0, 2)
+
+
+def test_a_few_seeds_are_never_called_clear() -> None:
+    """With three values the percentile interval is their range: it misses zero whenever the signs agree."""
+    last = analysis.final(table({"a": [1.0, 5.0, 9.0], "b": [1.5, 5.4, 9.6]}))
+    difference = analysis.paired(study_of("a", "b"), last, "b", "a")["front/hv"]
+    assert difference.low is not None
+    assert difference.low > 0
+    assert not difference.excludes_zero
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -141,6 +156,12 @@ def test_interval_of_the_mean_covers_it_about_as_often_as_it_says() -> None:
     intervals = [analysis.estimate(rng.normal(3.0, 1.0, 10)) for _ in range(200)]
     covered = np.mean([e.low <= 3.0 <= e.high for e in intervals])
     assert 0.84 < covered < 0.98  # the percentile bootstrap of ten values is somewhat narrow
+
+
+def test_the_drawn_boundary_is_that_of_the_dominated_region() -> None:
+    low = np.array([0.0, 0.0])
+    path = report._staircase(np.array([[2.0, 1.0], [1.0, 3.0]]), low)
+    assert path.tolist() == [[0.0, 3.0], [1.0, 3.0], [1.0, 1.0], [2.0, 1.0], [2.0, 0.0]]
 
 
 def test_attainment_surfaces_by_hand() -> None:

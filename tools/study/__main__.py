@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 from miepo.errors import UserError
 from tools.study.report import write_report
-from tools.study.study import execute, prepare, read_study, runs_of
+from tools.study.study import execute, named, prepare, read_study, runs_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,12 +21,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="runs at a time")
     parser.add_argument("--report", action="store_true", help="only write the report of what has finished")
     options = parser.parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     try:
         study = read_study(options.study)
         if options.processes is not None:
             if options.processes < 1:
                 raise UserError(f"--processes must be at least 1, got {options.processes}")
             study = replace(study, processes=options.processes)
+        for path in filter(None, (study.prepare, study.true_front)):
+            named(path)  # a slip in a name shows now and not after a night
         folder = (options.out or Path("studies") / study.name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         if options.report:
@@ -33,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
             prepare(study, folder)
             runs = execute(study, folder)
         page = write_report(study, runs, folder)
+    except KeyboardInterrupt:
+        print("study: stopped; the same command goes on with what is missing", file=sys.stderr)
+        return 130
     except UserError as error:
         print(f"study: error: {error}", file=sys.stderr)
         return 2

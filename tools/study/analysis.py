@@ -17,6 +17,7 @@ from miepo.metrics import bootstrap_interval, hypervolume
 from tools.study.study import METRICS, Run, Study, rows_of
 
 DRAWS = 10_000
+CLEAR_SEEDS = 6  # of fewer values the percentile interval is their range, which misses zero by chance too often
 BUDGET = ("scored_responses", "step")  # what two runs must have in common to be compared
 
 
@@ -31,7 +32,9 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        if self.low is None or self.high is None or self.seeds < CLEAR_SEEDS:
+            return False
+        return self.low > 0 or self.high < 0
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -137,8 +140,9 @@ def true_hypervolume(vertices: np.ndarray, reference_point: float) -> float:
 
 
 def fronts(runs: Sequence[Run], method: str) -> list[np.ndarray]:
-    """The last front ``(M, K)`` of every finished run of a method."""
-    return [np.array(list(rows_of(r))[-1]["front"]) for r in runs if r.method.name == method and r.finished]
+    """The last front ``(M, K)`` of every finished run of a method, without vectors that were not measured."""
+    found = [np.array(list(rows_of(r))[-1]["front"]) for r in runs if r.method.name == method and r.finished]
+    return [front[np.isfinite(front).all(1)] for front in found]
 
 
 def attainment(sets: Sequence[np.ndarray]) -> dict[int, np.ndarray]:

@@ -8,8 +8,8 @@ prompt.
 
 The base model answers as :func:`answer` does: at any length, with strangers, in a mixture of registers.
 As an instruction-tuned model would, it has some idea of what a preference written in the prompt asks for: it has read
-comparisons of numbers (``0.25 0.70 less``), and half of the answers it learnt from follow the text. Without that,
-conditioning by prompt learns nothing here, and beating it would prove nothing.
+comparisons of numbers (``0.25 0.70 less``), a third of its texts state a preference, and half of their answers follow
+it. Without that, conditioning by prompt learns nothing here, and beating it would prove nothing.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ class Record(Callback):
         self.evaluated += now - self.evaluating
         grid, index = trainer.datamodule.grid, torch.cat(self.index)  # type: ignore[attr-defined]
         scores, metric = torch.cat(self.scores), pl_module.metrics[FRONT]
-        means = [scores[index == i].double().mean(0).tolist() for i in range(len(grid))]
+        finite = scores.isfinite().all(-1)
+        means = [scores[finite & (index == i)].double().mean(0).tolist() for i in range(len(grid))]
         logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("front/", "information/"))}
         row = {
             "step": trainer.global_step,
@@ -96,7 +97,7 @@ class Record(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.interrupted or not self.rows:
             return
-        last = {key: self.rows[-1][key] for key in ("step", "scored_responses", "seconds")}
+        last = {"step": trainer.global_step, **{key: self.rows[-1][key] for key in ("scored_responses", "seconds")}}
         part = self.folder / (RESULT + ".part")
         part.write_text(json.dumps(last | {"names": list(pl_module.names)}))
         part.replace(self.folder / RESULT)  # whole or not at all

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import yaml
@@ -21,7 +26,7 @@ from miepo.errors import UserError
 from tools.study.record import EVALUATIONS, RESULT
 
 ROOT = Path(__file__).resolve().parents[2]
-FAILED, LOG, READY = "failed.txt", "log.txt", "ready"
+FAILED, LOG, READY, FINGERPRINT = "failed.txt", "log.txt", "ready", "fingerprint.txt"
 KEYS = {"prepare", "config", "set", "seeds", "baseline", "metrics", "methods", "true_front", "processes", "threads"}
 
 # what a report can show: name -> (logged key, title, better when)
@@ -108,12 +113,14 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: expected the keys {', '.join(missing)}, got none")
     if not isinstance(values["methods"], dict) or not values["methods"]:
         raise UserError(f"{path}: expected methods by name, got {values['methods']!r}")
-    methods = {name: _method(path, name, entry) for name, entry in values["methods"].items()}
+    methods = {str(name): _method(path, str(name), entry) for name, entry in values["methods"].items()}
     named_controls = [(f"methods.{m.name}.control", control) for m in methods.values() for control in m.controls]
     for name, wanted in [("baseline", values["baseline"]), *named_controls]:
-        if wanted not in methods:
+        if not isinstance(wanted, str) or wanted not in methods:
             raise UserError(f"{path}: {name} names the unknown method '{wanted}': there are {', '.join(methods)}")
     metrics = values.get("metrics", list(METRICS))
+    if not isinstance(metrics, list):
+        raise UserError(f"{path}: metrics must be a list of {', '.join(METRICS)}, got {metrics!r}")
     if unknown := [m for m in metrics if m not in METRICS]:
         raise UserError(f"{path}: unknown metric {', '.join(map(str, unknown))}: there are {', '.join(METRICS)}")
     seeds = list(range(values["seeds"])) if isinstance(values["seeds"], int) else values["seeds"]
@@ -124,6 +131,7 @@ def read_study(path: Path) -> Study:
     for key in ("processes", "threads"):
         if not isinstance(values.get(key, 1), int) or values.get(key, 1) < 1:
             raise UserError(f"{path}: {key} must be a number of at least 1, got {values[key]!r}")
+    _settings(path, "set", values.get("set"))
     return Study(
         path.stem, _file(path, values["config"]), methods, seeds, values["baseline"], metrics, values.get("set") or {},
         values.get("prepare"), values.get("true_front"), values.get("processes", 1), values.get("threads", 1),
@@ -136,14 +144,23 @@ def _method(path: Path, name: str, entry: Any) -> Method:
     if not isinstance(entry, dict) or entry.keys() - keys:
         got = ", ".join(sorted(entry.keys() - keys)) if isinstance(entry, dict) else repr(entry)
         raise UserError(f"{path}: method '{name}' takes {', '.join(sorted(keys))}, got {got}")
-    files = [_file(path, f) for f in entry.get("config", [])]
-    controls = entry.get("control", [])
-    controls = [controls] if isinstance(controls, str) else list(controls)
+    files, controls = entry.get("config") or [], entry.get("control") or []
+    controls = [controls] if isinstance(controls, str) else controls
+    for key, value in (("config", files), ("control", controls)):
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise UserError(f"{path}: methods.{name}.{key} must be a list of names, got {value!r}")
+    _settings(path, f"methods.{name}.set", entry.get("set"))
+    files = [_file(path, f) for f in files]
     return Method(name, entry.get("label", name), files, entry.get("set") or {}, controls)
 
 
-def _file(path: Path, name: str) -> Path:
-    if not (ROOT / name).is_file():
+def _settings(path: Path, key: str, value: Any) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path}: {key} must map settings to values, got {value!r}")
+
+
+def _file(path: Path, name: Any) -> Path:
+    if not isinstance(name, str) or not (ROOT / name).is_file():
         raise UserError(f"{path}: expected a configuration at '{name}', relative to the project: there is none")
     return ROOT / name
 
@@ -186,13 +203,35 @@ def named(path: str) -> Any:
         raise UserError(f"expected a function at '{path}': {error}") from None
 
 
+def fingerprint(study: Study, run: Run, folder: Path) -> str:
+    """What a result depends on, as a hash: the settings of the run, the files they name, and the study's parts."""
+    digest = hashlib.sha256()
+    given = arguments(study, run, folder)
+    values = [yaml.safe_load(Path(a).read_text()) if f == "--config" else a for f, a in pairwise(given)]
+    text = json.dumps(values, sort_keys=True).replace(str(folder), "").replace(str(ROOT), "")
+    digest.update(text.encode())
+    for part in sorted(p for p in (folder / "parts").rglob("*") if p.is_file()):
+        digest.update(part.read_bytes())
+    return digest.hexdigest()
+
+
 def execute(study: Study, folder: Path) -> list[Run]:
     """Runs what is missing, ``processes`` at a time, and returns all runs. A crashed run does not stop the others.
 
     Each run is a process of its own, forked from one that has imported everything, which saves it ten seconds.
+
+    Raises:
+        UserError: a finished run had other settings than it would have now.
     """
     everything = runs_of(study, folder)
-    missing = [run for run in everything if not run.finished]
+    prints = [fingerprint(study, run, folder) for run in everything]
+    for run, now in zip(everything, prints, strict=True):
+        if run.finished and (run.folder / FINGERPRINT).read_text() != now:
+            raise UserError(
+                f"{run.folder} holds a run of other settings than {run.name} has now: "
+                "expected an empty folder for a changed study (--out), or the old runs removed"
+            )
+    missing = [(run, now) for run, now in zip(everything, prints, strict=True) if not run.finished]
     os.environ |= {
         "OMP_NUM_THREADS": str(study.threads), "MKL_NUM_THREADS": str(study.threads), "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"), "MPLBACKEND": "Agg",
@@ -200,22 +239,25 @@ def execute(study: Study, folder: Path) -> list[Run]:
     context = get_context("forkserver")
     context.set_forkserver_preload(["miepo.cli", "tools.study.record"])
     running: set[Any] = set()
+    stopped = Event()
 
-    def one(run: Run) -> Run:
+    def one(run: Run, now: str) -> Run:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / FAILED).unlink(missing_ok=True)
+        for name in (FAILED, LOG):
+            (run.folder / name).unlink(missing_ok=True)
+        (run.folder / FINGERPRINT).write_text(now)
         process = context.Process(target=fit, args=(arguments(study, run, folder), run.folder / LOG))
-        process.start()
         running.add(process)
+        process.start()
         process.join()
         running.discard(process)
-        if not run.finished:
+        if not run.finished and not stopped.is_set():
             (run.folder / FAILED).write_text(f"exit status {process.exitcode}: {_last_line(run.folder / LOG)}\n")
         return run
 
     pool = ThreadPoolExecutor(study.processes)
     try:
-        futures = [pool.submit(one, run) for run in missing]
+        futures = [pool.submit(one, run, now) for run, now in missing]
         with tqdm(total=len(everything), initial=len(everything) - len(missing), unit="run", desc=study.name) as bar:
             for future in as_completed(futures):
                 run = future.result()
@@ -223,14 +265,18 @@ def execute(study: Study, folder: Path) -> list[Run]:
                     bar.write(f"failed: {run.name}: {run.failure}")
                 bar.update()
     finally:  # an interrupted study leaves no process behind; what has finished is kept
+        stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
-            process.terminate()
+            if process.pid is not None:  # started
+                process.kill()  # a result is whole or not there at all, so there is nothing to wait for
     return everything
 
 
 def fit(command: Sequence[str], log: Path) -> None:
     """``miepo`` with these arguments, in this process, with everything it prints in a file."""
+    if sys.platform == "linux":  # a study that is killed takes its runs with it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     with log.open("w") as file:
         file.write(" ".join(["miepo", *command]) + "\n")
         file.flush()
@@ -242,6 +288,8 @@ def fit(command: Sequence[str], log: Path) -> None:
 
 
 def _last_line(path: Path) -> str:
+    if not path.exists():
+        return "no output"
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no output"
 
