@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from miepo.types import PromptBatch, SupervisedBatch, Tokens
 # -- functions ---------------------------------------------------------------------------------------------------------
 
 
+@cache
 def score_range(draws: int = 5000) -> tuple[float, float]:
     """The smallest and the largest of so many standard normal draws: where targets of z-scores begin and end."""
     values = generator(Stream.CALIBRATION, draws).standard_normal(draws)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from miepo.errors import UserError
 from tools.study import analysis
 from tools.study.analysis import Estimate
+from tools.study.record import RESULT
 from tools.study.study import Run, Study, named
 
 PAGE = Path(__file__).with_name("report.html.jinja")
@@ -29,14 +32,14 @@ def write_report(study: Study, runs: Sequence[Run], folder: Path) -> Path:
     failures = {run.name: run.failure for run in runs if run.failure}
     if table.empty:
         lines = "; ".join(f"{name}: {why}" for name, why in failures.items()) or "none was started"
-        raise analysis.UserError(f"expected finished runs, got none: {lines}")
+        raise UserError(f"expected finished runs, got none: {lines}")
     last = analysis.final(table)
     table.to_csv(folder / "results.csv", index=False)
     vertices = named(study.true_front)() if study.true_front else None
     ceiling = analysis.true_hypervolume(vertices, last.reference_point.iloc[0]) if vertices is not None else None
     sections = sections_of(study, last, ceiling)
     figures = {"information": draw_information(study, table)}
-    if len(list(runs_grid(runs))) == 2:
+    if len(_objective_names(runs)) == 2:
         figures = {"fronts": draw_fronts(study, runs, vertices)} | figures
     pictures = {}
     for name, figure in figures.items():
@@ -56,11 +59,6 @@ def write_report(study: Study, runs: Sequence[Run], folder: Path) -> Path:
     page = folder / "report.html"
     page.write_text(text)
     return page
-
-
-def runs_grid(runs: Sequence[Run]) -> Sequence[float]:
-    """The first front's first row, to see how many objectives there are."""
-    return next(sets[0][0] for run in runs if (sets := analysis.fronts([run], run.method.name)))
 
 
 def sections_of(study: Study, last: pd.DataFrame, ceiling: float | None) -> list[dict[str, Any]]:
@@ -191,10 +189,6 @@ def draw_fronts(study: Study, runs: Sequence[Run], vertices: np.ndarray | None) 
 
 
 def _objective_names(runs: Sequence[Run]) -> list[str]:
-    import json
-
-    from tools.study.study import RESULT
-
     return next(json.loads((r.folder / RESULT).read_text())["names"] for r in runs if r.finished)
 
 

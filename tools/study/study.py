@@ -88,6 +88,11 @@ class Run:
         return (self.folder / RESULT).exists()
 
     @property
+    def fingerprint(self) -> str | None:
+        path = self.folder / FINGERPRINT
+        return path.read_text() if path.exists() else None
+
+    @property
     def failure(self) -> str | None:
         path = self.folder / FAILED
         return path.read_text().strip() if path.exists() and not self.finished else None
@@ -203,16 +208,20 @@ def named(path: str) -> Any:
         raise UserError(f"expected a function at '{path}': {error}") from None
 
 
-def fingerprint(study: Study, run: Run, folder: Path) -> str:
-    """What a result depends on, as a hash: the settings of the run, the files they name, and the study's parts."""
+def parts_hash(folder: Path) -> bytes:
+    """A hash of what all runs share."""
     digest = hashlib.sha256()
+    for part in sorted(p for p in (folder / "parts").rglob("*") if p.is_file()):
+        digest.update(part.read_bytes())
+    return digest.digest()
+
+
+def fingerprint(study: Study, run: Run, folder: Path, parts: bytes) -> str:
+    """What a result depends on, as a hash: the settings of the run, the files they name, and the study's parts."""
     given = arguments(study, run, folder)
     values = [yaml.safe_load(Path(a).read_text()) if f == "--config" else a for f, a in pairwise(given)]
     text = json.dumps(values, sort_keys=True).replace(str(folder), "").replace(str(ROOT), "")
-    digest.update(text.encode())
-    for part in sorted(p for p in (folder / "parts").rglob("*") if p.is_file()):
-        digest.update(part.read_bytes())
-    return digest.hexdigest()
+    return hashlib.sha256(text.encode() + parts).hexdigest()
 
 
 def execute(study: Study, folder: Path) -> list[Run]:
@@ -224,9 +233,10 @@ def execute(study: Study, folder: Path) -> list[Run]:
         UserError: a finished run had other settings than it would have now.
     """
     everything = runs_of(study, folder)
-    prints = [fingerprint(study, run, folder) for run in everything]
+    parts = parts_hash(folder)
+    prints = [fingerprint(study, run, folder, parts) for run in everything]
     for run, now in zip(everything, prints, strict=True):
-        if run.finished and (run.folder / FINGERPRINT).read_text() != now:
+        if run.finished and run.fingerprint != now:
             raise UserError(
                 f"{run.folder} holds a run of other settings than {run.name} has now: "
                 "expected an empty folder for a changed study (--out), or the old runs removed"
