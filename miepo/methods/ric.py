@@ -63,16 +63,19 @@ class TargetConditioning(Conditioning):
     """Scores in the prompt: ``<helpfulness_score> 1.3 <humor_score> -0.4`` after its text.
 
     Args:
-        draws: See :func:`score_range`.
+        draws: Targets span what so many draws of a z-score would, see :func:`score_range`.
+        bounds: The lowest and the highest target, in z-scores, instead: for scores that are far from normal.
     """
 
-    def __init__(self, draws: int = 5000) -> None:
+    def __init__(self, draws: int = 5000, bounds: tuple[float, float] | None = None) -> None:
         if draws < 2:
             raise UserError(f"TargetConditioning.draws must be at least 2, got {draws}")
-        self.draws = draws
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise UserError(f"TargetConditioning.bounds must be the lowest and the highest target, got {bounds}")
+        self.bounds = score_range(draws) if bounds is None else bounds
 
     def write(self, preference: Sequence[float], names: Sequence[str]) -> str:
-        return self.write_scores(preference_to_target(preference, *score_range(self.draws)), names)
+        return self.write_scores(preference_to_target(preference, *self.bounds), names)
 
     def write_scores(self, scores: Sequence[float], names: Sequence[str]) -> str:
         # + 0.0 so that -0.04 reads 0.0 and not -0.0

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -59,6 +65,7 @@ def test_a_study_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixt
     assert 'name="viewport"' in page
     for text in ("MO-ODPO (2)", "Difference to MO-ODPO", "HV gap", "I(Y;W|X)", "broken, seed 1"):
         assert text in page, text
+    assert 'class="clear"' not in page  # of two seeds nothing is called clear of zero
     assert {f.name for f in out.glob("*.png")} == {"fronts.png", "information.png"}
 
     # resumed: what has finished is not repeated, what has not is
@@ -80,6 +87,40 @@ def test_a_study_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixt
     file.write_text(STUDY + "  longer: {set: {trainer.limit_train_batches: 6}}\n")
     assert main([str(file), "--out", str(out)]) == 2
     assert "expected runs of one budget, got different scored responses" in capsys.readouterr().err
+
+
+def test_a_stopped_study_ends_at_once_and_leaves_no_process(tmp_path: Path) -> None:
+    file, out = tmp_path / "small.yaml", tmp_path / "out"
+    file.write_text(STUDY.replace("trainer.limit_train_batches: 4", "trainer.limit_train_batches: 100000"))
+    command = [sys.executable, "-m", "tools.study", str(file), "--out", str(out)]
+    study = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for(lambda: any((out / "mo_odpo").glob("seed_*/log.txt")), 120)
+        time.sleep(0.5)  # the second run may be starting, or not
+        study.terminate()
+        assert "study: stopped" in study.communicate(timeout=60)[1]
+        assert study.returncode == 130
+        wait_for(lambda: not group_exists(study.pid), 30)
+    finally:
+        if group_exists(study.pid):
+            os.killpg(study.pid, signal.SIGKILL)
+    assert not list(out.rglob("result.json"))
+    assert not list(out.rglob("failed.txt"))  # stopped is not failed
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_mistake_ends_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ prompt.
 
 The base model answers as :func:`answer` does: at any length, with strangers, in a mixture of registers.
 As an instruction-tuned model would, it has some idea of what a preference written in the prompt asks for: it has read
-comparisons of numbers (``0.25 0.70 less``), a third of its texts state a preference, and half of their answers follow
-it. Without that, conditioning by prompt learns nothing here, and beating it would prove nothing.
+comparisons of numbers (``0.25 0.70 less``), a third of its texts state a preference, a fifth state scores, and half of
+the answers to either follow. Without that, conditioning by prompt learns nothing here, and beating it would prove
+nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from miepo.errors import UserError
+from miepo.methods import TargetConditioning
 from miepo.objectives import Objective
+from miepo.policy import PromptConditioning
 
 CONCEPTS = [a + b for a in ("ba", "do", "ku") for b in ("la", "no", "ri", "tu")]
 NAMES = ("formality", "warmth")  # a word is its concept with the register's ending
@@ -62,6 +65,12 @@ class Register(Objective):
         return [coverage(p, r, ENDINGS[self.name]) for p, r in zip(prompts, responses, strict=True)]
 
 
+def scores(prompt: str, response: str) -> list[float]:
+    """The normalised rewards of a response, as in ``NAMES``."""
+    mean, sd = NORMALISATION
+    return [(coverage(prompt, response, ENDINGS[name]) - mean) / sd for name in NAMES]
+
+
 def true_front() -> np.ndarray:
     """Vertices of the true Pareto front in normalised rewards, ``(7, 2)``: columns as in ``NAMES``."""
     concepts = CONCEPTS[:PROMPT_CONCEPTS]
@@ -69,9 +78,7 @@ def true_front() -> np.ndarray:
         " ".join(concept + ENDINGS[NAMES[int(i >= formal)]] for i, concept in enumerate(concepts))
         for formal in range(PROMPT_CONCEPTS + 1)
     ]
-    raw = np.array([[coverage(" ".join(concepts), a, ENDINGS[name]) for name in NAMES] for a in answers])
-    mean, sd = NORMALISATION
-    return (raw - mean) / sd
+    return np.array([scores(" ".join(concepts), a) for a in answers])
 
 
 # -- the language ------------------------------------------------------------------------------------------------------
@@ -115,12 +122,15 @@ def make_text(rng: np.random.Generator) -> tuple[str, str]:
         a, b = rng.integers(0, 101, 2)
         return f"{a / 100:.2f} {b / 100:.2f}", "less" if a < b else "more" if a > b else "same"
     prompt = make_prompt(rng)
-    content = f"Human: {prompt}"
-    weight = None
+    weight, stated = None, ""
     if kind < 0.6:
         weight = float(np.clip(rng.uniform(-0.1, 1.1), 0, 1))  # with the corners, which read like nothing else
-        content += f" <{NAMES[0]}> {weight:.2f} <{NAMES[1]}> {1 - weight:.2f}"
-    return f"{content} Assistant:", answer(rng, prompt, weight)
+        stated = PromptConditioning().write((weight, 1 - weight), NAMES)
+    response = answer(rng, prompt, weight)
+    if kind >= 0.8:  # the scores of this answer, or of another one
+        other = response if rng.random() < 0.5 else answer(rng, prompt)
+        stated = TargetConditioning().write_scores(scores(prompt, other), NAMES)
+    return f"Human: {prompt}{stated} Assistant:", response
 
 
 def make_batch(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
@@ -135,7 +145,7 @@ def make_batch(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[Tensor
     return ids, torch.tensor([row + [-100] * (width - len(row)) for row in labels])
 
 
-def train_base(folder: Path, seed: int, steps: int = 2000, batch_size: int = 64) -> float:
+def train_base(folder: Path, seed: int, steps: int = 3000, batch_size: int = 64) -> float:
     """Trains the base model from scratch, saves it as a Hugging Face folder; returns its last loss, nats a token."""
     rng = np.random.default_rng([1, seed])
     tokenizer = make_tokenizer()

@@ -252,13 +252,17 @@ def execute(study: Study, folder: Path) -> list[Run]:
     stopped = Event()
 
     def one(run: Run, now: str) -> Run:
+        if stopped.is_set():
+            return run
         run.folder.mkdir(parents=True, exist_ok=True)
         for name in (FAILED, LOG):
             (run.folder / name).unlink(missing_ok=True)
         (run.folder / FINGERPRINT).write_text(now)
         process = context.Process(target=fit, args=(arguments(study, run, folder), run.folder / LOG))
-        running.add(process)
         process.start()
+        running.add(process)
+        if stopped.is_set():  # stopped while this one started, so that it may not be among those that were killed
+            process.kill()
         process.join()
         running.discard(process)
         if not run.finished and not stopped.is_set():
@@ -278,8 +282,7 @@ def execute(study: Study, folder: Path) -> list[Run]:
         stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
-            if process.pid is not None:  # started
-                process.kill()  # a result is whole or not there at all, so there is nothing to wait for
+            process.kill()  # a result is whole or not there at all, so there is nothing to wait for
     return everything
 
 
