@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from miepo.errors import UserError
+from miepo.methods import TargetConditioning
 from miepo.metrics import hypervolume
 from tools.study import analysis, language, report
 from tools.study.report import format_estimate
@@ -151,6 +154,20 @@ def test_relative_margin_and_closed_gap() -> None:
     assert (gap.mean, gap.low, gap.high) == pytest.approx((0.25, 0.25, 0.25))
 
 
+def test_the_true_fronts_mip_by_hand() -> None:
+    vertices, grid = np.array([[0.0, 4.0], [3.0, 3.0], [4.0, 0.0]]), np.array([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
+    assert analysis.true_mip(vertices, grid) == pytest.approx((4 + 3 + 4) / 3)
+
+
+def test_only_clear_differences_are_bold_in_the_page() -> None:
+    cells = [{"text": "+1 [+0.5, +1.5]", "clear": True}, {"text": "+1 [-0.5, +1.5]", "clear": False}]
+    section = {"title": "t", "note": "n", "head": ["HV", "MIP"], "rows": [{"label": "a", "cells": cells}]}
+    page = jinja2.Environment(autoescape=True).from_string(report.PAGE.read_text()).render(
+        name="s", sections=[section], pictures={}, failures={}, unfinished=[], work={}, reference_point=-1, ceilings={}
+    )  # fmt: skip
+    assert '<td class="clear">+1 [+0.5, +1.5]</td><td>+1 [-0.5, +1.5]</td>' in page
+
+
 def test_interval_of_the_mean_covers_it_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     intervals = [analysis.estimate(rng.normal(3.0, 1.0, 10)) for _ in range(200)]
@@ -172,6 +189,21 @@ def test_attainment_surfaces_by_hand() -> None:
 
 
 # -- the language ------------------------------------------------------------------------------------------------------
+
+
+def test_the_base_reads_preferences_and_scores_as_the_conditionings_write_them() -> None:
+    rng = np.random.default_rng(0)
+    tokenizer = language.make_tokenizer()
+    texts = [language.make_text(rng) for _ in range(400)]
+    assert not any(tokenizer.unk_token_id in tokenizer(part)["input_ids"] for text in texts for part in text)
+    stated = [(read, said) for read, said in texts if "_score>" in read]
+    assert 40 < len(stated) < 120
+    own = 0
+    for read, said in stated:
+        prompt = re.search("Human: ([a-z ]+) <", read)[1]  # type: ignore[index]
+        own += TargetConditioning().write_scores(language.scores(prompt, said), language.NAMES) in read
+    assert 0.4 < own / len(stated) < 0.8  # half by design, and some by chance
+    assert any("<formality> 0.00 <warmth> 1.00 " in read for read, _ in texts)
 
 
 def test_scores_by_hand() -> None:

@@ -108,7 +108,7 @@ def paired(study: Study, last: pd.DataFrame, method: str, other: str) -> dict[st
 def relative(last: pd.DataFrame, method: str, other: str, column: str, ceiling: float = 0.0) -> Estimate:
     """``(method - other) / |ceiling - other|`` of the means over seeds, resampled seed by seed.
 
-    With ``ceiling`` 0 it is the relative change; with the true front's hypervolume the share of the gap that is closed.
+    With ``ceiling`` 0 it is the relative change; with what the true front has, the share of the gap that is closed.
     """
     a, b = (last[last.method == name].set_index("seed")[column] for name in (method, other))
     seeds = sorted(set(a.index) & set(b.index))
@@ -137,6 +137,16 @@ def hull_points(vertices: np.ndarray, steps: int = 2000) -> np.ndarray:
 def true_hypervolume(vertices: np.ndarray, reference_point: float) -> float:
     """Hypervolume below a concave front given by its vertices ``(V, 2)``."""
     return float(hypervolume(torch.from_numpy(hull_points(vertices)), reference_point))
+
+
+def true_mip(vertices: np.ndarray, grid: np.ndarray) -> float:
+    """Largest MIP on a ``grid`` ``(M, K)`` of preferences: the mean over them of the best inner product."""
+    return float((grid @ vertices.T).max(1).mean())
+
+
+def grid_of(runs: Sequence[Run]) -> np.ndarray:
+    """The preferences ``(M, K)`` that the runs of a study are evaluated under."""
+    return np.array(next(list(rows_of(run))[-1]["grid"] for run in runs if run.finished))
 
 
 def fronts(runs: Sequence[Run], method: str) -> list[np.ndarray]:

@@ -36,8 +36,11 @@ def write_report(study: Study, runs: Sequence[Run], folder: Path) -> Path:
     last = analysis.final(table)
     table.to_csv(folder / "results.csv", index=False)
     vertices = named(study.true_front)() if study.true_front else None
-    ceiling = analysis.true_hypervolume(vertices, last.reference_point.iloc[0]) if vertices is not None else None
-    sections = sections_of(study, last, ceiling)
+    ceilings = {}
+    if vertices is not None:
+        ceilings["front/hv"] = analysis.true_hypervolume(vertices, last.reference_point.iloc[0])
+        ceilings["front/mip"] = analysis.true_mip(vertices, analysis.grid_of(runs))
+    sections = sections_of(study, last, ceilings)
     figures = {"information": draw_information(study, table)}
     if len(_objective_names(runs)) == 2:
         figures = {"fronts": draw_fronts(study, runs, vertices)} | figures
@@ -49,7 +52,8 @@ def write_report(study: Study, runs: Sequence[Run], folder: Path) -> Path:
     (folder / "summary.md").write_text(markdown(sections, failures, unfinished))
     text = jinja2.Environment(autoescape=True).from_string(PAGE.read_text()).render(
         name=study.name, sections=sections, pictures=pictures, failures=failures, unfinished=unfinished,
-        work=analysis.work(last), reference_point=last.reference_point.iloc[0], ceiling=ceiling,
+        work=analysis.work(last), reference_point=last.reference_point.iloc[0],
+        ceilings=ceilings,
         captions={
             "fronts": "Empirical attainment surfaces over seeds (dark: reached by half of the runs; band: by a quarter "
             "and by three quarters)" + (", and the true front (dashed)." if vertices is not None else "."),
@@ -61,8 +65,12 @@ def write_report(study: Study, runs: Sequence[Run], folder: Path) -> Path:
     return page
 
 
-def sections_of(study: Study, last: pd.DataFrame, ceiling: float | None) -> list[dict[str, Any]]:
-    """The tables of the report: means, differences to the baseline, differences to each control, relative margins."""
+def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) -> list[dict[str, Any]]:
+    """The tables of the report: means, differences to the baseline, differences to each control, relative margins.
+
+    Args:
+        ceilings: What the true front has, for each column where that is known.
+    """
     titles = {column: title + _arrow(better) for column, (title, better) in analysis.columns(study, last).items()}
     means = analysis.summary(study, last)
     label = {name: study.methods[name].label for name in means}
@@ -93,10 +101,11 @@ def sections_of(study: Study, last: pd.DataFrame, ceiling: float | None) -> list
             table(f"Difference to {label[base]}", "Paired by seed. Bold: the interval excludes zero.",
                   {label[n]: analysis.paired(study, last, n, base) for n in others}, True)
         )  # fmt: skip
-        margins = {label[n]: _margins(last, n, base, ceiling) for n in others}
+        margins = {label[n]: _margins(last, n, base, ceilings) for n in others}
         note = "Change of the means in per cent of the baseline's."
-        if ceiling is not None:
-            note += f" HV gap: share of the gap to the true front's hypervolume, {ceiling:.3f}, that is closed."
+        if ceilings:
+            front = " and ".join(f"{MARGINS[column]} {value:.3f}" for column, value in ceilings.items())
+            note += f" Gap: share of the distance to the true front, which has {front}, that is closed."
         sections.append(table(f"Relative to {label[base]}, per cent", note, margins, True))
     pairs = [(n, c) for n in means for c in study.methods[n].controls if c in means]
     if pairs:
@@ -106,10 +115,12 @@ def sections_of(study: Study, last: pd.DataFrame, ceiling: float | None) -> list
     return sections
 
 
-def _margins(last: pd.DataFrame, method: str, base: str, ceiling: float | None) -> dict[str, Estimate]:
-    wanted = {"HV": ("front/hv", 0.0), "MIP": ("front/mip", 0.0), "CRD": ("front/crd", 0.0)}
-    if ceiling is not None:
-        wanted["HV gap"] = ("front/hv", ceiling)
+MARGINS = {"front/hv": "HV", "front/mip": "MIP", "front/crd": "CRD"}
+
+
+def _margins(last: pd.DataFrame, method: str, base: str, ceilings: dict[str, float]) -> dict[str, Estimate]:
+    wanted = {title: (column, 0.0) for column, title in MARGINS.items()}
+    wanted |= {f"{MARGINS[column]} gap": (column, top) for column, top in ceilings.items()}
     values = {k: analysis.relative(last, method, base, c, top) for k, (c, top) in wanted.items()}
     return {
         k: Estimate(*(None if x is None else 100 * x for x in (v.mean, v.low, v.high)), v.seeds)  # type: ignore[arg-type]
