@@ -145,12 +145,16 @@ def format_estimate(value: Estimate, signed: bool = False) -> str:
 def markdown(sections: Sequence[dict[str, Any]], failures: dict[str, str | None], unfinished: Sequence[str]) -> str:
     """The tables as Markdown."""
     lines = []
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
     for section in sections:
         lines += [f"### {section['title']}", "", section["note"], ""]
-        lines += ["| method | " + " | ".join(section["head"]) + " |", "|---" * (len(section["head"]) + 1) + "|"]
+        lines += [line(["method", *section["head"]]), "|---" * (len(section["head"]) + 1) + "|"]
         for row in section["rows"]:
             cells = [f"**{c['text']}**" if c["clear"] else c["text"] for c in row["cells"]]
-            lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+            lines.append(line([row["label"], *cells]))
         lines.append("")
     if failures:
         lines += ["### Failed runs, not in the tables", "", *(f"- {n}: {why}" for n, why in failures.items()), ""]
