@@ -66,7 +66,7 @@ def final(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UserError: two runs had different budgets, so that a difference between them would say nothing.
     """
-    last = table.sort_values("step").groupby(["method", "seed"], sort=False).tail(1)
+    last = table.sort_values(["seed", "step"], kind="stable").groupby(["method", "seed"], sort=False).tail(1)
     for key in BUDGET:
         budgets = last.groupby(key)["method"].first()
         if len(budgets) > 1:
