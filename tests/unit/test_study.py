@@ -162,7 +162,11 @@ def test_the_true_fronts_mip_by_hand() -> None:
 def test_a_title_with_a_bar_stays_one_column_in_markdown() -> None:
     row = {"label": "a", "cells": [{"text": "1", "clear": True}]}
     section = {"title": "t", "note": "n", "head": ["I(Y;W|X)"], "rows": [row]}
-    assert report.markdown([section], {}, []).splitlines()[4:7] == [r"| method | I(Y;W\|X) |", "|---|---|", "| a | **1** |"]
+    assert report.markdown([section], {}, []).splitlines()[4:7] == [
+        r"| method | I(Y;W\|X) |",
+        "|---|---|",
+        "| a | **1** |",
+    ]
 
 
 def test_only_clear_differences_are_bold_in_the_page() -> None:
