@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from miepo.datasets import PreferenceDataset
+from miepo.datasets.base import Split
 from miepo.errors import UserError
 from miepo.feedback import Feedback, feedback_counts, pairwise_labels, scalarised_labels
 from miepo.objectives.base import normalise_rewards, objectives_of, score_responses
@@ -27,7 +29,8 @@ from miepo.preferences import (
     simplex_rows,
     torch_seed,
 )
-from miepo.prompts import GridPrompts, OnlinePrompts, load_prompts, read_rows, split_prompts
+from miepo.prompts import GridPrompts, OnlinePrompts, load_prompts, split_rows
+from miepo.rows import read_rows
 from miepo.rollout import RolloutEngine, TransformersEngine
 from miepo.router import SampleRouter
 from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses
@@ -42,8 +45,10 @@ class OnlinePreferenceDataModule(LightningDataModule):
     two responses under w+, the objectives score them, and the scores become labels.
 
     Args:
-        prompts: Training prompts: a ``.jsonl`` file, a list, a data set folder or hub id, or a data set.
-        validation_prompts: The same for evaluation; by default a seeded part of ``prompts``.
+        prompts: Training prompts: a preference data set of :mod:`miepo.datasets`, a ``.jsonl`` or ``.parquet`` file, a
+            list, a data set folder or hub id.
+        validation_prompts: The same for evaluation; by default the test part of a preference data set, or a seeded part
+            of ``prompts``.
         validation_fraction: Size of that part.
         validation_limit: Evaluate on this many of the validation prompts at most.
         prompt_field: Field or column that holds the prompt.
@@ -64,8 +69,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
 
     def __init__(
         self,
-        prompts: str | list[str] | Any,
-        validation_prompts: str | list[str] | Any = None,
+        prompts: PreferenceDataset | str | list[str],
+        validation_prompts: PreferenceDataset | str | list[str] | None = None,
         validation_fraction: float = 0.1,
         validation_limit: int | None = None,
         prompt_field: str = "prompt",
@@ -78,7 +83,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         engine: RolloutEngine | None = None,
         feedback: Feedback = "per_objective",
         normalise_on: int | str = 64,
-        predict_prompts: str | list[str] | Any = None,
+        predict_prompts: PreferenceDataset | str | list[str] | None = None,
         predict_preferences: list[dict[str, float]] | None = None,
         seed: int = 0,
     ) -> None:
@@ -129,19 +134,26 @@ class OnlinePreferenceDataModule(LightningDataModule):
         if stage == "predict":
             if self.predict_prompts is None:
                 raise UserError("predict needs prompts to answer: expected data.predict_prompts, got none")
-            self.answer_set = load_prompts(self.predict_prompts, self.prompt_field)
+            self.answer_set = self._load(self.predict_prompts, "test")
             wanted = self.predict_preferences
             rows = [parse_preference(w, names, "data.predict_preferences") for w in wanted] if wanted else self.grid
             self.answer_grid = torch.stack(list(rows))
             return
-        self.train_set = load_prompts(self.prompts, self.prompt_field)
-        if self.validation_prompts is None:
-            self.train_set, validation = split_prompts(self.train_set, self.validation_fraction, self.seed)
+        self.train_set = self._load(self.prompts, "train")
+        if self.validation_prompts is not None:
+            validation = self._load(self.validation_prompts, "test")
+        elif isinstance(self.prompts, PreferenceDataset):
+            validation = self._load(self.prompts, "test")
         else:
-            validation = load_prompts(self.validation_prompts, self.prompt_field)
+            self.train_set, validation = split_rows(self.train_set, self.validation_fraction, self.seed)
         self.validation_set = validation[: self.validation_limit]
         if isinstance(self.normalise_on, str):
-            self.offline_rows = read_rows(self.normalise_on, "prompt", "response")
+            self.offline_rows = read_rows(self.normalise_on, {"prompt": str, "response": str}, blank=["response"])
+
+    def _load(self, source: Any, split: Split) -> list[str]:
+        if isinstance(source, PreferenceDataset):
+            return source.prompts(split)
+        return load_prompts(source, self.prompt_field)
 
     def train_dataloader(self) -> DataLoader:
         prompts = OnlinePrompts(self._fitting(self.train_set), self.seed, lambda: self._trainer.current_epoch)

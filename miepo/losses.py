@@ -51,3 +51,16 @@ def total_loss(alignment: Tensor, exploration: Tensor | None) -> Tensor:
         A scalar.
     """
     return alignment.mean() if exploration is None else (alignment + exploration).mean()
+
+
+def supervised_loss(log_prob: Tensor, response_mask: Tensor) -> Tensor:
+    """Negative log-likelihood of given responses, in nats per response token.
+
+    Args:
+        log_prob: ``(N, T)`` token log-probabilities.
+        response_mask: ``(N, T)`` True where a response token counts.
+
+    Returns:
+        A scalar.
+    """
+    return -torch.where(response_mask, log_prob, 0.0).sum() / response_mask.sum()

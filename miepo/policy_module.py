@@ -30,6 +30,8 @@ class PolicyModule(LightningModule):
         warmup: Fraction of all steps in which the rate rises.
     """
 
+    conditioned = True  # on preferences between objectives
+
     def __init__(self, policy: Policy, learning_rate: float, warmup: float) -> None:
         super().__init__()
         if learning_rate < 0:
@@ -48,7 +50,10 @@ class PolicyModule(LightningModule):
         return tuple(o.name for o in self.objectives)
 
     def setup(self, stage: str) -> None:
-        self.objectives = objectives_of(self.trainer)
+        if self.conditioned:
+            self.objectives = objectives_of(self.trainer)
+            if not self.policy.conditioning:
+                raise UserError("a policy needs at least one conditioning, got none")
         if self.trainer.precision != "32-true":
             raise UserError(
                 "the policy sets its own precision (policy.dtype), so that sampling and training agree: "

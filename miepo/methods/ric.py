@@ -25,11 +25,13 @@ from torch.utils.data import DataLoader
 
 from miepo.datamodule import RESPONSES, OnlinePreferenceDataModule
 from miepo.errors import UserError
+from miepo.losses import supervised_loss
 from miepo.objectives.base import normalise_rewards, score_responses
 from miepo.policy import Conditioning, Policy
 from miepo.policy_module import PolicyModule
 from miepo.preferences import Stream, generator, torch_seed
-from miepo.prompts import OnlinePrompts, read_rows
+from miepo.prompts import OnlinePrompts
+from miepo.rows import read_rows
 from miepo.types import PromptBatch, SupervisedBatch, Tokens
 
 # -- functions ---------------------------------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ class RewardsInContext(PolicyModule):
         texts = [self.conditioning.write_scores(row, self.names) for row in batch.scores.tolist()]
         prompts = self.policy.encode_text(batch.prompts, texts)  # (N, P)
         log_prob = self.policy.log_prob(prompts, batch.scores, batch.responses)  # (N, T)
-        loss = -log_prob.sum() / batch.responses.mask.sum()  # nats per token
+        loss = supervised_loss(log_prob, batch.responses.mask)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         self.log_dict(
             {f"reward/{name}": batch.scores[:, k].nanmean() for k, name in enumerate(self.names)}, batch_size=len(batch)
@@ -224,7 +226,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         if self._trainer.world_size > 1:
             raise UserError(f"RewardsInContext pools its responses in one process, got {self._trainer.world_size}")
         if self.offline_file is not None and stage == "fit":
-            self.rows = read_rows(self.offline_file, "prompt", "response")
+            self.rows = read_rows(self.offline_file, {"prompt": str, "response": str}, blank=["response"])
 
     def plan(self, steps: int) -> list[int]:
         """Steps (or batches) of so many at which the stages end: the offline stage, then each round."""
@@ -323,13 +325,9 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         fitting = set(self._fitting([row["prompt"] for row in self.rows]))
         rows = [row for row in self.rows if row["prompt"] in fitting]
         prompts, texts = ([row[key] for row in rows] for key in ("prompt", "response"))
-        lead = "" if policy.template.has_control_tokens else " "  # running text goes on after ``Assistant:``
         ids = [
-            [
-                *policy.tokenizer(lead + text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
-                policy.end_ids[0],
-            ]
-            for text in texts
+            [*policy.template.encode_response(prompt, "", text), policy.end_ids[0]]
+            for prompt, text in zip(prompts, texts, strict=True)
         ]
         ids = [row[: self.max_new_tokens] for row in ids]
         width, pad = max(map(len, ids)), policy.tokenizer.pad_token_id

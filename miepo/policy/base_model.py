@@ -28,6 +28,11 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
         UserError: no model can be loaded from ``base``.
     """
     folder = _folder(base)
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise UserError(
+            f"expected a complete model, got an adapter that was not merged at '{folder}': the reference would be the "
+            "model before the adapter (miepo's SFT stage saves a merged folder; peft: merge_and_unload)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,12 +58,14 @@ class Policy(nn.Module):
     Args:
         base: Hub id, folder, ``.gguf`` file or ``package:``/``pypi:`` file of the base model. The reference is this
             model: after supervised fine-tuning, give the merged model.
-        conditioning: How w reaches the policy; several combine. The default, text in the prompt, is the paper's.
+        conditioning: How w reaches the policy; several combine. The default, text in the prompt, is the paper's. An
+            empty list makes a policy without preferences, for supervised fine-tuning.
         lora_rank: Rank of each rank block (paper: 64). A gated adapter has one block per objective and a shared one.
         lora_alpha: LoRA scale; ``alpha / rank`` multiplies the update (paper: 128).
         lora_dropout: Dropout in front of the adapter, training only (paper: 0.05).
         lora_targets: Names of the layers to adapt, or ``all-linear``.
         template: See :class:`~miepo.policy.template.PromptTemplate`.
+        dialogue: See there.
         dtype: Type of the base weights. Adapter weights are float32; with bfloat16 the computation is autocast to it,
             alike for sampling and training.
         temperature: Of the distribution the policy stands for: responses are sampled from it and all
@@ -79,6 +82,7 @@ class Policy(nn.Module):
         lora_dropout: float = 0.05,
         lora_targets: str | list[str] = "all-linear",
         template: str = "auto",
+        dialogue: bool = False,
         dtype: str = "auto",
         temperature: float = 1.0,
         gradient_checkpointing: bool = False,
@@ -92,15 +96,14 @@ class Policy(nn.Module):
             raise UserError(f"lora_rank must be at least 1, got {lora_rank}")
         self.base = base
         self.conditioning = [PromptConditioning()] if conditioning is None else list(conditioning)
-        if not self.conditioning:
-            raise UserError("a policy needs at least one conditioning, got none")
         self.lora_rank, self.lora_alpha, self.lora_dropout = lora_rank, lora_alpha, lora_dropout
         self.lora_targets = lora_targets
-        self.template_spec = template
+        self.template_spec, self.dialogue = template, dialogue
         self.dtype = dtype
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
         self.names: tuple[str, ...] = ()
+        self._built = False
         self._gate = _Gate()
         self._silent = False
 
@@ -108,15 +111,16 @@ class Policy(nn.Module):
 
     def build(self, names: Sequence[str]) -> Policy:
         """Loads the base model and attaches the adapter for the objectives ``names``. Does nothing a second time."""
-        if self.names:
+        if self._built:
             if self.names != tuple(names):
                 raise UserError(f"the policy was built for the objectives {self.names}, got {tuple(names)}")
             return self
         model, self.tokenizer = load_base(self.base, self.dtype)
         self.tokenizer.padding_side = "left"
+        self._generation_config = model.generation_config
         self.end_ids = plain_sampling(model, self.tokenizer, self.temperature)
         markers = [marker for c in self.conditioning for marker in c.markers(names)]
-        self.template = PromptTemplate(self.tokenizer, self.template_spec, markers)
+        self.template = PromptTemplate(self.tokenizer, self.template_spec, markers, self.dialogue)
         self._gate_blocks = [c.blocks(len(names)) for c in self.conditioning]
         blocks = max(sum(self._gate_blocks), 1)
         # peft scales by alpha / r of the whole adapter; a block of its own should be scaled by alpha / rank
@@ -147,7 +151,7 @@ class Policy(nn.Module):
                 {"use_reentrant": False, "context_fn": self._gate.checkpoint_contexts}
             )
         self.model.train(self.training)  # from_pretrained leaves the network in evaluation mode
-        self.names = tuple(names)
+        self.names, self._built = tuple(names), True
         return self
 
     @property
@@ -183,8 +187,47 @@ class Policy(nn.Module):
             "lora_alpha": self.lora_alpha,
             "temperature": self.temperature,
             "template": self.template_spec,
+            **({"dialogue": True} if self.dialogue else {}),
             "conditioning": [{"class": type(c).__name__, **vars(c)} for c in self.conditioning],
         }
+
+    @torch.no_grad()
+    def save_merged(self, folder: Path) -> float:
+        """Saves a complete Hugging Face model: base weights plus the adapter's update, tokenizer, generation settings.
+
+        Returns:
+            Share of the update's norm that survives rounding to the type of the weights.
+
+        Raises:
+            UserError: the policy is conditioned, so that its update depends on w.
+        """
+        if self.conditioning:
+            raise UserError("a policy that follows preferences has no single update to merge")
+        model = self._causal_lm
+        state, wanted, got = {}, 0.0, 0.0
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        for key, value in model.state_dict().items():
+            if ".lora_" in key:
+                continue  # the adapter's own factors
+            name, inside, parameter = key.partition(".base_layer.")
+            if inside and parameter == "weight":
+                update = layers[name].get_delta_weight(ADAPTER).float()  # type: ignore[operator]
+                whole = (value.float() + update).to(value.dtype)
+                wanted += float(update.square().sum())
+                got += float((update * (whole.float() - value.float())).sum())
+                value = whole
+            state[f"{name}.{parameter}" if inside else key] = value
+        partial = folder.with_name(f"{folder.name}.partial")
+        model.generation_config, plain = self._generation_config, model.generation_config
+        try:
+            model.save_pretrained(partial, state_dict=state)
+        finally:
+            model.generation_config = plain
+        self.tokenizer.save_pretrained(partial)
+        if folder.is_dir():
+            folder.rmdir()  # empty, or it is an error
+        partial.replace(folder)  # a folder of this name is whole
+        return got / wanted if wanted else 1.0
 
     # -- the conditioned distribution ----------------------------------------------------------------------------------
 

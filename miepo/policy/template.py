@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from miepo.errors import UserError
 
 # Section "Prompt construction" of the paper; the preference text brings its own leading space.
-PAPER_TEMPLATE = "Human: {prompt}{preference} Assistant:"
+PAPER_TEMPLATE = "Human: {prompt}{preference} Assistant: {response}"
+# dialogues as HH-RLHF writes them; the prompt brings its turns
+HH_TEMPLATE = "{prompt}{preference}\n\nAssistant: {response}"
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+_RESPONSE = "{response}"
 _CONTENT = "{prompt}{preference}"
 _SENTINEL = "miepo-content-goes-here"
 
@@ -24,30 +29,38 @@ class PromptTemplate:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        template: ``auto`` (the tokenizer's chat template, or the paper's where there is none), ``chat``, ``paper``, or
-            a text that contains ``{prompt}{preference}``.
+        template: ``auto`` (the tokenizer's chat template, or the paper's where there is none), ``chat``, ``paper``,
+            ``hh``, or a text that contains ``{prompt}{preference}`` and may end with ``{response}``, which shows whether
+            a response begins with a space.
         markers: Further strings to defuse in the user's text.
+        dialogue: Prompts are dialogues of turns ``\\n\\nHuman:`` and ``\\n\\nAssistant:``, as HH-RLHF writes them.
+            A chat template gets them as messages; other templates keep them as they are.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "auto", markers: Sequence[str] = ()) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, template: str = "auto", markers: Sequence[str] = (), dialogue: bool = False
+    ) -> None:
+        self.tokenizer, self.dialogue = tokenizer, dialogue
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "paper"
         if template == "chat":
             if not tokenizer.chat_template:
                 raise UserError("template 'chat' needs a tokenizer with a chat template; this one has none")
-            message = [{"role": "user", "content": _SENTINEL}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            if text.count(_SENTINEL) != 1:
-                raise UserError("expected a chat template that shows the user's message once, this one does not")
-            self.prefix, self.suffix = text.split(_SENTINEL)
+            self.chat, self.lead = True, ""
+            self.prefix, self.suffix = self._frame(("user",))
         else:
-            text = PAPER_TEMPLATE if template == "paper" else template
-            if text.count(_CONTENT) != 1:
+            self.chat = False
+            text = {"paper": PAPER_TEMPLATE, "hh": HH_TEMPLATE}.get(template, template)
+            frame, response, after = text.partition(_RESPONSE)
+            if text.count(_CONTENT) != 1 or after:
                 raise UserError(
-                    f"template must be 'auto', 'chat', 'paper' or a text with {_CONTENT} once, got {template!r}"
+                    f"template must be 'auto', 'chat', 'paper', 'hh' or a text with {_CONTENT} once, "
+                    f"{_RESPONSE} at its end or not at all, got {template!r}"
                 )
-            self.prefix, self.suffix = text.split(_CONTENT)
+            self.prefix, self.suffix = frame.split(_CONTENT)
+            # the policy writes the white space in front of a response itself
+            self.lead = self.suffix[len(self.suffix.rstrip()) :] if response else ""
+            self.suffix = self.suffix.removesuffix(self.lead)
         frame = self._control_ids(self.prefix) + self._control_ids(self.suffix)
         special = set(tokenizer.all_special_ids)
         added_ids = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
@@ -56,7 +69,8 @@ class PromptTemplate:
         pattern = r"<[^<>\s]+>|\[[^\[\]\s]+\]" + ("" if self.has_control_tokens else r"|\w+:")
         roles = [m for m in re.findall(pattern, self.prefix + self.suffix) if m not in tokenizer.all_special_tokens]
         added = [text for i, text in added_ids.items() if i not in special]
-        literal = sorted({*roles, *added, *markers}, key=len, reverse=True)
+        turns = [f"{role}:" for role in _ROLES] if dialogue else []
+        literal = sorted({*roles, *added, *markers, *turns}, key=len, reverse=True)
         self._defuse = re.compile("|".join(map(re.escape, literal)), re.IGNORECASE) if literal else None
         self._start = self._start_ids(frame)
         # an evaluation asks for every input once for each vector of the grid; bounded, for long prompts
@@ -64,14 +78,68 @@ class PromptTemplate:
 
     def text(self, prompt: str, preference: str = "") -> str:
         """The whole input as text."""
-        return f"{self.prefix}{self._user_text(prompt)}{preference}{self.suffix}"
+        frames, contents = self._parts(prompt, preference)
+        return frames[0] + "".join(content + frame for content, frame in zip(contents, frames[1:], strict=True))
 
     def _encode(self, prompt: str, preference: str = "") -> list[int]:
         """The whole input as token ids."""
-        content = self._user_text(prompt) + preference
         if not self.has_control_tokens:  # one piece, so that words at the seams are tokenised as in running text
-            return self._start + self._plain_ids(self.prefix + content + self.suffix)
-        return self._start + self._control_ids(self.prefix) + self._plain_ids(content) + self._control_ids(self.suffix)
+            return self._start + self._plain_ids(self.text(prompt, preference))
+        frames, contents = self._parts(prompt, preference)
+        ids = self._start + self._control_ids(frames[0])
+        for content, frame in zip(contents, frames[1:], strict=True):
+            ids += self._plain_ids(content) + self._control_ids(frame)
+        return ids
+
+    def encode_response(self, prompt: str, preference: str, response: str) -> list[int]:
+        """A given response as token ids, as the policy would have sampled it after this input, without an end token."""
+        if self.has_control_tokens:
+            return self._plain_ids(self.lead + response)
+        given = self.encode(prompt, preference)
+        whole = self._start + self._plain_ids(self.text(prompt, preference) + self.lead + response)
+        if whole[: len(given)] == given:
+            return whole[len(given) :]
+        return self._plain_ids(self.lead + response)  # a token spans the seam, which sampling cannot make
+
+    def _parts(self, prompt: str, preference: str) -> tuple[Sequence[str], list[str]]:
+        """The template's own text around each piece of the user's, and these pieces; the last states the preference."""
+        if not self.dialogue:
+            return (self.prefix, self.suffix), [self._user_text(prompt) + preference]
+        turns = self._turns(prompt)
+        if self.chat:
+            contents = [self._user_text(text.strip()) for _, text in turns]
+            contents[-1] += preference
+            return self._frame(tuple(_ROLES[role] for role, _ in turns)), contents
+        text = "".join(f"\n\n{role}:{self._user_text(text)}" for role, text in turns)
+        return (self.prefix, self.suffix), [text + preference]
+
+    def _turns(self, prompt: str) -> list[tuple[str, str]]:
+        """Roles and texts of a dialogue without the turn that is to be written."""
+        first, *rest = _TURN.split(prompt)
+        turns = list(zip(rest[::2], rest[1::2], strict=True))
+        if turns and turns[-1][0] == "Assistant" and not turns[-1][1].strip():
+            turns = turns[:-1]
+        if first.strip() or not turns or turns[-1][0] != "Human":
+            raise UserError(
+                f"expected a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' that ends with the human's, "
+                f"got {prompt[-80:]!r}"
+            )
+        return turns
+
+    @cache  # noqa: B019  # a template lives as long as its policy
+    def _frame(self, roles: tuple[str, ...]) -> tuple[str, ...]:
+        """What the chat template writes around messages of these roles."""
+        messages = [{"role": role, "content": f"{_SENTINEL}-{i}-"} for i, role in enumerate(roles)]
+        text = self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # of models that think aloud: a response is the answer
+        )
+        frames = re.split(f"{_SENTINEL}-(\\d+)-", text)
+        if frames[1::2] != [str(i) for i in range(len(roles))]:
+            raise UserError("expected a chat template that shows every message once, in order; this one does not")
+        return tuple(frames[::2])
 
     def _user_text(self, prompt: str) -> str:
         if self._defuse is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from miepo.errors import UserError
 from miepo.types import Responses, Tokens
 
 if TYPE_CHECKING:
@@ -16,7 +18,16 @@ if TYPE_CHECKING:
 
 
 class RolloutEngine(ABC):
-    """Samples from the policy as it is now; the policy does not know which engine does it."""
+    """Samples from the policy as it is now; the policy does not know which engine does it.
+
+    Args:
+        stop: Texts that end a response, as an end token does: the tokens that spell one count, its text is cut off.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"an engine's stop must be a list of texts that are not empty, got {stop!r}")
+        self.stop = tuple(stop)
 
     @abstractmethod
     def sample(
@@ -49,14 +60,35 @@ def response_mask(ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     return ended_before == 0, ends.any(-1)
 
 
-def make_responses(policy: Policy, ids: Tensor) -> Responses:
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """``text`` up to the first of the ``stop`` texts in it."""
+    ends = [at for s in stop if (at := text.find(s)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def make_responses(policy: Policy, ids: Tensor, stop: Sequence[str] = ()) -> Responses:
     """Sampled ids ``(N, n, T)`` as a record: mask, texts, and only as many columns as the longest response needs."""
-    mask, finished = response_mask(ids, policy.end_ids)
+    mask, finished = (x.cpu() for x in response_mask(ids, policy.end_ids))
+    texts = []
+    for n, rows in enumerate(ids.cpu()):
+        texts.append([""] * len(rows))
+        for i, row in enumerate(rows):
+            text, length = _cut_tokens(policy.tokenizer, row[: int(mask[n, i].sum())], stop)
+            texts[n][i] = text.strip()
+            if length is not None:
+                mask[n, i, length:], finished[n, i] = False, True
     width = max(int(mask.sum(-1).max()), 1)
-    ids, mask = ids[..., :width], mask[..., :width]
-    ids = torch.where(mask, ids, policy.tokenizer.pad_token_id)
-    texts = [
-        [policy.tokenizer.decode(row[keep], skip_special_tokens=True).strip() for row, keep in zip(r, m, strict=True)]
-        for r, m in zip(ids.cpu(), mask.cpu(), strict=True)
-    ]
-    return Responses(Tokens(ids, mask), texts, finished)
+    ids, mask, finished = ids[..., :width], mask[..., :width].to(ids.device), finished.to(ids.device)
+    return Responses(Tokens(torch.where(mask, ids, policy.tokenizer.pad_token_id), mask), texts, finished)
+
+
+def _cut_tokens(tokenizer: Any, row: Tensor, stop: Sequence[str]) -> tuple[str, int | None]:
+    """The text of tokens ``(t,)`` up to a stop text, and how many tokens spell it; None where there is none."""
+
+    def stopped(length: int) -> bool:
+        text = tokenizer.decode(row[:length], skip_special_tokens=True)
+        return cut_at(text, stop) != text
+
+    text = tokenizer.decode(row, skip_special_tokens=True)
+    cut = cut_at(text, stop)
+    return cut, None if cut == text else bisect_left(range(len(row)), True, key=stopped)

@@ -19,6 +19,7 @@ class TransformersEngine(RolloutEngine):
         self, policy: Policy, prompts: Sequence[str], preference: Tensor, count: int, max_new_tokens: int, seed: int
     ) -> Responses:
         tokens = policy.encode(prompts, preference)  # (N, P)
+        stop = {"stop_strings": list(self.stop), "tokenizer": policy.tokenizer} if self.stop else {}
         devices = [policy.device] if policy.device.type == "cuda" else []
         with policy.evaluating(), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
@@ -28,6 +29,7 @@ class TransformersEngine(RolloutEngine):
                     attention_mask=tokens.mask.long(),
                     num_return_sequences=count,
                     max_new_tokens=max_new_tokens,
+                    **stop,
                 )  # (N * n, P + T)
         sampled = ids[:, tokens.ids.shape[1] :]
-        return make_responses(policy, sampled.unflatten(0, (len(prompts), count)))
+        return make_responses(policy, sampled.unflatten(0, (len(prompts), count)), self.stop)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from miepo.errors import UserError
-from miepo.prompts import GridPrompts, OnlinePrompts, load_prompts, read_rows, split_prompts
+from miepo.prompts import GridPrompts, OnlinePrompts, load_prompts, split_rows
 from miepo.resources import locate
 
 
@@ -38,8 +38,8 @@ def test_list_and_dataset_and_saved_dataset(tmp_path: Path) -> None:
     [
         ("{not json", "line 2: expected a JSON object, got text that is not JSON"),
         ('{"text": "x"}', "line 2: expected a JSON object with the field 'prompt', got text"),
-        ('["x"]', "line 2: expected a JSON object with the field 'prompt', got list"),
-        ('{"prompt": 3}', "line 2: expected text, got int"),
+        ('["x"]', "line 2: expected a JSON object, got list"),
+        ('{"prompt": 3}', "line 2: expected text in 'prompt', got int"),
         ('{"prompt": "  "}', "line 2: expected a prompt, got empty text"),
         ('{"prompt": "\\ud800"}', "line 2: expected Unicode text, got half a character"),
         ("[" * 100_000, "line 2: expected a JSON object"),
@@ -52,9 +52,9 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str, message: str) -> N
 
 
 def test_empty_missing_and_binary_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected at least one prompt, got none"):
+    with pytest.raises(UserError, match="expected at least one row, got none"):
         load_prompts(write(tmp_path / "p.jsonl", ""))
-    with pytest.raises(UserError, match=r"expected a file of prompts at .*: there is none"):
+    with pytest.raises(UserError, match=r"expected a file at .*: there is none"):
         load_prompts(str(tmp_path / "missing.jsonl"))
     (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(UserError, match="expected UTF-8"):
@@ -65,21 +65,16 @@ def test_empty_missing_and_binary_files(tmp_path: Path) -> None:
         load_prompts(Dataset.from_dict({"text": ["x"]}))
 
 
-def test_rows_of_several_fields(tmp_path: Path) -> None:
-    file = write(tmp_path / "r.jsonl", '{"prompt": "a", "response": ""}', '{"prompt": "b", "response": "c"}')
-    assert read_rows(file, "prompt", "response") == [{"prompt": "a", "response": ""}, {"prompt": "b", "response": "c"}]
-
-
 def test_split_is_seeded_and_whole() -> None:
     prompts = [str(i) for i in range(50)]
-    train, held_out = split_prompts(prompts, 0.2, seed=3)
+    train, held_out = split_rows(prompts, 0.2, seed=3)
     assert (len(train), len(held_out)) == (40, 10)
     assert sorted(train + held_out) == sorted(prompts)
-    assert split_prompts(prompts, 0.2, seed=3) == (train, held_out)
-    assert split_prompts(prompts, 0.2, seed=4)[1] != held_out
-    assert [len(part) for part in split_prompts(["a", "b"], 0.01, 0)] == [1, 1]
+    assert split_rows(prompts, 0.2, seed=3) == (train, held_out)
+    assert split_rows(prompts, 0.2, seed=4)[1] != held_out
+    assert [len(part) for part in split_rows(["a", "b"], 0.01, 0)] == [1, 1]
     with pytest.raises(UserError, match="at least 2 prompts"):
-        split_prompts(["a"], 0.5, 0)
+        split_rows(["a"], 0.5, 0)
 
 
 def test_epochs_are_permutations_that_differ() -> None:

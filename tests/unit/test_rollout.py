@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from miepo.errors import UserError
 from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.rollout import RolloutEngine, TransformersEngine
-from miepo.rollout.engine import make_responses, response_mask
+from miepo.rollout.engine import cut_at, make_responses, response_mask
 from tests.helpers.tiny import randomise_adapter, tiny_policy
 
 ENGINES = RolloutEngine.__subclasses__()
@@ -47,6 +48,35 @@ def test_contract_samples_are_shaped_seeded_and_leave_the_random_state(
     assert torch.equal(first.tokens.ids, again.tokens.ids)
     assert first.texts != other.texts
     assert first.texts[0][0] != first.texts[0][1]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_contract_a_stop_text_ends_a_response_as_an_end_token_does(
+    tiny_model: Path, engine: type[RolloutEngine]
+) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, [GatedConditioning()]))
+    free = engine().sample(policy, PROMPTS, W, 8, 24, seed=3)
+    stop = [free.texts[0][0][4:6], free.texts[1][1][7:9]]  # two texts that do come up
+    made = engine(stop).sample(policy, PROMPTS, W, 8, 24, seed=3)
+    ended = 0
+    for n in range(2):
+        for i in range(8):
+            kept = made.tokens.ids[n, i][made.tokens.mask[n, i]]
+            text = policy.tokenizer.decode(kept, skip_special_tokens=True)
+            assert made.texts[n][i] == cut_at(text, stop).strip()
+            assert cut_at(made.texts[n][i], stop) == made.texts[n][i]
+            before = policy.tokenizer.decode(kept[:-1], skip_special_tokens=True)
+            assert cut_at(before, stop) == before  # the last token completes the stop text
+            if cut_at(text, stop) != text:
+                ended += 1
+                assert made.finished[n, i]
+    assert ended >= 2
+    assert engine(stop).sample(policy, PROMPTS, W, 8, 24, seed=3).texts == made.texts
+
+
+def test_an_empty_stop_text_is_refused() -> None:
+    with pytest.raises(UserError, match="list of texts that are not empty"):
+        TransformersEngine(["x", ""])
 
 
 @pytest.mark.parametrize("engine", ENGINES)

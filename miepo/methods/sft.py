@@ -1,0 +1,243 @@
+"""Supervised fine-tuning, the stage before the online one: imitate given responses, then merge and save a whole model.
+
+The online stage takes the saved folder as its base, so that its reference, the network with the adapter off, is the
+fine-tuned model. An adapter that is trained on top of another adapter has the model before both as its reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch.utils.data import DataLoader
+
+from miepo.callbacks.reporting import run_folder
+from miepo.datasets import PreferenceDataset
+from miepo.datasets.base import Split
+from miepo.errors import UserError
+from miepo.losses import supervised_loss
+from miepo.policy import Policy
+from miepo.policy_module import PolicyModule
+from miepo.preferences import Stream, generator
+from miepo.prompts import split_rows
+from miepo.rows import read_rows
+from miepo.types import SupervisedBatch, Tokens
+
+VALIDATION = 0.05  # share of a file of examples that is held out
+
+# -- functions ---------------------------------------------------------------------------------------------------------
+
+
+def length_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator, window: int = 50) -> list[list[int]]:
+    """Shuffled batches of rows of like length: ``window`` batches at a time are sorted and dealt out.
+
+    Args:
+        lengths: Of the rows, in tokens.
+        batch_size: Rows per batch; the last batch may have fewer.
+        rng: Fixes the shuffle.
+        window: Batches among which rows are sorted: more saves more padding, fewer mixes better.
+
+    Returns:
+        Indices of the rows; each row is in one batch.
+    """
+    order = rng.permutation(len(lengths)).tolist()
+    batches = []
+    for start in range(0, len(order), window * batch_size):
+        part = sorted(order[start : start + window * batch_size], key=lambda i: lengths[i])
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+# -- the module --------------------------------------------------------------------------------------------------------
+
+
+class SupervisedFineTuning(PolicyModule):
+    """Response-only cross-entropy on given responses, with LoRA.
+
+    When training has ended, the adapter is merged into the base and saved as a complete Hugging Face folder.
+
+    Args:
+        policy: A policy without conditioning (``conditioning: []``).
+        learning_rate: Peak rate of Adam (paper: 1e-6 for safe alignment, 2e-5 for the helpful assistant).
+        warmup: Fraction of all steps in which the rate rises (paper: 0.1).
+        save_to: Folder of the merged model; by default ``merged`` in the run's folder.
+    """
+
+    conditioned = False
+
+    def __init__(
+        self, policy: Policy, learning_rate: float = 2e-5, warmup: float = 0.1, save_to: str | None = None
+    ) -> None:
+        super().__init__(policy, learning_rate, warmup)
+        self.save_to = save_to
+        if policy.conditioning:
+            got = ", ".join(type(c).__name__ for c in policy.conditioning)
+            raise UserError(f"SupervisedFineTuning needs a policy without conditioning (conditioning: []), got {got}")
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, SupervisedDataModule):
+            raise UserError(f"SupervisedFineTuning needs data SupervisedDataModule, got {type(data).__name__}")
+        if stage == "fit":
+            self.folder = Path(self.save_to) if self.save_to else run_folder(self.trainer) / "merged"
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise UserError(f"expected an empty folder for the merged model, got '{self.folder}': set model.save_to")
+
+    def training_step(self, batch: SupervisedBatch, batch_idx: int) -> STEP_OUTPUT:
+        loss = self._loss(batch)
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        return {"loss": loss}
+
+    def validation_step(self, batch: SupervisedBatch, batch_idx: int) -> None:  # type: ignore[override]
+        with self.policy.evaluating():
+            loss = self._loss(batch)
+        tokens = int(batch.responses.mask.sum())  # so that the mean over batches is that over tokens
+        self.log("validation/loss", loss, prog_bar=True, batch_size=tokens)
+
+    test_step = validation_step
+
+    def _loss(self, batch: SupervisedBatch) -> torch.Tensor:
+        prompts = self.policy.encode_text(batch.prompts, [""] * len(batch))  # (N, P)
+        log_prob = self.policy.log_prob(prompts, batch.scores, batch.responses)  # (N, T)
+        return supervised_loss(log_prob, batch.responses.mask)
+
+    def on_fit_end(self) -> None:
+        if self.trainer.interrupted or not self.trainer.is_global_zero:
+            return
+        kept = self.policy.save_merged(self.folder)
+        rank_zero_info(
+            f"Merged model: {self.folder} (of the adapter's update {100 * kept:.1f} % survived rounding to the type of "
+            "the weights)"
+        )
+
+
+# -- the data ----------------------------------------------------------------------------------------------------------
+
+
+class SupervisedDataModule(LightningDataModule):
+    """Prompts with the responses to imitate, in batches of like length.
+
+    Args:
+        examples: A preference data set of :mod:`miepo.datasets`, or a file with ``prompt`` and ``response``.
+        validation_examples: The same for evaluation; by default the test part of a preference data set, or a seeded
+            twentieth of the file.
+        responses: Of a preference data set: the ``preferred`` response of each pair, or ``all``.
+        validation_limit: Evaluate on this many examples at most.
+        batch_size: Examples per step and process.
+        max_response_tokens: A response is cut after this many tokens, without an end token then.
+        max_tokens: Examples with more tokens than this, prompt and response, are left out; by default what fits the
+            model's context.
+        seed: Fixes the order.
+    """
+
+    def __init__(
+        self,
+        examples: PreferenceDataset | str,
+        validation_examples: PreferenceDataset | str | None = None,
+        responses: Literal["preferred", "all"] = "preferred",
+        validation_limit: int | None = 500,
+        batch_size: int = 64,
+        max_response_tokens: int = 512,
+        max_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size), ("max_response_tokens", max_response_tokens), ("max_tokens", max_tokens),
+            ("validation_limit", validation_limit),
+        ):  # fmt: skip
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} must be at least 1, got {value}")
+        self.examples, self.validation_examples, self.responses = examples, validation_examples, responses
+        self.validation_limit, self.batch_size, self.seed = validation_limit, batch_size, seed
+        self.max_response_tokens, self.max_tokens = max_response_tokens, max_tokens
+
+    def setup(self, stage: str) -> None:
+        """Reads everything, so that a mistake shows before a model is loaded."""
+        self.train_set = self._read(self.examples, "train")
+        if self.validation_examples is not None:
+            held_out = self._read(self.validation_examples, "test")
+        elif isinstance(self.examples, PreferenceDataset):
+            held_out = self._read(self.examples, "test")
+        else:
+            self.train_set, held_out = split_rows(self.train_set, VALIDATION, self.seed)
+        self.validation_set = held_out[: self.validation_limit]
+
+    def _read(self, source: PreferenceDataset | str, split: Split) -> list[tuple[str, str]]:
+        if isinstance(source, PreferenceDataset):
+            found = source.comparisons(split)
+            which = [(c.preferred,) if self.responses == "preferred" else (0, 1) for c in found]
+            pairs = [(c.prompt, c.responses[i]) for c, chosen in zip(found, which, strict=True) for i in chosen]
+        else:
+            rows = read_rows(source, {"prompt": str, "response": str}, split, blank=["response"])
+            pairs = [(row["prompt"], row["response"]) for row in rows]
+        pairs = list(dict.fromkeys((p, r) for p, r in pairs if r.strip()))
+        if not pairs:
+            raise UserError("expected responses to imitate, got empty ones alone")
+        return pairs
+
+    def train_dataloader(self) -> DataLoader:
+        rows = self._tokenised(self.train_set)
+        lengths = [prompt_length + len(ids) for _, ids, prompt_length in rows]
+        batches = _Batches(lengths, self.batch_size, self.seed, lambda: self.trainer.current_epoch)  # type: ignore[union-attr]
+        return DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader:
+        rows = sorted(self._tokenised(self.validation_set), key=lambda row: row[2] + len(row[1]))
+        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+    def _tokenised(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[int], int]]:
+        """Prompt, tokens of the response, number of tokens of the prompt."""
+        policy: Policy = self.trainer.lightning_module.policy  # type: ignore[union-attr]
+        limit = min(self.max_tokens or 10**9, policy.context_length or 10**9)
+        rows = []
+        for prompt, response in pairs:
+            given = len(policy.template.encode(prompt))
+            ids = [*policy.template.encode_response(prompt, "", response), policy.end_ids[0]]
+            rows.append((prompt, ids[: self.max_response_tokens], given))
+        fitting = [row for row in rows if row[2] + len(row[1]) <= limit]
+        if not fitting:
+            raise UserError(f"no example of {len(rows)} has at most {limit} tokens, prompt and response")
+        if len(fitting) < len(rows):
+            rank_zero_warn(f"{len(rows) - len(fitting)} of {len(rows)} examples have over {limit} tokens; left out")
+        return fitting
+
+    def _collate(self, rows: Sequence[tuple[str, list[int], int]]) -> SupervisedBatch:
+        prompts, ids, _ = zip(*rows, strict=True)
+        width = max(map(len, ids))
+        pad = self.trainer.lightning_module.policy.tokenizer.pad_token_id  # type: ignore[union-attr]
+        tokens = Tokens(
+            torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
+            torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids]),
+        )
+        return SupervisedBatch(prompts, tokens, torch.zeros(len(rows), 0))
+
+    def transfer_batch_to_device(
+        self, batch: SupervisedBatch, device: torch.device, dataloader_idx: int
+    ) -> SupervisedBatch:
+        tokens = Tokens(batch.responses.ids.to(device), batch.responses.mask.to(device))
+        return SupervisedBatch(batch.prompts, tokens, batch.scores.to(device))
+
+
+class _Batches:
+    """The batches of the current epoch, a function of (seed, epoch)."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Any) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = generator(Stream.SHUFFLE, self.seed, self.epoch())
+        return iter(length_batches(self.lengths, self.batch_size, rng))

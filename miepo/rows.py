@@ -1,0 +1,148 @@
+"""Rows of a file or data set, read and checked before anything else is spent: JSONL, Parquet, folders, hub ids."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from miepo.errors import UserError, needs
+from miepo.resources import is_packaged, locate
+
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+Located = Iterable[tuple[str, Any]]  # where a row stands, and the row
+
+
+def read_rows(
+    source: Any, fields: Mapping[str, type], split: str = "train", blank: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Rows with the wanted fields, checked one by one.
+
+    Args:
+        source: A ``.jsonl`` file, also compressed (``.gz``, ``.xz``), or a ``.parquet`` file, each a path or
+            ``package:``/``pypi:`` (see :mod:`miepo.resources`); a folder written by ``datasets.save_to_disk``, or of
+            data files; a hub id; a data set object.
+        fields: Wanted fields with the type of their values.
+        split: Split of a data set that has several.
+        blank: Fields whose text may be empty.
+
+    Raises:
+        UserError: names the source, and for a file the line, that cannot be used.
+    """
+    if not isinstance(source, str):
+        return _checked(_of_dataset(source, fields, "the data set"), fields, blank, "the data set")
+    path = locate(source)
+    kinds = {suffix for suffix in path.suffixes if suffix not in OPENERS}
+    if is_packaged(source) or kinds & {".jsonl", ".json"}:
+        return _checked(_of_jsonl(path), fields, blank, str(path))
+    if path.suffix == ".parquet":
+        return _checked(_of_parquet(path, fields), fields, blank, str(path))
+    if path.suffix in {".txt", ".csv", ".tsv", *OPENERS}:
+        what = "a file of another kind" if path.is_file() else "no file"
+        raise UserError(f"expected a .jsonl or .parquet file, got {what} at '{path}'")
+    return _checked(_of_dataset(_load_dataset(source, path, split), fields, source), fields, blank, source)
+
+
+def _of_jsonl(path: Path) -> Located:
+    if not path.is_file():
+        raise UserError(f"expected a file at '{path}': there is none")
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: expected a JSON object, got text that is not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        yield where, row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    # split at line feeds alone: other characters that end a line for str.splitlines may stand in a JSON text
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="\n") as file:  # type: ignore[operator]
+            yield from file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text, got a byte that is not, at position {error.start}") from None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise UserError(f"{path}: expected a whole compressed file, got a broken or truncated one: {error}") from None
+
+
+def _of_parquet(path: Path, fields: Mapping[str, type]) -> Located:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise needs("datasets", f"the Parquet file '{path.name}'") from None
+    if not path.is_file():
+        raise UserError(f"expected a file at '{path}': there is none")
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        _check_columns(file.schema_arrow.names, fields, str(path))
+        rows = file.read(columns=list(fields)).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: expected a whole Parquet file, got a broken or truncated one: {reason}") from None
+    return ((f"{path}, row {i}", row) for i, row in enumerate(rows))
+
+
+def _load_dataset(source: str, path: Path, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise needs("datasets", f"the data set '{source}'") from None
+    try:
+        if path.is_dir() and not (path / "dataset_dict.json").exists() and (path / "state.json").exists():
+            return datasets.load_from_disk(str(path))
+        if (path / "dataset_dict.json").exists():
+            return datasets.load_from_disk(str(path))[split]
+        return datasets.load_dataset(source, split=split)
+    except Exception as error:  # the library raises many kinds, all of them about this source
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"expected a .jsonl or .parquet file, a data set folder or a hub id, got '{source}': {reason[0]}"
+        ) from None
+
+
+def _of_dataset(rows: Any, fields: Mapping[str, type], name: str) -> Located:
+    _check_columns(rows.column_names, fields, name)
+    return ((f"{name}, row {i}", row) for i, row in enumerate(rows.select_columns(list(fields))))
+
+
+def _check_columns(columns: Collection[str], fields: Mapping[str, type], name: str) -> None:
+    if missing := [field for field in fields if field not in columns]:
+        wanted = "a column" if len(missing) == 1 else "the columns"
+        raise UserError(f"{name}: expected {wanted} {', '.join(map(repr, missing))}, got {', '.join(columns)}")
+
+
+def _checked(rows: Located, fields: Mapping[str, type], blank: Collection[str], name: str) -> list[dict[str, Any]]:
+    result = []
+    for where, row in rows:
+        for field, kind in fields.items():
+            if field not in row:
+                raise UserError(
+                    f"{where}: expected a JSON object with the field '{field}', got {', '.join(row) or 'no field'}"
+                )
+            value = row[field]
+            if not isinstance(value, kind):
+                expected = "text" if kind is str else kind.__name__
+                raise UserError(f"{where}: expected {expected} in '{field}', got {type(value).__name__}")
+            if kind is str:
+                check_text(value, where, field, blank_ok=field in blank)
+        result.append({field: row[field] for field in fields})
+    if not result:
+        raise UserError(f"{name}: expected at least one row, got none")
+    return result
+
+
+def check_text(value: str, where: str, what: str, blank_ok: bool = False) -> None:
+    """Refuses text that no model can read."""
+    if not value.strip() and not blank_ok:
+        raise UserError(f"{where}: expected a {what}, got empty text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{where}: expected Unicode text, got half a character (a lone surrogate)")
