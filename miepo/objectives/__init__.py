@@ -6,14 +6,16 @@ from miepo.objectives.cheerfulness import Cheerfulness
 from miepo.objectives.harmlessness import Harmlessness
 from miepo.objectives.python_objective import PythonObjective
 from miepo.objectives.relevance import Relevance
-from miepo.objectives.reward_model import RewardModel
+from miepo.objectives.reward_model import ModelObjective, RewardModel, ScoreModel
 
 __all__ = [
     "Brevity",
     "Cheerfulness",
     "Harmlessness",
+    "ModelObjective",
     "Objective",
     "PythonObjective",
     "Relevance",
     "RewardModel",
+    "ScoreModel",
 ]

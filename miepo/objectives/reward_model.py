@@ -1,29 +1,145 @@
+"""Reward models: networks that score a response, loaded without executing code that comes with them."""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 
+from miepo.datasets.safe_rlhf import TEMPLATE as SAFE_RLHF_TEMPLATE
 from miepo.errors import ObjectiveError, UserError
 from miepo.objectives.base import Objective
 
 
-class RewardModel(Objective):
-    """Any Hugging Face sequence classifier: the raw logit of one label.
+class ModelObjective(Objective):
+    """An objective that a network computes, in batches of like length.
 
     Args:
         model: Hub id or folder.
         name: Name of the objective (required: a reward model is not named by its class).
-        input: ``pair`` gives the tokenizer (prompt, response), ``response`` the response alone.
-        label: Index of the label whose logit is the score.
         higher_is_better: False for a cost model; the sign is turned once, here.
         max_length: Inputs are cut to this many tokens; None takes the limit of tokenizer and model.
-        batch_size: Inputs per forward pass, taken in order of length.
-        dtype: Type of the weights.
+        batch_size: Inputs per forward pass.
+        dtype: Type of the weights: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: Where the model stands, such as ``cuda:1`` or ``cpu``; by default where the policy is.
+        offload: Keep the weights in the CPU's memory and bring them to the device to score.
         normalisation: See :class:`~miepo.objectives.base.Objective`.
     """
+
+    kind: str  # what a message calls the network
+
+    def __init__(
+        self,
+        model: str,
+        name: str,
+        higher_is_better: bool = True,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        dtype: str = "auto",
+        device: str | None = None,
+        offload: bool = False,
+        normalisation: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__(name, normalisation)
+        if batch_size < 1:
+            raise UserError(f"{name}: batch_size must be at least 1, got {batch_size}")
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise UserError(f"{name}: dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+        try:
+            self.place = None if device is None else torch.device(device)
+        except RuntimeError:
+            raise UserError(f"{name}: device must be like cpu, cuda or cuda:1, got {device!r}") from None
+        self.source, self.higher_is_better = model, higher_is_better
+        self.max_length, self.batch_size, self.dtype, self.offload = max_length, batch_size, dtype, offload
+
+    # -- what a subclass writes ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_network(self, dtype: Any) -> tuple[nn.Module, dict[str, Any]]:
+        """The network and what loading it reported, from ``self.source``."""
+
+    @abstractmethod
+    def tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
+        """What the tokenizer makes of a prompt and a response."""
+
+    @abstractmethod
+    def read(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Scores ``(n,)`` of inputs ``(n, L)``, padded on the right."""
+
+    # -- the life of the network ---------------------------------------------------------------------------------------
+
+    def load(self, device: torch.device) -> None:
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+            network, report = self.load_network(self.dtype if self.dtype == "auto" else getattr(torch, self.dtype))
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ObjectiveError(
+                f"objective {self.name}: expected {self.kind}, got '{self.source}': {reason}"
+            ) from None
+        if report["missing_keys"]:  # Transformers would draw them at random
+            keys = sorted(report["missing_keys"])
+            raise ObjectiveError(
+                f"objective {self.name}: expected {self.kind}, got '{self.source}', which lacks {len(keys)} of its "
+                f"weights, first {keys[0]}"
+            )
+        self.tokenizer.padding_side = "right"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        config: Any = network.config
+        if config.pad_token_id is None:  # GPT-2 like classifiers read the last token that is not padding
+            config.pad_token_id = self.tokenizer.pad_token_id
+        if self.max_length is None:
+            positions = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+            self.max_length = min(self.tokenizer.model_max_length, positions)
+        self.device = self.place or device
+        self.model = network.eval().requires_grad_(False).to("cpu" if self.offload else self.device)
+
+    def unload(self) -> None:
+        self.__dict__.pop("model", None)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self.model.to(self.device)
+        try:
+            yield
+        finally:
+            if self.offload:
+                self.model.to("cpu")
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        rows = [self.tokens(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        scores = torch.empty(len(rows))
+        with self._at_work():
+            for start in range(0, len(order), self.batch_size):
+                part = order[start : start + self.batch_size]
+                inputs = self.tokenizer.pad([rows[i] for i in part], return_tensors="pt").to(self.device)
+                scores[part] = self.read(inputs).float().cpu()
+        return scores
+
+
+class RewardModel(ModelObjective):
+    """Any Hugging Face sequence classifier: the raw logit of one label.
+
+    Args:
+        input: ``pair`` gives the tokenizer (prompt, response), ``response`` the response alone.
+        label: Index of the label whose logit is the score.
+    """
+
+    kind = "a sequence classifier"
 
     def __init__(
         self,
@@ -35,58 +151,98 @@ class RewardModel(Objective):
         max_length: int | None = None,
         batch_size: int = 32,
         dtype: str = "auto",
+        device: str | None = None,
+        offload: bool = False,
         normalisation: dict[str, float] | None = None,
     ) -> None:
-        super().__init__(name, normalisation)
+        super().__init__(model, name, higher_is_better, max_length, batch_size, dtype, device, offload, normalisation)
         if input not in ("pair", "response"):
             raise UserError(f"{name}: input must be 'pair' or 'response', got {input!r}")
-        if batch_size < 1:
-            raise UserError(f"{name}: batch_size must be at least 1, got {batch_size}")
-        self.source, self.input, self.label, self.higher_is_better = model, input, label, higher_is_better
-        self.max_length, self.batch_size, self.dtype = max_length, batch_size, dtype
+        self.input, self.label = input, label
 
-    def load(self, device: torch.device) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.source)
-            dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-            model = AutoModelForSequenceClassification.from_pretrained(self.source, dtype=dtype)
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
+    def load_network(self, dtype: Any) -> tuple[nn.Module, dict[str, Any]]:
+        network, report = AutoModelForSequenceClassification.from_pretrained(
+            self.source, dtype=dtype, output_loading_info=True
+        )
+        if not 0 <= self.label < network.config.num_labels:
             raise ObjectiveError(
-                f"objective {self.name}: expected a sequence classifier, got '{self.source}': {reason}"
-            ) from None
-        if not 0 <= self.label < model.config.num_labels:
-            raise ObjectiveError(
-                f"objective {self.name}: expected a label below {model.config.num_labels}, the number of labels of "
+                f"objective {self.name}: expected a label below {network.config.num_labels}, the number of labels of "
                 f"'{self.source}', got {self.label}"
             )
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if model.config.pad_token_id is None:  # GPT-2 like classifiers read the last token that is not padding
-            model.config.pad_token_id = self.tokenizer.pad_token_id
-        if self.max_length is None:
-            positions = getattr(model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-            self.max_length = min(self.tokenizer.model_max_length, positions)
-        self.model = model.eval().requires_grad_(False).to(device)
+        return network, report
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        order = sorted(range(len(responses)), key=lambda i: len(prompts[i]) + len(responses[i]))
-        scores = torch.empty(len(responses))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            # a tokenizer without a begin token makes nothing of an empty response, and the model needs something
-            first, second = [prompts[i] for i in rows], [responses[i] or self.tokenizer.eos_token for i in rows]
-            inputs = self.tokenizer(
-                *([first, second] if self.input == "pair" else [second]),
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            ).to(self.model.device)
-            scores[rows] = self.model(**inputs).logits[:, self.label].float().cpu()
-        return scores
+    def tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
+        # a tokenizer without a begin token makes nothing of an empty response, and the model needs something
+        second = response or self.tokenizer.eos_token
+        texts = (prompt, second) if self.input == "pair" else (second,)
+        return self.tokenizer(*texts, truncation=True, max_length=self.max_length)
 
-    def unload(self) -> None:
-        self.__dict__.pop("model", None)
+    def read(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model(**inputs).logits[:, self.label]
+
+
+class _ScoreNetwork(LlamaPreTrainedModel):
+    """The architecture of PKU-Alignment's reward and cost models: a LLaMA body and a linear score head."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score_head = nn.Linear(
+            config.hidden_size, getattr(config, "score_dim", 1), bias=bool(getattr(config, "bias", False))
+        )
+        self.post_init()
+
+
+class ScoreModel(ModelObjective):
+    """A reward or cost model of PKU-Alignment: a LLaMA with a score head that is read at the end token (``end_scores``).
+
+    Args:
+        template: What the model reads, with ``{prompt}`` and ``{response}``; an end token follows.
+        higher_is_better: False for ``beaver-7b-v1.0-cost``, whose score is higher for more harm.
+    """
+
+    kind = "a LLaMA with a score head"
+
+    def __init__(
+        self,
+        model: str,
+        name: str,
+        template: str = SAFE_RLHF_TEMPLATE.replace("{preference}", ""),
+        higher_is_better: bool = True,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        dtype: str = "auto",
+        device: str | None = None,
+        offload: bool = False,
+        normalisation: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__(model, name, higher_is_better, max_length, batch_size, dtype, device, offload, normalisation)
+        if template.count("{prompt}") != 1 or template.count("{response}") != 1:
+            raise UserError(f"{name}: template must have {{prompt}} and {{response}} once, got {template!r}")
+        self.template = template
+
+    def load_network(self, dtype: Any) -> tuple[nn.Module, dict[str, Any]]:
+        config = AutoConfig.from_pretrained(self.source)
+        if not isinstance(config, LlamaConfig):
+            raise ValueError(f"its configuration is of the type {config.model_type}")
+        network, report = _ScoreNetwork.from_pretrained(
+            self.source, config=config, dtype=dtype, output_loading_info=True
+        )
+        if network.score_head.out_features != 1:
+            raise ValueError(f"it has {network.score_head.out_features} scores and not one")
+        return network, report
+
+    def tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
+        head, tail = self.template.split("{response}")
+        text = head.replace("{prompt}", prompt) + response + tail
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_length - 1)["input_ids"]  # type: ignore[operator]
+        ids = [*ids, self.tokenizer.eos_token_id]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    def read(self, inputs: dict[str, Tensor]) -> Tensor:
+        mask = inputs["attention_mask"]
+        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state  # (n, L, D)
+        end = hidden[torch.arange(len(mask), device=mask.device), mask.sum(-1) - 1]  # (n, D)
+        return self.model.score_head(end).squeeze(-1)

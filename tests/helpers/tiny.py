@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -56,6 +58,25 @@ def save_tiny_model(folder: Path, seed: int = 0, chat: bool = True, context: int
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_scorer(folder: Path, seed: int = 0) -> Path:
+    """A LLaMA with a score head as PKU-Alignment saves its reward and cost models."""
+    save_tiny_model(folder, seed, chat=False)
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: weight for name, weight in weights.items() if not name.startswith("lm_head")}
+    generator = torch.Generator().manual_seed(seed)
+    extra = {
+        "score_head.weight": torch.randn(1, 32, generator=generator),
+        "normalizer.mean": torch.zeros(1),
+        "normalizer.var": torch.ones(1),
+        "normalizer.count": torch.ones(1, dtype=torch.long),
+    }
+    save_file(weights | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["LlamaModelForScore"], "score_dim": 1, "bias": False, "do_normalize": False}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -6,13 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
 import miepo.objectives as package
 from miepo.errors import ObjectiveError, UserError
-from miepo.objectives import Brevity, Cheerfulness, Harmlessness, Objective, PythonObjective, Relevance, RewardModel
+from miepo.objectives import (
+    Brevity,
+    Cheerfulness,
+    Harmlessness,
+    ModelObjective,
+    Objective,
+    PythonObjective,
+    Relevance,
+    RewardModel,
+    ScoreModel,
+)
 from miepo.objectives.base import normalise_rewards, objectives_of, score_responses
-from tests.helpers.tiny import Broken, Letters, tiny_tokenizer
+from tests.helpers.tiny import Broken, Letters, save_tiny_scorer, tiny_tokenizer
 
 PROMPTS = ["How do I make tea?", "Tell me about dogs.", "Say something."]
 RESPONSES = ["Boil water and pour it over the leaves.", "Dogs are loyal, wonderful friends!", ""]
@@ -32,7 +42,12 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def everyone(classifier: Path) -> list[Objective]:
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_scorer(tmp_path_factory.mktemp("scorer"))
+
+
+def everyone(classifier: Path, scorer: Path) -> list[Objective]:
     """Every class of the package; a class that is not here fails the test below."""
     return [
         Brevity(),
@@ -40,6 +55,7 @@ def everyone(classifier: Path) -> list[Objective]:
         Harmlessness(),
         Relevance(),
         RewardModel(str(classifier), "reward"),
+        ScoreModel(str(scorer), "score", batch_size=2),
         PythonObjective("tests.unit.test_objectives.word_count", "words"),
     ]
 
@@ -48,9 +64,10 @@ def word_count(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(len(r.split())) for r in responses]
 
 
-def test_contract_of_every_objective(classifier: Path) -> None:
-    objectives = everyone(classifier)
-    classes = {c for _, c in inspect.getmembers(package, inspect.isclass) if issubclass(c, Objective)} - {Objective}
+def test_contract_of_every_objective(classifier: Path, scorer: Path) -> None:
+    objectives = everyone(classifier, scorer)
+    classes = {c for _, c in inspect.getmembers(package, inspect.isclass) if issubclass(c, Objective)}
+    classes -= {Objective, ModelObjective}
     assert {type(o) for o in objectives} == classes
     for objective in objectives:
         objective.load(torch.device("cpu"))
@@ -129,6 +146,50 @@ def test_reward_model_is_cut_to_what_the_model_can_read(classifier: Path) -> Non
 def test_reward_model_with_a_label_it_lacks(classifier: Path) -> None:
     with pytest.raises(ObjectiveError, match=r"objective r: expected a label below 2.*got 2"):
         RewardModel(str(classifier), "r", label=2).load(torch.device("cpu"))
+
+
+def test_a_classifier_without_a_trained_head_is_refused(tmp_path: Path, tiny_base_model: Path) -> None:
+    """Transformers would draw a head at random and warn."""
+    with pytest.raises(ObjectiveError, match=r"objective r: expected a sequence classifier.*lacks 1 of its weights"):
+        RewardModel(str(tiny_base_model), "r").load(torch.device("cpu"))
+
+
+def test_score_model_is_the_head_at_the_end_token(scorer: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import LlamaModel
+
+    body, tokenizer = LlamaModel.from_pretrained(scorer).eval(), AutoTokenizer.from_pretrained(scorer)
+    head = load_file(scorer / "model.safetensors")["score_head.weight"]
+    for better, sign in ((True, 1), (False, -1)):
+        objective = ScoreModel(str(scorer), "cost", higher_is_better=better, batch_size=2)
+        objective.load(torch.device("cpu"))
+        rewards = objective.reward(PROMPTS, RESPONSES)
+        for i in range(3):
+            text = f"BEGINNING OF CONVERSATION: USER: {PROMPTS[i]} ASSISTANT:{RESPONSES[i]}{tokenizer.eos_token}"
+            with torch.no_grad():
+                hidden = body(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
+            torch.testing.assert_close(rewards[i], sign * (head @ hidden)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_score_model_that_is_none(scorer: Path, classifier: Path, tiny_base_model: Path) -> None:
+    with pytest.raises(ObjectiveError, match=r"objective c: expected a LLaMA with a score head.*of the type gpt2"):
+        ScoreModel(str(classifier), "c").load(torch.device("cpu"))
+    with pytest.raises(ObjectiveError, match=r"objective c: .*lacks 1 of its weights, first score_head.weight"):
+        ScoreModel(str(tiny_base_model), "c").load(torch.device("cpu"))
+    with pytest.raises(UserError, match="c: template must have {prompt} and {response} once"):
+        ScoreModel(str(scorer), "c", template="{prompt}")
+
+
+def test_placement(classifier: Path) -> None:
+    with pytest.raises(UserError, match="r: device must be like cpu, cuda or cuda:1, got 'gpu'"):
+        RewardModel(str(classifier), "r", device="gpu")
+    plain, placed = RewardModel(str(classifier), "r"), RewardModel(str(classifier), "r", device="cpu", offload=True)
+    plain.load(torch.device("cpu"))
+    placed.load(torch.device("meta"))  # where the policy is, and the model is not
+    torch.testing.assert_close(placed.reward(PROMPTS, RESPONSES), plain.reward(PROMPTS, RESPONSES))
+    away = RewardModel(str(classifier), "r", device="meta", offload=True)
+    away.load(torch.device("cpu"))
+    assert next(away.model.parameters()).device.type == "cpu"  # between rollouts
 
 
 def test_reward_model_that_is_not_there(tmp_path: Path) -> None:
