@@ -1,4 +1,4 @@
-"""``miepo fit | validate | test | predict --config ..``: LightningCLI with objectives and errors in one sentence."""
+"""``miepo fit | validate | test | predict | normalise --config ..``: LightningCLI with objectives and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import warnings
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from miepo.callbacks import ResponseWriter
 from miepo.datamodule import OnlinePreferenceDataModule
 from miepo.errors import UserError
 from miepo.module import MIEPO
+from miepo.normalisation import calibrate, write_normalisation
 from miepo.objectives import Objective
+from miepo.objectives.base import objectives_of
 from miepo.policy_module import PolicyModule
 
 
@@ -82,6 +86,32 @@ class MiepoCLI(LightningCLI):
         return trainer
 
 
+def normalise(args: Sequence[str]) -> None:
+    """``miepo normalise --config .. --out FILE``: measures the normalisation on offline data, and writes it."""
+    parser = ArgumentParser(prog="miepo normalise", add_help=False)
+    parser.add_argument("--out", type=Path)
+    options, rest = parser.parse_known_args(args)
+    if options.out is None:
+        raise UserError("normalise writes a file: expected --out, got none")
+    if options.out.exists():
+        raise UserError(f"expected a new file for the normalisation, got '{options.out}', which exists")
+    cli = MiepoCLI(run=False, save_config_callback=None, args=rest, seed_everything_default=0)
+    objectives = objectives_of(cli.trainer)
+    if not isinstance(cli.datamodule, OnlinePreferenceDataModule):
+        raise UserError(f"normalise needs data OnlinePreferenceDataModule, got {type(cli.datamodule).__name__}")
+    offline = cli.datamodule.offline_responses()
+    if offline is None:
+        raise UserError("normalise measures on offline data: expected data.normalise_on offline or a file")
+    for objective in objectives:
+        if objective.normalisation is None:
+            objective.load_checked(cli.trainer.strategy.root_device)
+            calibrate([objective], offline)
+            objective.unload()  # one model at a time
+        print(f"{objective.name}: mean {objective.normalisation.mean:.4g}, sd {objective.normalisation.sd:.4g}")
+    write_normalisation(options.out, objectives, offline)
+    print(f"Normalisation on {len(offline.responses)} responses of {offline.source}: {options.out}")
+
+
 def _data_seed(seed: bool | int | None) -> int:
     return 0 if seed is None or isinstance(seed, bool) else seed
 
@@ -92,7 +122,11 @@ def main(args: ArgsType = None) -> None:
         sys.path.append(folder)  # the user's own objectives, beside the configuration
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # prompts are in memory
     warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")  # peft, not ours
+    given = sys.argv[1:] if args is None else args
     try:
+        if isinstance(given, list) and given[:1] == ["normalise"]:
+            normalise(given[1:])
+            return
         MiepoCLI(
             save_config_callback=LogConfig,
             save_config_kwargs={"overwrite": True},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
@@ -12,10 +13,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from miepo.callbacks.reporting import run_folder
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import Split
 from miepo.errors import UserError
 from miepo.feedback import Feedback, feedback_counts, pairwise_labels, scalarised_labels
+from miepo.normalisation import (
+    OfflineResponses,
+    calibrate,
+    offline_responses,
+    read_normalisation,
+    write_normalisation,
+)
 from miepo.objectives.base import normalise_rewards, objectives_of, score_responses
 from miepo.policy import Policy
 from miepo.preferences import (
@@ -30,7 +39,6 @@ from miepo.preferences import (
     torch_seed,
 )
 from miepo.prompts import GridPrompts, OnlinePrompts, load_prompts, split_rows
-from miepo.rows import read_rows
 from miepo.rollout import RolloutEngine, TransformersEngine
 from miepo.router import SampleRouter
 from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses
@@ -61,7 +69,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
         engine: What samples.
         feedback: ``per_objective``, the paper's, or ``scalarised``, one order by ``sum_k w_k R_k`` (arXiv 2503.00295).
         normalise_on: Where objectives without a given normalisation measure theirs: on the rollouts of this many
-            prompts before training, or on the rows of a ``.jsonl`` file with ``prompt`` and ``response``.
+            prompts before training; on ``offline``, the responses in the preference data set given as ``prompts``; or on
+            the rows of a ``.jsonl`` file with ``prompt`` and ``response``.
+        normalisation: A file of ``miepo normalise``, which measured it beforehand.
         predict_prompts: Prompts that ``predict`` answers.
         predict_preferences: Preferences by objective name under which it answers each; the evaluation grid by default.
         seed: Fixes every draw, as a function of the place in the run.
@@ -83,6 +93,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         engine: RolloutEngine | None = None,
         feedback: Feedback = "per_objective",
         normalise_on: int | str = 64,
+        normalisation: str | None = None,
         predict_prompts: PreferenceDataset | str | list[str] | None = None,
         predict_preferences: list[dict[str, float]] | None = None,
         seed: int = 0,
@@ -106,7 +117,10 @@ class OnlinePreferenceDataModule(LightningDataModule):
         self.max_new_tokens, self.overlong = max_new_tokens, overlong
         self.preferences = preferences or DirichletPreferences(1.0)
         self.engine = engine or TransformersEngine()
-        self.grid_spec, self.feedback, self.normalise_on = grid, feedback, normalise_on
+        self.grid_spec, self.feedback = grid, feedback
+        self.normalise_on, self.normalisation = normalise_on, normalisation
+        if normalise_on == "offline" and not isinstance(prompts, PreferenceDataset):
+            raise UserError("data.normalise_on offline needs a preference data set as data.prompts")
         self.predict_prompts, self.predict_preferences = predict_prompts, predict_preferences
         self.seed = seed
         self.scored_responses = 0  # in training: the budget by which methods are compared
@@ -147,8 +161,17 @@ class OnlinePreferenceDataModule(LightningDataModule):
         else:
             self.train_set, validation = split_rows(self.train_set, self.validation_fraction, self.seed)
         self.validation_set = validation[: self.validation_limit]
-        if isinstance(self.normalise_on, str):
-            self.offline_rows = read_rows(self.normalise_on, {"prompt": str, "response": str}, blank=["response"])
+        self.offline_set = self.offline_responses()
+        if self.normalisation is not None:
+            stored = read_normalisation(Path(self.normalisation), names, self.offline_set)
+            for objective in objectives_of(self._trainer):
+                objective.normalisation = objective.normalisation or stored[objective.name]
+
+    def offline_responses(self) -> OfflineResponses | None:
+        """What the rewards are normalised by, where that is not the first rollouts."""
+        if isinstance(self.normalise_on, int):
+            return None
+        return offline_responses(self.prompts if self.normalise_on == "offline" else self.normalise_on)  # type: ignore[arg-type]
 
     def _load(self, source: Any, split: Split) -> list[str]:
         if isinstance(source, PreferenceDataset):
@@ -319,19 +342,21 @@ class OnlinePreferenceDataModule(LightningDataModule):
         missing = [o for o in module.objectives if o.normalisation is None]
         if not missing:
             return
-        if isinstance(self.normalise_on, str):
-            prompts, responses = ([row[key] for row in self.offline_rows] for key in ("prompt", "response"))
-            rewards = score_responses(missing, prompts, [[response] for response in responses])
+        if self.offline_set is not None:
+            calibrate(missing, self.offline_set)
         else:
             rewards = self._first_rollouts(
-                missing, self._fitting(self.train_set)[: self.normalise_on], len(module.names)
+                missing, self._fitting(self.train_set)[: self.normalise_on], len(module.names)  # type: ignore[misc]
             )
-        for k, objective in enumerate(missing):
-            objective.calibrate(rewards[..., k].flatten())
+            for k, objective in enumerate(missing):
+                objective.calibrate(rewards[..., k].flatten())
+        for objective in missing:
             rank_zero_info(
                 f"Normalising {objective.name} by mean {objective.normalisation.mean:.4g}, "
                 f"sd {objective.normalisation.sd:.4g}"
             )
+        if self._trainer.is_global_zero and self._trainer.state.fn == "fit":
+            write_normalisation(run_folder(self._trainer) / "normalisation.json", module.objectives, self.offline_set)
 
     def _first_rollouts(self, objectives: Sequence[Any], prompts: Sequence[str], k: int) -> Tensor:
         """Rewards of responses of the policy as it is, under drawn preferences, ``(n, 2, K')``."""

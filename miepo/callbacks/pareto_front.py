@@ -84,10 +84,11 @@ class ParetoFront(Callback):
 def draw_front(
     grid: Tensor, means: Tensor, names: Sequence[str], before: Sequence[Sequence[float]] | None, label: str
 ) -> Any:
-    """A matplotlib figure of the front, one panel for each pair of objectives.
+    """A matplotlib figure of the front: a projection on each pair of objectives, and, of three, a view in space.
 
     Args:
-        grid: ``(M, K)`` preference vectors; the colour of a point is the weight of the panel's horizontal objective.
+        grid: ``(M, K)`` preference vectors; the colour of a point is the weight of the panel's horizontal objective, in
+            space a mixture of red, green and blue by weight.
         means: ``(M, K)`` mean reward vectors.
         names: Of the objectives.
         before: An earlier front to compare with, ``(M, K)``.
@@ -96,8 +97,12 @@ def draw_front(
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     pairs = list(combinations(range(len(names)), 2)) or [(0, 0)]
-    figure = Figure(figsize=(5.2 * len(pairs), 4.6), layout="constrained")
-    for axis, (i, j) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+    in_space = len(names) == 3
+    across = 2 if in_space else min(len(pairs), 3)
+    down = -(-(len(pairs) + in_space) // across)
+    figure = Figure(figsize=(5.2 * across, 4.6 * down), layout="constrained")
+    for panel, (i, j) in enumerate(pairs, 1):
+        axis = figure.add_subplot(down, across, panel)
         if before is not None:
             axis.plot(*zip(*[(row[i], row[j]) for row in before], strict=True), "o", color="0.6", ms=5, label="before")
         if len(names) == 2:
@@ -108,5 +113,12 @@ def draw_front(
         figure.colorbar(points, ax=axis, label=f"weight of {names[i]}")
         axis.set(xlabel=f"{names[i]} (normalised)", ylabel=f"{names[j]} (normalised)")
         axis.grid(alpha=0.3)
+        axis.legend(loc="best")
+    if in_space:
+        axis = figure.add_subplot(down, across, len(pairs) + 1, projection="3d")
+        if before is not None:
+            axis.plot(*zip(*before, strict=True), "o", color="0.7", ms=4, label="before")
+        axis.scatter(*means.T, c=grid.clamp(0, 1).numpy(), s=40, depthshade=False, label=label)  # type: ignore[misc]
+        axis.set(xlabel=names[0], ylabel=names[1], zlabel=names[2])
         axis.legend(loc="best")
     return figure

@@ -66,13 +66,6 @@ class PreferenceDataset(ABC):
         """The prompts of one part, each once."""
         return list(dict.fromkeys(c.prompt for c in self._parts[split]))
 
-    def fingerprint(self, split: Split) -> str:
-        """A hash of the comparisons of one part: what was measured on them holds for these only."""
-        digest = hashlib.sha256()
-        for c in self._parts[split]:
-            digest.update(repr((c.prompt, c.responses, c.preferred)).encode())
-        return digest.hexdigest()[:16]
-
     # -- how they are made ---------------------------------------------------------------------------------------------
 
     @cached_property
@@ -104,6 +97,14 @@ class PreferenceDataset(ABC):
             raise UserError(f"{type(self).__name__}: expected comparisons in '{source}', got none{why}")
         rank_zero_info(f"{type(self).__name__}: {len(kept)} of {len(found)} rows of '{source}'{why}")
         return kept
+
+
+def fingerprint_of(rows: Iterable[Any]) -> str:
+    """A hash of rows of text: what was measured on them holds for these only."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()[:16]
 
 
 def _by_prompt(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]]:

@@ -24,14 +24,15 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from miepo.datamodule import RESPONSES, OnlinePreferenceDataModule
+from miepo.datasets import PreferenceDataset
 from miepo.errors import UserError
 from miepo.losses import supervised_loss
+from miepo.normalisation import offline_responses
 from miepo.objectives.base import normalise_rewards, score_responses
 from miepo.policy import Conditioning, Policy
 from miepo.policy_module import PolicyModule
 from miepo.preferences import Stream, generator, torch_seed
 from miepo.prompts import OnlinePrompts
-from miepo.rows import read_rows
 from miepo.types import PromptBatch, SupervisedBatch, Tokens
 
 # -- functions ---------------------------------------------------------------------------------------------------------
@@ -189,8 +190,8 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
 
     Args:
         offline: Share of the steps in the offline stage.
-        offline_rows: A ``.jsonl`` file with ``prompt`` and ``response`` to train on offline instead of the policy's own
-            responses.
+        offline_rows: What to train on offline instead of the policy's own responses: a ``.jsonl`` file with ``prompt``
+            and ``response``, or ``offline``, the responses in the preference data set given as ``prompts``.
         rounds: Number of online rounds.
         quantile: An online round keeps rows, its own and offline ones, in which any score reaches its quantile.
         **kwargs: Of :class:`~miepo.OnlinePreferenceDataModule`.
@@ -226,7 +227,10 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         if self._trainer.world_size > 1:
             raise UserError(f"RewardsInContext pools its responses in one process, got {self._trainer.world_size}")
         if self.offline_file is not None and stage == "fit":
-            self.rows = read_rows(self.offline_file, {"prompt": str, "response": str}, blank=["response"])
+            source = self.prompts if self.offline_file == "offline" else self.offline_file
+            if self.offline_file == "offline" and not isinstance(source, PreferenceDataset):
+                raise UserError("data.offline_rows offline needs a preference data set as data.prompts")
+            self.given = offline_responses(source)  # type: ignore[arg-type]
 
     def plan(self, steps: int) -> list[int]:
         """Steps (or batches) of so many at which the stages end: the offline stage, then each round."""
@@ -322,9 +326,9 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
     def _read(self) -> Pool:
         """The offline file, tokenised and scored."""
         module, policy = self._module, self._policy
-        fitting = set(self._fitting([row["prompt"] for row in self.rows]))
-        rows = [row for row in self.rows if row["prompt"] in fitting]
-        prompts, texts = ([row[key] for row in rows] for key in ("prompt", "response"))
+        fitting = set(self._fitting(list(dict.fromkeys(self.given.prompts))))
+        pairs = [(p, r) for p, r in zip(self.given.prompts, self.given.responses, strict=True) if p in fitting]
+        prompts, texts = map(list, zip(*pairs, strict=True))
         ids = [
             [*policy.template.encode_response(prompt, "", text), policy.end_ids[0]]
             for prompt, text in zip(prompts, texts, strict=True)

@@ -118,15 +118,21 @@ class Objective(Callback):
             self.normalisation = Normalisation(state_dict["mean"], state_dict["sd"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "predict":
-            return
+        if stage != "predict":
+            self.load_checked(trainer.strategy.root_device)
+
+    def load_checked(self, device: torch.device) -> None:
+        """Loads the objective and lets it score two responses: a wrong shape or a crash shows before a rollout is spent.
+
+        Raises:
+            UserError: names the objective.
+        """
         try:
-            self.load(trainer.strategy.root_device)
+            self.load(device)
         except UserError:
             raise
         except Exception as error:
             raise ObjectiveError(f"objective {self.name} failed to load: {type(error).__name__}: {error}") from error
-        # a wrong shape or a crash shows here, before the policy is loaded and a rollout is spent
         self.reward(["What is a garden?", "Hello"], ["A place where plants grow.", "Hi there!"])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

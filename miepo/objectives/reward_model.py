@@ -185,6 +185,7 @@ class _ScoreNetwork(LlamaPreTrainedModel):
     """The architecture of PKU-Alignment's reward and cost models: a LLaMA body and a linear score head."""
 
     config_class = LlamaConfig
+    _keys_to_ignore_on_load_unexpected = [r"normalizer\."]  # of its training; scores are normalised by the objective
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)

@@ -8,13 +8,19 @@ import pytest
 
 from miepo.cli import MiepoCLI
 from miepo.exploration import Matching
-from miepo.methods import RewardsInContext
+from miepo.methods import RewardsInContext, SupervisedFineTuning
 from miepo.module import MIEPO
 from miepo.objectives import Objective
 from miepo.preferences import CornerPreferences
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
+BASES = {  # what an overlay changes
+    "methods": QUICKSTART,
+    "conditioning": QUICKSTART,
+    "safe_alignment": CONFIGS / "safe_alignment/online.yaml",
+    "helpful_assistant": CONFIGS / "helpful_assistant/online_k2.yaml",
+}
 FILES = sorted(f for f in CONFIGS.rglob("*.yaml") if f.parent.name != "studies")  # those: test_study.py
 
 
@@ -26,10 +32,11 @@ def instantiate(*files: Path) -> MiepoCLI:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(CONFIGS)))
 def test_instantiates_and_has_a_header(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    overlay = file.parent.name in ("methods", "conditioning")
-    cli = instantiate(QUICKSTART, file) if overlay else instantiate(file)
-    assert isinstance(cli.model, RewardsInContext if file.stem == "ric" else MIEPO)
-    assert len([c for c in cli.trainer.callbacks if isinstance(c, Objective)]) >= 2
+    base = BASES.get(file.parent.name)
+    overlay = base is not None and (file.parent.name in ("methods", "conditioning") or file.stem in ("ric", "evaluate"))
+    cli = instantiate(base, file) if overlay else instantiate(file)
+    assert isinstance(cli.model, {"ric": RewardsInContext, "sft": SupervisedFineTuning}.get(file.stem, MIEPO))
+    assert file.stem == "sft" or len([c for c in cli.trainer.callbacks if isinstance(c, Objective)]) >= 2
     header = [line for line in file.read_text().splitlines() if line.startswith("#")]
     for part in ("Purpose:", "Command:", "Run on:", "Result:"):
         assert any(line.startswith(f"# {part}") for line in header), part

@@ -1,0 +1,86 @@
+"""The normalisation of rewards, measured on offline data before the online stage, kept in a file, and checked there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from miepo.datasets import PreferenceDataset
+from miepo.datasets.base import fingerprint_of
+from miepo.errors import UserError
+from miepo.objectives import Objective
+from miepo.objectives.base import Normalisation, score_responses
+from miepo.rows import read_rows
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class OfflineResponses:
+    """Responses that the rewards are normalised by, and where they come from."""
+
+    prompts: Sequence[str]
+    responses: Sequence[str]
+    source: str
+    fingerprint: str
+
+
+def offline_responses(source: PreferenceDataset | str) -> OfflineResponses:
+    """Both responses of every training comparison of a data set, or the rows of a file."""
+    if isinstance(source, PreferenceDataset):
+        pairs = [(c.prompt, response) for c in source.comparisons("train") for response in c.responses]
+        name = f"{type(source).__name__} of '{source.source}'"
+    else:
+        rows = read_rows(source, {"prompt": str, "response": str}, blank=["response"])
+        pairs, name = [(row["prompt"], row["response"]) for row in rows], f"'{Path(source).name}'"
+    prompts, responses = zip(*pairs, strict=True)
+    return OfflineResponses(prompts, responses, name, fingerprint_of(pairs))
+
+
+def calibrate(objectives: Sequence[Objective], offline: OfflineResponses) -> None:
+    """Measures the normalisation of ``objectives`` on offline responses."""
+    rewards = score_responses(objectives, offline.prompts, [[r] for r in offline.responses])  # (n, 1, K)
+    for k, objective in enumerate(objectives):
+        objective.calibrate(rewards[..., k].flatten())
+
+
+def write_normalisation(path: Path, objectives: Sequence[Objective], offline: OfflineResponses | None) -> None:
+    """Writes the normalisation of ``objectives`` and what it was measured on; whole or not at all."""
+    values = {o.name: asdict(o.normalisation) for o in objectives if o.normalisation is not None}
+    measured = (
+        None
+        if offline is None
+        else {"source": offline.source, "responses": len(offline.responses), "fingerprint": offline.fingerprint}
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps({"schema": SCHEMA, "objectives": values, "data": measured}, indent=2) + "\n")
+    part.replace(path)
+
+
+def read_normalisation(path: Path, names: Sequence[str], offline: OfflineResponses | None) -> dict[str, Normalisation]:
+    """What :func:`write_normalisation` wrote, for the objectives ``names``.
+
+    Raises:
+        UserError: there is no such file, it is of other objectives, or it was measured on other data than ``offline``.
+    """
+    if not path.is_file():
+        raise UserError(f"expected a normalisation at '{path}', there is none: miepo normalise writes it")
+    try:
+        content = json.loads(path.read_text())
+        values = {name: Normalisation(**n) for name, n in content["objectives"].items()}
+        measured = content["data"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"expected a normalisation at '{path}', got a file that miepo normalise did not write") from None
+    if missing := [name for name in names if name not in values]:
+        raise UserError(
+            f"the normalisation at '{path}' is of {', '.join(values)}, the config also has {', '.join(missing)}"
+        )
+    if offline is not None and measured is not None and measured["fingerprint"] != offline.fingerprint:
+        raise UserError(
+            f"the normalisation at '{path}' was measured on {measured['responses']} responses of {measured['source']}; "
+            f"the config has {len(offline.responses)} of {offline.source}, and they differ: measure it again"
+        )
+    return values
