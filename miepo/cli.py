@@ -88,9 +88,14 @@ class MiepoCLI(LightningCLI):
 
 def normalise(args: Sequence[str]) -> None:
     """``miepo normalise --config .. --out FILE``: measures the normalisation on offline data, and writes it."""
-    parser = ArgumentParser(prog="miepo normalise", add_help=False)
-    parser.add_argument("--out", type=Path)
+    parser = ArgumentParser(
+        prog="miepo normalise",
+        description="Measures mean and standard deviation of every objective on offline data. All other options are those "
+        "of a run: --config online.yaml, and changes to it.",
+    )
+    parser.add_argument("--out", type=Path, help="the file to write; data.normalisation of a run takes it")
     options, rest = parser.parse_known_args(args)
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     if options.out is None:
         raise UserError("normalise writes a file: expected --out, got none")
     if options.out.exists():
@@ -102,13 +107,15 @@ def normalise(args: Sequence[str]) -> None:
     offline = cli.datamodule.offline_responses()
     if offline is None:
         raise UserError("normalise measures on offline data: expected data.normalise_on offline or a file")
-    for objective in objectives:
-        if objective.normalisation is None:
-            objective.load_checked(cli.trainer.strategy.root_device)
-            calibrate([objective], offline)
-            objective.unload()  # one model at a time
+    missing = [o for o in objectives if o.normalisation is None]
+    if not missing:
+        raise UserError("normalise measures what has no normalisation in the config: every objective has one")
+    for objective in missing:
+        objective.load_checked(cli.trainer.strategy.root_device)
+        calibrate([objective], offline)
+        objective.unload()  # one model at a time
         print(f"{objective.name}: mean {objective.normalisation.mean:.4g}, sd {objective.normalisation.sd:.4g}")
-    write_normalisation(options.out, objectives, offline)
+    write_normalisation(options.out, missing, offline)
     print(f"Normalisation on {len(offline.responses)} responses of {offline.source}: {options.out}")
 
 
@@ -131,7 +138,7 @@ def main(args: ArgsType = None) -> None:
             save_config_callback=LogConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"description": "Train and use a policy for every trade-off between objectives."},
+            parser_kwargs={"description": "Train and use a policy for every trade-off between objectives. Beside the subcommands: miepo normalise."},
             args=args,
         )
     except Exception as error:

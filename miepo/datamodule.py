@@ -163,9 +163,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         self.validation_set = validation[: self.validation_limit]
         self.offline_set = self.offline_responses()
         if self.normalisation is not None:
-            stored = read_normalisation(Path(self.normalisation), names, self.offline_set)
-            for objective in objectives_of(self._trainer):
-                objective.normalisation = objective.normalisation or stored[objective.name]
+            read_normalisation(Path(self.normalisation), objectives_of(self._trainer), self.offline_set)
 
     def offline_responses(self) -> OfflineResponses | None:
         """What the rewards are normalised by, where that is not the first rollouts."""
@@ -175,6 +173,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
 
     def _load(self, source: Any, split: Split) -> list[str]:
         if isinstance(source, PreferenceDataset):
+            check_dialogue(source, self._policy)
             return source.prompts(split)
         return load_prompts(source, self.prompt_field)
 
@@ -370,3 +369,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
             responses = self.engine.sample(self._policy, part, preference, RESPONSES, self.max_new_tokens, seed)
             rewards.append(score_responses(objectives, part, responses.texts))
         return torch.cat(rewards)
+
+
+def check_dialogue(source: PreferenceDataset, policy: Policy) -> None:
+    """Refuses dialogues for a policy that would read them as one message."""
+    if source.dialogue and not policy.dialogue:
+        raise UserError(
+            f"the prompts of {type(source).__name__} are dialogues: expected policy.dialogue true (or template hh), got false"
+        )

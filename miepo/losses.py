@@ -53,14 +53,15 @@ def total_loss(alignment: Tensor, exploration: Tensor | None) -> Tensor:
     return alignment.mean() if exploration is None else (alignment + exploration).mean()
 
 
-def supervised_loss(log_prob: Tensor, response_mask: Tensor) -> Tensor:
+def supervised_loss(log_prob: Tensor, response_mask: Tensor, tokens: float | None = None) -> Tensor:
     """Negative log-likelihood of given responses, in nats per response token.
 
     Args:
         log_prob: ``(N, T)`` token log-probabilities.
         response_mask: ``(N, T)`` True where a response token counts.
+        tokens: What the sum is divided by; by default the number of tokens that count.
 
     Returns:
         A scalar.
     """
-    return -torch.where(response_mask, log_prob, 0.0).sum() / response_mask.sum()
+    return -torch.where(response_mask, log_prob, 0.0).sum() / (response_mask.sum() if tokens is None else tokens)

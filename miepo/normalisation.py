@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import fingerprint_of
@@ -39,6 +40,12 @@ def offline_responses(source: PreferenceDataset | str) -> OfflineResponses:
     return OfflineResponses(prompts, responses, name, fingerprint_of(pairs))
 
 
+def identity_of(objective: Objective) -> dict[str, Any]:
+    """What a normalisation belongs to: with another model, label or sign it would be another."""
+    kind = type(objective)
+    return {"class": f"{kind.__module__}.{kind.__qualname__}"} | {k: getattr(objective, k) for k in objective.identity}
+
+
 def calibrate(objectives: Sequence[Objective], offline: OfflineResponses) -> None:
     """Measures the normalisation of ``objectives`` on offline responses."""
     rewards = score_responses(objectives, offline.prompts, [[r] for r in offline.responses])  # (n, 1, K)
@@ -48,7 +55,9 @@ def calibrate(objectives: Sequence[Objective], offline: OfflineResponses) -> Non
 
 def write_normalisation(path: Path, objectives: Sequence[Objective], offline: OfflineResponses | None) -> None:
     """Writes the normalisation of ``objectives`` and what it was measured on; whole or not at all."""
-    values = {o.name: asdict(o.normalisation) for o in objectives if o.normalisation is not None}
+    values = {
+        o.name: {**asdict(o.normalisation), "of": identity_of(o)} for o in objectives if o.normalisation is not None
+    }
     measured = (
         None
         if offline is None
@@ -60,8 +69,8 @@ def write_normalisation(path: Path, objectives: Sequence[Objective], offline: Of
     part.replace(path)
 
 
-def read_normalisation(path: Path, names: Sequence[str], offline: OfflineResponses | None) -> dict[str, Normalisation]:
-    """What :func:`write_normalisation` wrote, for the objectives ``names``.
+def read_normalisation(path: Path, objectives: Sequence[Objective], offline: OfflineResponses | None) -> None:
+    """Gives ``objectives`` without a normalisation what :func:`write_normalisation` wrote.
 
     Raises:
         UserError: there is no such file, it is of other objectives, or it was measured on other data than ``offline``.
@@ -70,17 +79,24 @@ def read_normalisation(path: Path, names: Sequence[str], offline: OfflineRespons
         raise UserError(f"expected a normalisation at '{path}', there is none: miepo normalise writes it")
     try:
         content = json.loads(path.read_text())
-        values = {name: Normalisation(**n) for name, n in content["objectives"].items()}
-        measured = content["data"]
+        values = {name: Normalisation(n["mean"], n["sd"]) for name, n in content["objectives"].items()}
+        of, measured = {name: n["of"] for name, n in content["objectives"].items()}, content["data"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"expected a normalisation at '{path}', got a file that miepo normalise did not write") from None
-    if missing := [name for name in names if name not in values]:
+    for objective in objectives:
+        if objective.normalisation is not None:
+            continue
+        if objective.name not in values:
+            raise UserError(f"the normalisation at '{path}' is of {', '.join(values)}, and not of {objective.name}")
+        if of[objective.name] != identity_of(objective):
+            raise UserError(
+                f"the normalisation of {objective.name} at '{path}' was measured with {of[objective.name]}, the config has "
+                f"{identity_of(objective)}: measure it again"
+            )
+        objective.normalisation = values[objective.name]
+    if offline is not None and (measured is None or measured["fingerprint"] != offline.fingerprint):
+        on = f"{measured['responses']} responses of {measured['source']}" if measured else "rollouts"
         raise UserError(
-            f"the normalisation at '{path}' is of {', '.join(values)}, the config also has {', '.join(missing)}"
+            f"the normalisation at '{path}' was measured on {on}; the config has {len(offline.responses)} responses of "
+            f"{offline.source}, and they differ: measure it again"
         )
-    if offline is not None and measured is not None and measured["fingerprint"] != offline.fingerprint:
-        raise UserError(
-            f"the normalisation at '{path}' was measured on {measured['responses']} responses of {measured['source']}; "
-            f"the config has {len(offline.responses)} of {offline.source}, and they differ: measure it again"
-        )
-    return values

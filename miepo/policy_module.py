@@ -121,8 +121,9 @@ class PolicyModule(LightningModule):
                 f"the config lists {list(self.names)}"
             )
         now = self.policy.settings()
-        if changed := [key for key, value in saved["policy"].items() if now.get(key) != value]:
-            both = "; ".join(f"{key} {saved['policy'][key]} and not {now.get(key)}" for key in changed)
+        keys = {**saved["policy"], **now}
+        if changed := [key for key in keys if saved["policy"].get(key) != now.get(key)]:
+            both = "; ".join(f"{key} {saved['policy'].get(key)} and not {now.get(key)}" for key in changed)
             raise UserError(f"the checkpoint's policy has {both}: set the configuration's policy alike")
         if saved["base"] != self.policy.base:
             rank_zero_warn(

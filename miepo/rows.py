@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ def read_rows(
         return _checked(_of_dataset(source, fields, "the data set"), fields, blank, "the data set")
     path = locate(source)
     kinds = {suffix for suffix in path.suffixes if suffix not in OPENERS}
-    if is_packaged(source) or kinds & {".jsonl", ".json"}:
-        return _checked(_of_jsonl(path), fields, blank, str(path))
     if path.suffix == ".parquet":
         return _checked(_of_parquet(path, fields), fields, blank, str(path))
+    if is_packaged(source) or kinds & {".jsonl", ".json"}:
+        return _checked(_of_jsonl(path), fields, blank, str(path))
     if path.suffix in {".txt", ".csv", ".tsv", *OPENERS}:
         what = "a file of another kind" if path.is_file() else "no file"
         raise UserError(f"expected a .jsonl or .parquet file, got {what} at '{path}'")
@@ -69,7 +70,7 @@ def _lines(path: Path) -> Iterator[str]:
             yield from file
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text, got a byte that is not, at position {error.start}") from None
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path}: expected a whole compressed file, got a broken or truncated one: {error}") from None
 
 

@@ -43,6 +43,7 @@ class PreferenceDataset(ABC):
 
     fields: Mapping[str, type]
     blank: Sequence[str] = ()
+    dialogue = False  # prompts are dialogues, which the policy's template must know
 
     def __init__(
         self, source: Any, train: int = 8000, test: int = 2000, test_source: Any = None, seed: int = 0

@@ -7,18 +7,16 @@ from functools import cached_property
 from typing import Any
 
 from miepo.datasets.base import Comparison, PreferenceDataset
+from miepo.dialogue import REPLY, STOPS, cut_at, split_turns
 from miepo.errors import UserError
-
-ASSISTANT = "\n\nAssistant:"
-# a policy that goes on to play the human ends its response before it does
-STOPS = ("\n\nHuman:", "\nHuman:", "\n\nAssistant:", "\nAssistant:")
 
 
 class HHRLHF(PreferenceDataset):
     """``Anthropic/hh-rlhf`` (about 160K dialogues; the paper: 8K prompts to train on, 2K to evaluate on).
 
     A prompt is everything up to and with the last ``\\n\\nAssistant:``, in which form the reward models read it, too.
-    Dialogues are left out whose prompt has too few or too many tokens, or whose two prompts differ.
+    Rows are left out that are no dialogue in turns, whose prompt has too few or too many tokens, or whose two prompts
+    differ. A response ends before a turn that was made up after it.
 
     Args:
         tokenizer: Hub id or folder of the tokenizer that counts: the policy's.
@@ -31,6 +29,7 @@ class HHRLHF(PreferenceDataset):
         seed: See there.
     """
 
+    dialogue = True
     fields = {"chosen": str, "rejected": str}
 
     def __init__(
@@ -58,7 +57,7 @@ class HHRLHF(PreferenceDataset):
     def read(self, row: Mapping[str, Any]) -> Comparison | str:
         chosen, rejected = (split_dialogue(row[key]) for key in ("chosen", "rejected"))
         if chosen is None or rejected is None:
-            return "no turn of the assistant"
+            return "no dialogue"
         if chosen[0] != rejected[0]:
             return "two prompts"
         if not self.min_tokens <= self._count(chosen[0]) <= self.max_tokens:
@@ -67,7 +66,7 @@ class HHRLHF(PreferenceDataset):
 
 
 def split_dialogue(text: str) -> tuple[str, str] | None:
-    """Prompt, up to and with the last ``\\n\\nAssistant:``, and response; None without a turn of the assistant."""
-    head, mark, response = text.rpartition(ASSISTANT)
-    return (head + mark, response.strip()) if mark and head.strip() else None
-
+    """Prompt, up to and with the last ``\\n\\nAssistant:``, and response; None where that is no dialogue."""
+    head, mark, response = text.rpartition(REPLY)
+    prompt = head + mark
+    return (prompt, cut_at(response, STOPS).strip()) if mark and split_turns(prompt) else None

@@ -330,7 +330,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         pairs = [(p, r) for p, r in zip(self.given.prompts, self.given.responses, strict=True) if p in fitting]
         prompts, texts = map(list, zip(*pairs, strict=True))
         ids = [
-            [*policy.template.encode_response(prompt, "", text), policy.end_ids[0]]
+            [*policy.template.encode_response(prompt, "", text), policy.end_id]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         ids = [row[: self.max_new_tokens] for row in ids]

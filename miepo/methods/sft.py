@@ -15,9 +15,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from miepo.callbacks.reporting import run_folder
+from miepo.datamodule import check_dialogue
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import Split
 from miepo.errors import UserError
@@ -83,6 +85,8 @@ class SupervisedFineTuning(PolicyModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.trainer.world_size > 1:
+            raise UserError(f"SupervisedFineTuning runs in one process, got {self.trainer.world_size}")
         if not isinstance(data, SupervisedDataModule):
             raise UserError(f"SupervisedFineTuning needs data SupervisedDataModule, got {type(data).__name__}")
         if stage == "fit":
@@ -91,31 +95,35 @@ class SupervisedFineTuning(PolicyModule):
                 raise UserError(f"expected an empty folder for the merged model, got '{self.folder}': set model.save_to")
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> STEP_OUTPUT:
-        loss = self._loss(batch)
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch))
-        return {"loss": loss}
+        log_prob, mask = self._log_prob(batch), batch.responses.mask  # (N, T)
+        self.log("loss", supervised_loss(log_prob.detach(), mask), prog_bar=True, batch_size=len(batch))
+        # by what a batch has on average and not by what this one has: batches are of like length, and each token of a
+        # step counts the same
+        return {"loss": supervised_loss(log_prob, mask, self.trainer.datamodule.tokens_per_batch)}  # type: ignore[attr-defined]
 
     def validation_step(self, batch: SupervisedBatch, batch_idx: int) -> None:  # type: ignore[override]
         with self.policy.evaluating():
-            loss = self._loss(batch)
+            loss = supervised_loss(self._log_prob(batch), batch.responses.mask)
         tokens = int(batch.responses.mask.sum())  # so that the mean over batches is that over tokens
         self.log("validation/loss", loss, prog_bar=True, batch_size=tokens)
 
     test_step = validation_step
 
-    def _loss(self, batch: SupervisedBatch) -> torch.Tensor:
+    def _log_prob(self, batch: SupervisedBatch) -> Tensor:
         prompts = self.policy.encode_text(batch.prompts, [""] * len(batch))  # (N, P)
-        log_prob = self.policy.log_prob(prompts, batch.scores, batch.responses)  # (N, T)
-        return supervised_loss(log_prob, batch.responses.mask)
+        return self.policy.log_prob(prompts, batch.scores, batch.responses)  # (N, T)
 
     def on_fit_end(self) -> None:
         if self.trainer.interrupted or not self.trainer.is_global_zero:
             return
         kept = self.policy.save_merged(self.folder)
-        rank_zero_info(
-            f"Merged model: {self.folder} (of the adapter's update {100 * kept:.1f} % survived rounding to the type of "
-            "the weights)"
-        )
+        rank_zero_info(f"Merged model: {self.folder}")
+        if abs(kept - 1) > 0.1:
+            rank_zero_warn(
+                f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights, so that the "
+                "merged model is not quite the one that was trained: policy.dtype float32 keeps all of it, a higher "
+                "learning rate more"
+            )
 
 
 # -- the data ----------------------------------------------------------------------------------------------------------
@@ -172,11 +180,12 @@ class SupervisedDataModule(LightningDataModule):
 
     def _read(self, source: PreferenceDataset | str, split: Split) -> list[tuple[str, str]]:
         if isinstance(source, PreferenceDataset):
+            check_dialogue(source, self.trainer.lightning_module.policy)  # type: ignore[union-attr]
             found = source.comparisons(split)
             which = [(c.preferred,) if self.responses == "preferred" else (0, 1) for c in found]
             pairs = [(c.prompt, c.responses[i]) for c, chosen in zip(found, which, strict=True) for i in chosen]
         else:
-            rows = read_rows(source, {"prompt": str, "response": str}, split, blank=["response"])
+            rows = read_rows(source, {"prompt": str, "response": str}, blank=["response"])
             pairs = [(row["prompt"], row["response"]) for row in rows]
         pairs = list(dict.fromkeys((p, r) for p, r in pairs if r.strip()))
         if not pairs:
@@ -185,9 +194,11 @@ class SupervisedDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rows = self._tokenised(self.train_set)
+        batches = -(-len(rows) // self.batch_size)
+        self.tokens_per_batch = sum(len(ids) for _, ids, _ in rows) / batches  # of responses, on average
         lengths = [prompt_length + len(ids) for _, ids, prompt_length in rows]
-        batches = _Batches(lengths, self.batch_size, self.seed, lambda: self.trainer.current_epoch)  # type: ignore[union-attr]
-        return DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)  # type: ignore[arg-type]
+        sampler = _Batches(lengths, self.batch_size, self.seed, lambda: self.trainer.current_epoch)  # type: ignore[union-attr]
+        return DataLoader(rows, batch_sampler=sampler, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
         rows = sorted(self._tokenised(self.validation_set), key=lambda row: row[2] + len(row[1]))
@@ -203,7 +214,7 @@ class SupervisedDataModule(LightningDataModule):
         rows = []
         for prompt, response in pairs:
             given = len(policy.template.encode(prompt))
-            ids = [*policy.template.encode_response(prompt, "", response), policy.end_ids[0]]
+            ids = [*policy.template.encode_response(prompt, "", response), policy.end_id]
             rows.append((prompt, ids[: self.max_response_tokens], given))
         fitting = [row for row in rows if row[2] + len(row[1]) <= limit]
         if not fitting:

@@ -36,6 +36,7 @@ class Objective(Callback):
     """
 
     higher_is_better: bool = True
+    identity: Sequence[str] = ("higher_is_better",)  # attributes that make it what it is: with others, other scores
 
     def __init__(self, name: str | None = None, normalisation: dict[str, float] | None = None) -> None:
         self.name = name or type(self).__name__.lower()

@@ -136,17 +136,18 @@ class RewardModel(ModelObjective):
 
     Args:
         input: ``pair`` gives the tokenizer (prompt, response), ``response`` the response alone.
-        label: Index of the label whose logit is the score.
+        label: Index of the label whose logit is the score; needed where there are several.
     """
 
     kind = "a sequence classifier"
+    identity = ("source", "input", "label", "higher_is_better")
 
     def __init__(
         self,
         model: str,
         name: str,
         input: Literal["pair", "response"] = "pair",
-        label: int = 0,
+        label: int | None = None,
         higher_is_better: bool = True,
         max_length: int | None = None,
         batch_size: int = 32,
@@ -164,21 +165,25 @@ class RewardModel(ModelObjective):
         network, report = AutoModelForSequenceClassification.from_pretrained(
             self.source, dtype=dtype, output_loading_info=True
         )
-        if not 0 <= self.label < network.config.num_labels:
+        labels = network.config.num_labels
+        if self.label is None and labels > 1:
+            named = ", ".join(f"{i} ({name})" for i, name in network.config.id2label.items())
+            raise ObjectiveError(f"objective {self.name}: '{self.source}' has the labels {named}: set label to one")
+        if not 0 <= (self.label or 0) < labels:
             raise ObjectiveError(
-                f"objective {self.name}: expected a label below {network.config.num_labels}, the number of labels of "
+                f"objective {self.name}: expected a label below {labels}, the number of labels of "
                 f"'{self.source}', got {self.label}"
             )
         return network, report
 
     def tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
         # a tokenizer without a begin token makes nothing of an empty response, and the model needs something
-        second = response or self.tokenizer.eos_token
+        second = response or self.tokenizer.eos_token or ""
         texts = (prompt, second) if self.input == "pair" else (second,)
         return self.tokenizer(*texts, truncation=True, max_length=self.max_length)
 
     def read(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.model(**inputs).logits[:, self.label]
+        return self.model(**inputs).logits[:, self.label or 0]
 
 
 class _ScoreNetwork(LlamaPreTrainedModel):
@@ -205,6 +210,7 @@ class ScoreModel(ModelObjective):
     """
 
     kind = "a LLaMA with a score head"
+    identity = ("source", "template", "higher_is_better")
 
     def __init__(
         self,
@@ -246,4 +252,6 @@ class ScoreModel(ModelObjective):
         mask = inputs["attention_mask"]
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state  # (n, L, D)
         end = hidden[torch.arange(len(mask), device=mask.device), mask.sum(-1) - 1]  # (n, D)
-        return self.model.score_head(end).squeeze(-1)
+        head = self.model.score_head  # in float32: bfloat16 would make ties of scores a tenth apart
+        bias = None if head.bias is None else head.bias.float()
+        return nn.functional.linear(end.float(), head.weight.float(), bias).squeeze(-1)

@@ -29,21 +29,34 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     """
     folder = _folder(base)
     if (Path(folder) / "adapter_config.json").is_file():
-        raise UserError(
-            f"expected a complete model, got an adapter that was not merged at '{folder}': the reference would be the "
-            "model before the adapter (miepo's SFT stage saves a merged folder; peft: merge_and_unload)"
-        )
+        raise _unmerged(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"expected a causal language model (hub id, folder or .gguf file), got '{base}': {reason}"
         ) from None
+    if getattr(model, "_hf_peft_config_loaded", False) or any(".base_layer." in k for k in report["unexpected_keys"]):
+        raise _unmerged(base)
+    if missing := sorted(report["missing_keys"]):  # Transformers would draw them at random
+        raise UserError(
+            f"expected a complete causal language model, got '{base}', which lacks {len(missing)} of its weights, first "
+            f"{missing[0]}"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _unmerged(base: str) -> UserError:
+    return UserError(
+        f"expected a complete model, got an adapter that was not merged at '{base}': the reference would be the model "
+        "before the adapter (miepo's SFT stage saves a merged folder; peft: merge_and_unload)"
+    )
 
 
 def plain_sampling(model: PreTrainedModel, tokenizer: Any, temperature: float) -> list[int]:

@@ -16,7 +16,7 @@ from miepo.errors import UserError
 from miepo.policy.base_model import load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
-from miepo.policy.template import PromptTemplate
+from miepo.policy.template import HH, PromptTemplate
 from miepo.types import Tokens
 
 ADAPTER = "default"
@@ -98,7 +98,7 @@ class Policy(nn.Module):
         self.conditioning = [PromptConditioning()] if conditioning is None else list(conditioning)
         self.lora_rank, self.lora_alpha, self.lora_dropout = lora_rank, lora_alpha, lora_dropout
         self.lora_targets = lora_targets
-        self.template_spec, self.dialogue = template, dialogue
+        self.template_spec, self.dialogue = template, dialogue or template == HH
         self.dtype = dtype
         self.temperature = temperature
         self.gradient_checkpointing = gradient_checkpointing
@@ -120,6 +120,8 @@ class Policy(nn.Module):
         self._generation_config = model.generation_config
         self.end_ids = plain_sampling(model, self.tokenizer, self.temperature)
         markers = [marker for c in self.conditioning for marker in c.markers(names)]
+        eos = self.tokenizer.eos_token_id
+        self.end_id = self.end_ids[0] if eos is None else eos  # of a response that is given and not sampled
         self.template = PromptTemplate(self.tokenizer, self.template_spec, markers, self.dialogue)
         self._gate_blocks = [c.blocks(len(names)) for c in self.conditioning]
         blocks = max(sum(self._gate_blocks), 1)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+from miepo.dialogue import ASSISTANT, HUMAN, split_turns
 from miepo.errors import UserError
 
 # Section "Prompt construction" of the paper; the preference text brings its own leading space.
 PAPER_TEMPLATE = "Human: {prompt}{preference} Assistant: {response}"
-# dialogues as HH-RLHF writes them; the prompt brings its turns
+HH = "hh"  # dialogues as HH-RLHF writes them; the prompt brings its turns
 HH_TEMPLATE = "{prompt}{preference}\n\nAssistant: {response}"
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
+_ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
 _RESPONSE = "{response}"
 _CONTENT = "{prompt}{preference}"
 _SENTINEL = "miepo-content-goes-here"
@@ -34,13 +34,13 @@ class PromptTemplate:
             a response begins with a space.
         markers: Further strings to defuse in the user's text.
         dialogue: Prompts are dialogues of turns ``\\n\\nHuman:`` and ``\\n\\nAssistant:``, as HH-RLHF writes them.
-            A chat template gets them as messages; other templates keep them as they are.
+            A chat template gets them as messages; other templates keep them as they are. ``hh`` implies it.
     """
 
     def __init__(
         self, tokenizer: Any, template: str = "auto", markers: Sequence[str] = (), dialogue: bool = False
     ) -> None:
-        self.tokenizer, self.dialogue = tokenizer, dialogue
+        self.tokenizer, self.dialogue = tokenizer, dialogue or template == HH
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "paper"
         if template == "chat":
@@ -50,7 +50,7 @@ class PromptTemplate:
             self.prefix, self.suffix = self._frame(("user",))
         else:
             self.chat = False
-            text = {"paper": PAPER_TEMPLATE, "hh": HH_TEMPLATE}.get(template, template)
+            text = {"paper": PAPER_TEMPLATE, HH: HH_TEMPLATE}.get(template, template)
             frame, response, after = text.partition(_RESPONSE)
             if text.count(_CONTENT) != 1 or after:
                 raise UserError(
@@ -69,7 +69,7 @@ class PromptTemplate:
         pattern = r"<[^<>\s]+>|\[[^\[\]\s]+\]" + ("" if self.has_control_tokens else r"|\w+:")
         roles = [m for m in re.findall(pattern, self.prefix + self.suffix) if m not in tokenizer.all_special_tokens]
         added = [text for i, text in added_ids.items() if i not in special]
-        turns = [f"{role}:" for role in _ROLES] if dialogue else []
+        turns = [f"{role}:" for role in _ROLES] if self.dialogue else []
         literal = sorted({*roles, *added, *markers, *turns}, key=len, reverse=True)
         self._defuse = re.compile("|".join(map(re.escape, literal)), re.IGNORECASE) if literal else None
         self._start = self._start_ids(frame)
@@ -105,26 +105,18 @@ class PromptTemplate:
         """The template's own text around each piece of the user's, and these pieces; the last states the preference."""
         if not self.dialogue:
             return (self.prefix, self.suffix), [self._user_text(prompt) + preference]
-        turns = self._turns(prompt)
+        turns = split_turns(prompt)
+        if turns is None:
+            raise UserError(
+                "expected a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' in turn that ends with the human's, "
+                f"got {prompt[-80:]!r}"
+            )
         if self.chat:
             contents = [self._user_text(text.strip()) for _, text in turns]
             contents[-1] += preference
             return self._frame(tuple(_ROLES[role] for role, _ in turns)), contents
         text = "".join(f"\n\n{role}:{self._user_text(text)}" for role, text in turns)
         return (self.prefix, self.suffix), [text + preference]
-
-    def _turns(self, prompt: str) -> list[tuple[str, str]]:
-        """Roles and texts of a dialogue without the turn that is to be written."""
-        first, *rest = _TURN.split(prompt)
-        turns = list(zip(rest[::2], rest[1::2], strict=True))
-        if turns and turns[-1][0] == "Assistant" and not turns[-1][1].strip():
-            turns = turns[:-1]
-        if first.strip() or not turns or turns[-1][0] != "Human":
-            raise UserError(
-                f"expected a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' that ends with the human's, "
-                f"got {prompt[-80:]!r}"
-            )
-        return turns
 
     @cache  # noqa: B019  # a template lives as long as its policy
     def _frame(self, roles: tuple[str, ...]) -> tuple[str, ...]:

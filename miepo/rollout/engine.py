@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from miepo.dialogue import cut_at
 from miepo.errors import UserError
 from miepo.types import Responses, Tokens
 
@@ -58,12 +59,6 @@ def response_mask(ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     ends = torch.isin(ids, torch.tensor(end_ids, device=ids.device))
     ended_before = ends.long().cumsum(-1) - ends.long()
     return ended_before == 0, ends.any(-1)
-
-
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """``text`` up to the first of the ``stop`` texts in it."""
-    ends = [at for s in stop if (at := text.find(s)) >= 0]
-    return text[: min(ends)] if ends else text
 
 
 def make_responses(policy: Policy, ids: Tensor, stop: Sequence[str] = ()) -> Responses:

@@ -66,7 +66,11 @@ def test_hh_rlhf(tmp_path: Path, tiny_model: Path) -> None:
 def test_split_dialogue() -> None:
     text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c Assistant: d\n\nAssistant: e\nf "
     assert split_dialogue(text) == ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c Assistant: d\n\nAssistant:", "e\nf")
+    made_up = "\n\nHuman: a\n\nAssistant: b\nHuman: c"
+    assert split_dialogue(made_up) == ("\n\nHuman: a\n\nAssistant:", "b")
     assert split_dialogue("\n\nHuman: a") is None
+    assert split_dialogue("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c") is None
+    assert split_dialogue("x\n\nHuman: a\n\nAssistant: c") is None
     assert split_dialogue("\n\nAssistant: a") is None
 
 

@@ -6,7 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertTokenizerFast,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 import miepo.objectives as package
 from miepo.errors import ObjectiveError, UserError
@@ -54,7 +61,7 @@ def everyone(classifier: Path, scorer: Path) -> list[Objective]:
         Cheerfulness(),
         Harmlessness(),
         Relevance(),
-        RewardModel(str(classifier), "reward"),
+        RewardModel(str(classifier), "reward", label=0),
         ScoreModel(str(scorer), "score", batch_size=2),
         PythonObjective("tests.unit.test_objectives.word_count", "words"),
     ]
@@ -131,27 +138,41 @@ def test_reward_model_is_the_raw_logit_of_its_label(classifier: Path) -> None:
 @pytest.mark.parametrize("responses", [[""], ["", "dogs", ""]])
 def test_reward_model_scores_empty_responses(classifier: Path, responses: list[str]) -> None:
     """A collapsed policy must not end the run: its responses are counted elsewhere."""
-    objective = RewardModel(str(classifier), "r", input="response")
+    objective = RewardModel(str(classifier), "r", input="response", label=0)
     objective.load(torch.device("cpu"))
     assert objective.reward(["x"] * len(responses), responses).isfinite().all()
 
 
 def test_reward_model_is_cut_to_what_the_model_can_read(classifier: Path) -> None:
-    objective = RewardModel(str(classifier), "r")
+    objective = RewardModel(str(classifier), "r", label=0)
     objective.load(torch.device("cpu"))
     assert objective.max_length == 64
     assert objective.reward(["word " * 500], ["word " * 500]).isfinite().all()
 
 
 def test_reward_model_with_a_label_it_lacks(classifier: Path) -> None:
+    with pytest.raises(ObjectiveError, match=r"has the labels 0 \(LABEL_0\), 1 \(LABEL_1\): set label to one"):
+        RewardModel(str(classifier), "r").load(torch.device("cpu"))
     with pytest.raises(ObjectiveError, match=r"objective r: expected a label below 2.*got 2"):
         RewardModel(str(classifier), "r", label=2).load(torch.device("cpu"))
+
+
+def test_a_tokenizer_without_an_end_token_scores_empty_responses(tmp_path: Path) -> None:
+    """The humour classifier of the paper is a DistilBERT."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dogs", "funny"]))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=7, dim=16, n_layers=1, n_heads=2, hidden_dim=16, num_labels=2)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
+    objective = RewardModel(str(tmp_path), "humor", input="response", label=1)
+    objective.load(torch.device("cpu"))
+    assert objective.reward(["x", "x"], ["", "funny dogs"]).isfinite().all()
 
 
 def test_a_classifier_without_a_trained_head_is_refused(tmp_path: Path, tiny_base_model: Path) -> None:
     """Transformers would draw a head at random and warn."""
     with pytest.raises(ObjectiveError, match=r"objective r: expected a sequence classifier.*lacks 1 of its weights"):
-        RewardModel(str(tiny_base_model), "r").load(torch.device("cpu"))
+        RewardModel(str(tiny_base_model), "r", label=0).load(torch.device("cpu"))
 
 
 def test_score_model_is_the_head_at_the_end_token(scorer: Path) -> None:
@@ -182,12 +203,12 @@ def test_score_model_that_is_none(scorer: Path, classifier: Path, tiny_base_mode
 
 def test_placement(classifier: Path) -> None:
     with pytest.raises(UserError, match="r: device must be like cpu, cuda or cuda:1, got 'gpu'"):
-        RewardModel(str(classifier), "r", device="gpu")
-    plain, placed = RewardModel(str(classifier), "r"), RewardModel(str(classifier), "r", device="cpu", offload=True)
+        RewardModel(str(classifier), "r", label=0, device="gpu")
+    plain, placed = RewardModel(str(classifier), "r", label=0), RewardModel(str(classifier), "r", label=0, device="cpu", offload=True)
     plain.load(torch.device("cpu"))
     placed.load(torch.device("meta"))  # where the policy is, and the model is not
     torch.testing.assert_close(placed.reward(PROMPTS, RESPONSES), plain.reward(PROMPTS, RESPONSES))
-    away = RewardModel(str(classifier), "r", device="meta", offload=True)
+    away = RewardModel(str(classifier), "r", label=0, device="meta", offload=True)
     away.load(torch.device("cpu"))
     assert next(away.model.parameters()).device.type == "cpu"  # between rollouts
 

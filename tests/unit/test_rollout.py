@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from miepo.dialogue import cut_at
 from miepo.errors import UserError
 from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.rollout import RolloutEngine, TransformersEngine
-from miepo.rollout.engine import cut_at, make_responses, response_mask
+from miepo.rollout.engine import make_responses, response_mask
 from tests.helpers.tiny import randomise_adapter, tiny_policy
 
 ENGINES = RolloutEngine.__subclasses__()

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from miepo.datasets import SafeRLHF
 from miepo.datasets.safe_rlhf import TEMPLATE
 from miepo.errors import UserError
+from miepo.losses import supervised_loss
 from miepo.methods import SupervisedDataModule, SupervisedFineTuning
 from miepo.methods.sft import length_batches
 from miepo.policy import PromptConditioning
@@ -111,7 +112,11 @@ def test_the_loss_is_that_of_the_response_alone(tiny_base_model: Path, tmp_path:
             nats += kept * model(torch.tensor([whole]), labels=labels).loss.item()
         count += kept
     assert int(batch.responses.mask.sum()) == count
-    assert module._loss(batch).item() == pytest.approx(nats / count, rel=1e-5)
+    log_prob = module._log_prob(batch)
+    assert supervised_loss(log_prob, batch.responses.mask).item() == pytest.approx(nats / count, rel=1e-5)
+    assert data.tokens_per_batch == count
+    module.log = lambda *_, **__: None  # outside of a loop there is nowhere to log to
+    assert module.training_step(batch, 0)["loss"].item() == pytest.approx(nats / count, rel=1e-5)
 
 
 def test_batches_are_of_like_length_seeded_and_whole() -> None:
@@ -132,6 +137,11 @@ def test_mistakes(tiny_base_model: Path, tmp_path: Path) -> None:
     plain_policy(tiny_base_model).build(()).model.save_pretrained(adapter)
     with pytest.raises(UserError, match="an adapter that was not merged"):
         load_base(str(adapter), "auto")
+    inside = tmp_path / "inside"  # saved from within the wrapper: a model folder by its looks
+    plain_policy(tiny_base_model).build(()).model.base_model.model.save_pretrained(inside)
+    AutoTokenizer.from_pretrained(tiny_base_model).save_pretrained(inside)
+    with pytest.raises(UserError, match="an adapter that was not merged"):
+        load_base(str(inside), "auto")
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged/config.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match=r"expected an empty folder for the merged model.*set model.save_to"):

@@ -1,0 +1,33 @@
+"""Dialogues as HH-RLHF writes them: turns that begin with ``\\n\\nHuman:`` and ``\\n\\nAssistant:``."""
+
+from __future__ import annotations
+
+import re
+
+HUMAN, ASSISTANT = "Human", "Assistant"
+REPLY = f"\n\n{ASSISTANT}:"
+# a policy that goes on to play the human ends its response before it does
+STOPS = ("\n\nHuman:", "\nHuman:", "\n\nAssistant:", "\nAssistant:")
+_TURN = re.compile(rf"\n\n({HUMAN}|{ASSISTANT}):")
+
+
+def split_turns(prompt: str) -> list[tuple[str, str]] | None:
+    """Roles and texts of a prompt, without the reply that is to be written.
+
+    None where the prompt is no dialogue: text before the first turn, turns that do not alternate, or a last turn that is
+    not the human's.
+    """
+    first, *rest = _TURN.split(prompt)
+    turns = list(zip(rest[::2], rest[1::2], strict=True))
+    if turns and turns[-1][0] == ASSISTANT and not turns[-1][1].strip():
+        turns = turns[:-1]
+    wanted = [(HUMAN, ASSISTANT)[i % 2] for i in range(len(turns))]
+    if first.strip() or len(turns) % 2 == 0 or [role for role, _ in turns] != wanted:
+        return None
+    return turns
+
+
+def cut_at(text: str, stop: tuple[str, ...] | list[str]) -> str:
+    """``text`` up to the first of the ``stop`` texts in it."""
+    ends = [at for s in stop if (at := text.find(s)) >= 0]
+    return text[: min(ends)] if ends else text
