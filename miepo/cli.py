@@ -138,7 +138,9 @@ def main(args: ArgsType = None) -> None:
             save_config_callback=LogConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"description": "Train and use a policy for every trade-off between objectives. Beside the subcommands: miepo normalise."},
+            parser_kwargs={
+                "description": "Train and use a policy for every trade-off between objectives. Beside the subcommands: miepo normalise."
+            },
             args=args,
         )
     except Exception as error:

@@ -345,7 +345,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
             calibrate(missing, self.offline_set)
         else:
             rewards = self._first_rollouts(
-                missing, self._fitting(self.train_set)[: self.normalise_on], len(module.names)  # type: ignore[misc]
+                missing,
+                self._fitting(self.train_set)[: self.normalise_on],
+                len(module.names),  # type: ignore[misc]
             )
             for k, objective in enumerate(missing):
                 objective.calibrate(rewards[..., k].flatten())

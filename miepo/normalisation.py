@@ -82,7 +82,9 @@ def read_normalisation(path: Path, objectives: Sequence[Objective], offline: Off
         values = {name: Normalisation(n["mean"], n["sd"]) for name, n in content["objectives"].items()}
         of, measured = {name: n["of"] for name, n in content["objectives"].items()}, content["data"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"expected a normalisation at '{path}', got a file that miepo normalise did not write") from None
+        raise UserError(
+            f"expected a normalisation at '{path}', got a file that miepo normalise did not write"
+        ) from None
     for objective in objectives:
         if objective.normalisation is not None:
             continue

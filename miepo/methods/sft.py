@@ -36,7 +36,9 @@ VALIDATION = 0.05  # share of a file of examples that is held out
 # -- functions ---------------------------------------------------------------------------------------------------------
 
 
-def length_batches(lengths: Sequence[int], batch_size: int, rng: np.random.Generator, window: int = 50) -> list[list[int]]:
+def length_batches(
+    lengths: Sequence[int], batch_size: int, rng: np.random.Generator, window: int = 50
+) -> list[list[int]]:
     """Shuffled batches of rows of like length: ``window`` batches at a time are sorted and dealt out.
 
     Args:
@@ -92,7 +94,9 @@ class SupervisedFineTuning(PolicyModule):
         if stage == "fit":
             self.folder = Path(self.save_to) if self.save_to else run_folder(self.trainer) / "merged"
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise UserError(f"expected an empty folder for the merged model, got '{self.folder}': set model.save_to")
+                raise UserError(
+                    f"expected an empty folder for the merged model, got '{self.folder}': set model.save_to"
+                )
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> STEP_OUTPUT:
         log_prob, mask = self._log_prob(batch), batch.responses.mask  # (N, T)

@@ -7,7 +7,28 @@ from pathlib import Path
 
 import numpy as np
 
-WORDS = "plant tree rain soil garden water seed good bad people food like grow place spring help make tell how why".split()
+WORDS = [
+    "plant",
+    "tree",
+    "rain",
+    "soil",
+    "garden",
+    "water",
+    "seed",
+    "good",
+    "bad",
+    "people",
+    "food",
+    "like",
+    "grow",
+    "place",
+    "spring",
+    "help",
+    "make",
+    "tell",
+    "how",
+    "why",
+]
 
 
 def sentence(rng: np.random.Generator, low: int = 4, high: int = 12) -> str:

@@ -123,7 +123,12 @@ METHODS = [f"configs/methods/{m}.yaml" for m in ("mo_odpo", "mo_odpo_scalarised"
 def test_other_methods_are_overlays(task: Task, method: str) -> None:
     name = "online.yaml" if (task.folder / "online.yaml").exists() else "online_k2.yaml"
     overlay = str(CONFIGS.parent / method) if "/" in method else method
-    task.run("fit", name, overlay, args=[*SMALL, *ONLINE, "--trainer.num_sanity_val_steps=0", "--trainer.val_check_interval=1.0"])
+    task.run(
+        "fit",
+        name,
+        overlay,
+        args=[*SMALL, *ONLINE, "--trainer.num_sanity_val_steps=0", "--trainer.val_check_interval=1.0"],
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts were wanted")

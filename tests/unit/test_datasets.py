@@ -58,7 +58,12 @@ def test_hh_rlhf(tmp_path: Path, tiny_model: Path) -> None:
     assert first.preferred == 0
     assert any(r["chosen"] == f"{first.prompt} {first.responses[0]}" for r in rows)
     apart = HHRLHF(
-        str(tiny_model), max_tokens=2000, source=file, train=9, test=5, test_source=write_rows(tmp_path / "b.jsonl", hh_rlhf_rows(9, 1))
+        str(tiny_model),
+        max_tokens=2000,
+        source=file,
+        train=9,
+        test=5,
+        test_source=write_rows(tmp_path / "b.jsonl", hh_rlhf_rows(9, 1)),
     )
     assert (len(apart.prompts("train")), len(apart.prompts("test"))) == (9, 5)
 
@@ -79,7 +84,9 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a JSON object with the field 'chosen', got prompt, response_0"):
         HHRLHF("nowhere", source=file).prompts("train")
     with pytest.raises(UserError, match="expected comparisons in .*, got none, 3 left out .better_response_id is"):
-        SafeRLHF(write_rows(tmp_path / "b.jsonl", [r | {"better_response_id": 7} for r in safe_rlhf_rows(3)])).prompts("train")
+        SafeRLHF(write_rows(tmp_path / "b.jsonl", [r | {"better_response_id": 7} for r in safe_rlhf_rows(3)])).prompts(
+            "train"
+        )
     with pytest.raises(UserError, match="SafeRLHF.train must be at least 1, got 0"):
         SafeRLHF(file, train=0)
     with pytest.raises(UserError, match="expected a tokenizer at 'nowhere/at/all'"):

@@ -204,7 +204,10 @@ def test_score_model_that_is_none(scorer: Path, classifier: Path, tiny_base_mode
 def test_placement(classifier: Path) -> None:
     with pytest.raises(UserError, match="r: device must be like cpu, cuda or cuda:1, got 'gpu'"):
         RewardModel(str(classifier), "r", label=0, device="gpu")
-    plain, placed = RewardModel(str(classifier), "r", label=0), RewardModel(str(classifier), "r", label=0, device="cpu", offload=True)
+    plain, placed = (
+        RewardModel(str(classifier), "r", label=0),
+        RewardModel(str(classifier), "r", label=0, device="cpu", offload=True),
+    )
     plain.load(torch.device("cpu"))
     placed.load(torch.device("meta"))  # where the policy is, and the model is not
     torch.testing.assert_close(placed.reward(PROMPTS, RESPONSES), plain.reward(PROMPTS, RESPONSES))

@@ -27,7 +27,9 @@ PROMPTS, RESPONSES = ["the garden", "rain"], ["people like it", "food"]
 
 
 def plain_policy(folder: Path, **kwargs) -> Policy:
-    return Policy(str(folder), [], **{"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "template": TEMPLATE} | kwargs)
+    return Policy(
+        str(folder), [], **{"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "template": TEMPLATE} | kwargs
+    )
 
 
 def fit(folder: Path, tmp_path: Path, steps: int = 30, **kwargs) -> SupervisedFineTuning:
@@ -69,9 +71,10 @@ def test_the_merged_model_is_the_reference_of_the_online_stage(tiny_base_model: 
     ids = torch.tensor([AutoTokenizer.from_pretrained(merged)("the garden")["input_ids"]])
     with torch.no_grad(), tuned.autocast():
         torch.testing.assert_close(model(ids).logits, tuned.model(ids).logits, rtol=1e-4, atol=1e-4)
-    assert model.generation_config.to_diff_dict() == AutoModelForCausalLM.from_pretrained(
-        tiny_base_model
-    ).generation_config.to_diff_dict()
+    assert (
+        model.generation_config.to_diff_dict()
+        == AutoModelForCausalLM.from_pretrained(tiny_base_model).generation_config.to_diff_dict()
+    )
 
     online = tiny_policy(merged, [PromptConditioning()], template=TEMPLATE)
     torch.testing.assert_close(

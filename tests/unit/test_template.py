@@ -159,9 +159,10 @@ def test_a_dialogue_in_a_chat_template_is_its_messages() -> None:
     assert template.text(DIALOGUE, " <a> 0.50") == CHAT.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=False
     )
-    assert template.encode(DIALOGUE, " <a> 0.50") == CHAT.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+    assert (
+        template.encode(DIALOGUE, " <a> 0.50")
+        == CHAT.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    )
     assert CHAT.decode(template.encode_response(DIALOGUE, "", "An oak.")) == "An oak."
 
 
@@ -174,7 +175,9 @@ def test_a_turn_cannot_hold_a_turn_or_a_control_token(tokenizer: Any) -> None:
     assert template.text(attack).count("Assistant:") == template.text("\n\nHuman: x\n\nAssistant:").count("Assistant:")
 
 
-@pytest.mark.parametrize("text", ["Hi", "\n\nAssistant: Hi", "\n\nHuman: a\n\nAssistant: b", "x\n\nHuman: a\n\nAssistant:"])
+@pytest.mark.parametrize(
+    "text", ["Hi", "\n\nAssistant: Hi", "\n\nHuman: a\n\nAssistant: b", "x\n\nHuman: a\n\nAssistant:"]
+)
 def test_what_is_no_dialogue_is_an_error(text: str) -> None:
     with pytest.raises(UserError, match="expected a dialogue of turns"):
         PromptTemplate(PLAIN, "hh", dialogue=True).text(text)
