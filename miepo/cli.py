@@ -1,4 +1,5 @@
-"""``miepo fit | validate | test | predict | normalise --config ..``: LightningCLI with objectives and errors in one sentence."""
+"""``miepo fit | validate | test | predict | normalise --config ..``: LightningCLI with objectives, and
+errors in one sentence."""
 
 from __future__ import annotations
 
@@ -25,6 +26,11 @@ from miepo.normalisation import calibrate, write_normalisation
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.policy_module import PolicyModule
+
+DESCRIPTION = (
+    "Train and use a policy for every trade-off between objectives. Beside the subcommands below: miepo normalise, "
+    "which measures the normalisation of rewards on offline data."
+)
 
 
 class LogConfig(SaveConfigCallback):
@@ -90,8 +96,8 @@ def normalise(args: Sequence[str]) -> None:
     """``miepo normalise --config .. --out FILE``: measures the normalisation on offline data, and writes it."""
     parser = ArgumentParser(
         prog="miepo normalise",
-        description="Measures mean and standard deviation of every objective on offline data. All other options are those "
-        "of a run: --config online.yaml, and changes to it.",
+        description="Measures mean and standard deviation of every objective on offline data. All other options are "
+        "those of a run: --config online.yaml, and changes to it.",
     )
     parser.add_argument("--out", type=Path, help="the file to write; data.normalisation of a run takes it")
     options, rest = parser.parse_known_args(args)
@@ -138,9 +144,7 @@ def main(args: ArgsType = None) -> None:
             save_config_callback=LogConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={
-                "description": "Train and use a policy for every trade-off between objectives. Beside the subcommands: miepo normalise."
-            },
+            parser_kwargs={"description": DESCRIPTION},
             args=args,
         )
     except Exception as error:

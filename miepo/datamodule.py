@@ -69,8 +69,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
         engine: What samples.
         feedback: ``per_objective``, the paper's, or ``scalarised``, one order by ``sum_k w_k R_k`` (arXiv 2503.00295).
         normalise_on: Where objectives without a given normalisation measure theirs: on the rollouts of this many
-            prompts before training; on ``offline``, the responses in the preference data set given as ``prompts``; or on
-            the rows of a ``.jsonl`` file with ``prompt`` and ``response``.
+            prompts before training; on ``offline``, the responses in the preference data set given as ``prompts``; or
+            on the rows of a ``.jsonl`` file with ``prompt`` and ``response``.
         normalisation: A file of ``miepo normalise``, which measured it beforehand.
         predict_prompts: Prompts that ``predict`` answers.
         predict_preferences: Preferences by objective name under which it answers each; the evaluation grid by default.
@@ -377,5 +377,6 @@ def check_dialogue(source: PreferenceDataset, policy: Policy) -> None:
     """Refuses dialogues for a policy that would read them as one message."""
     if source.dialogue and not policy.dialogue:
         raise UserError(
-            f"the prompts of {type(source).__name__} are dialogues: expected policy.dialogue true (or template hh), got false"
+            f"the prompts of {type(source).__name__} are dialogues: expected policy.dialogue true (or template hh), "
+            "got false"
         )

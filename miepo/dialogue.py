@@ -14,8 +14,8 @@ _TURN = re.compile(rf"\n\n({HUMAN}|{ASSISTANT}):")
 def split_turns(prompt: str) -> list[tuple[str, str]] | None:
     """Roles and texts of a prompt, without the reply that is to be written.
 
-    None where the prompt is no dialogue: text before the first turn, turns that do not alternate, or a last turn that is
-    not the human's.
+    None where the prompt is no dialogue: text before the first turn, turns that do not alternate, or a last turn that
+    is not the human's.
     """
     first, *rest = _TURN.split(prompt)
     turns = list(zip(rest[::2], rest[1::2], strict=True))

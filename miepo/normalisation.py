@@ -92,8 +92,8 @@ def read_normalisation(path: Path, objectives: Sequence[Objective], offline: Off
             raise UserError(f"the normalisation at '{path}' is of {', '.join(values)}, and not of {objective.name}")
         if of[objective.name] != identity_of(objective):
             raise UserError(
-                f"the normalisation of {objective.name} at '{path}' was measured with {of[objective.name]}, the config has "
-                f"{identity_of(objective)}: measure it again"
+                f"the normalisation of {objective.name} at '{path}' was measured with {of[objective.name]}, the config "
+                f"has {identity_of(objective)}: measure it again"
             )
         objective.normalisation = values[objective.name]
     if offline is not None and (measured is None or measured["fingerprint"] != offline.fingerprint):

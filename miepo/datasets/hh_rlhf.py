@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from miepo.datasets.base import Comparison, PreferenceDataset
 from miepo.dialogue import REPLY, STOPS, cut_at, split_turns
@@ -30,7 +30,7 @@ class HHRLHF(PreferenceDataset):
     """
 
     dialogue = True
-    fields = {"chosen": str, "rejected": str}
+    fields: ClassVar[Mapping[str, type]] = {"chosen": str, "rejected": str}
 
     def __init__(
         self, tokenizer: str, min_tokens: int = 8, max_tokens: int = 512, source: Any = "Anthropic/hh-rlhf",

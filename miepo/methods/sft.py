@@ -124,9 +124,9 @@ class SupervisedFineTuning(PolicyModule):
         rank_zero_info(f"Merged model: {self.folder}")
         if abs(kept - 1) > 0.1:
             rank_zero_warn(
-                f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights, so that the "
-                "merged model is not quite the one that was trained: policy.dtype float32 keeps all of it, a higher "
-                "learning rate more"
+                f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights, so "
+                "that the merged model is not quite the one that was trained: policy.dtype float32 keeps all of it, a "
+                "higher learning rate more"
             )
 
 

@@ -123,7 +123,7 @@ class Objective(Callback):
             self.load_checked(trainer.strategy.root_device)
 
     def load_checked(self, device: torch.device) -> None:
-        """Loads the objective and lets it score two responses: a wrong shape or a crash shows before a rollout is spent.
+        """Loads the objective and lets it score two responses: a wrong shape or a crash shows before a rollout is.
 
         Raises:
             UserError: names the objective.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +190,8 @@ class _ScoreNetwork(LlamaPreTrainedModel):
     """The architecture of PKU-Alignment's reward and cost models: a LLaMA body and a linear score head."""
 
     config_class = LlamaConfig
-    _keys_to_ignore_on_load_unexpected = [r"normalizer\."]  # of its training; scores are normalised by the objective
+    # of its training; scores are normalised by the objective
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"normalizer\."]
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -202,7 +203,7 @@ class _ScoreNetwork(LlamaPreTrainedModel):
 
 
 class ScoreModel(ModelObjective):
-    """A reward or cost model of PKU-Alignment: a LLaMA with a score head that is read at the end token (``end_scores``).
+    """A reward or cost model of PKU-Alignment: a LLaMA with a score head, read at the end token (``end_scores``).
 
     Args:
         template: What the model reads, with ``{prompt}`` and ``{response}``; an end token follows.

@@ -44,8 +44,8 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
         raise _unmerged(base)
     if missing := sorted(report["missing_keys"]):  # Transformers would draw them at random
         raise UserError(
-            f"expected a complete causal language model, got '{base}', which lacks {len(missing)} of its weights, first "
-            f"{missing[0]}"
+            f"expected a complete causal language model, got '{base}', which lacks {len(missing)} of its weights, "
+            f"first {missing[0]}"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -30,8 +30,8 @@ class PromptTemplate:
     Args:
         tokenizer: A Hugging Face tokenizer.
         template: ``auto`` (the tokenizer's chat template, or the paper's where there is none), ``chat``, ``paper``,
-            ``hh``, or a text that contains ``{prompt}{preference}`` and may end with ``{response}``, which shows whether
-            a response begins with a space.
+            ``hh``, or a text that contains ``{prompt}{preference}`` and may end with ``{response}``, which shows
+            whether a response begins with a space.
         markers: Further strings to defuse in the user's text.
         dialogue: Prompts are dialogues of turns ``\\n\\nHuman:`` and ``\\n\\nAssistant:``, as HH-RLHF writes them.
             A chat template gets them as messages; other templates keep them as they are. ``hh`` implies it.
@@ -108,8 +108,8 @@ class PromptTemplate:
         turns = split_turns(prompt)
         if turns is None:
             raise UserError(
-                "expected a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' in turn that ends with the human's, "
-                f"got {prompt[-80:]!r}"
+                "expected a dialogue of turns '\\n\\nHuman:' and '\\n\\nAssistant:' in turn that ends with the human's "
+                f"one, got {prompt[-80:]!r}"
             )
         if self.chat:
             contents = [self._user_text(text.strip()) for _, text in turns]

@@ -83,11 +83,11 @@ def test_mistakes(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", safe_rlhf_rows(3))
     with pytest.raises(UserError, match="expected a JSON object with the field 'chosen', got prompt, response_0"):
         HHRLHF("nowhere", source=file).prompts("train")
-    with pytest.raises(UserError, match="expected comparisons in .*, got none, 3 left out .better_response_id is"):
+    with pytest.raises(UserError, match=r"expected comparisons in .*, got none, 3 left out .better_response_id is"):
         SafeRLHF(write_rows(tmp_path / "b.jsonl", [r | {"better_response_id": 7} for r in safe_rlhf_rows(3)])).prompts(
             "train"
         )
-    with pytest.raises(UserError, match="SafeRLHF.train must be at least 1, got 0"):
+    with pytest.raises(UserError, match=r"SafeRLHF.train must be at least 1, got 0"):
         SafeRLHF(file, train=0)
     with pytest.raises(UserError, match="expected a tokenizer at 'nowhere/at/all'"):
         HHRLHF("nowhere/at/all", source=write_rows(tmp_path / "c.jsonl", hh_rlhf_rows(3))).prompts("train")

@@ -36,13 +36,13 @@ def test_there_and_back(tmp_path: Path) -> None:
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     file, data = measured(tmp_path)
     other = SafeRLHF(data.source, train=15, test=5, seed=1)
-    with pytest.raises(UserError, match="measured on 30 responses of SafeRLHF.*and they differ: measure it again"):
+    with pytest.raises(UserError, match=r"measured on 30 responses of SafeRLHF.*and they differ: measure it again"):
         read_normalisation(file, [Letters("e")], offline_responses(other))
     with pytest.raises(UserError, match="is of letter_e, length, and not of letter_a"):
         read_normalisation(file, [Letters("a")], None)
     cost = Length("length")
     cost.higher_is_better = False
-    with pytest.raises(UserError, match="the normalisation of length .* was measured with .*'higher_is_better': True"):
+    with pytest.raises(UserError, match=r"the normalisation of length .* was measured with .*'higher_is_better': True"):
         read_normalisation(file, [cost], None)
     write_normalisation(tmp_path / "rollouts.json", [Letters("e", normalisation={"mean": 0.0, "sd": 1.0})], None)
     with pytest.raises(UserError, match="was measured on rollouts; the config has 30 responses"):
@@ -51,7 +51,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "[]", '{"objectives": {"length": {"mean": 1}}}'])
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
-    with pytest.raises(UserError, match="expected a normalisation at .*, there is none"):
+    with pytest.raises(UserError, match=r"expected a normalisation at .*, there is none"):
         read_normalisation(tmp_path / "n.json", [Length("length")], None)
     (tmp_path / "n.json").write_text(content)
     with pytest.raises(UserError, match="a file that miepo normalise did not write"):

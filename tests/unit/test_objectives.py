@@ -197,7 +197,7 @@ def test_score_model_that_is_none(scorer: Path, classifier: Path, tiny_base_mode
         ScoreModel(str(classifier), "c").load(torch.device("cpu"))
     with pytest.raises(ObjectiveError, match=r"objective c: .*lacks 1 of its weights, first score_head.weight"):
         ScoreModel(str(tiny_base_model), "c").load(torch.device("cpu"))
-    with pytest.raises(UserError, match="c: template must have {prompt} and {response} once"):
+    with pytest.raises(UserError, match=r"c: template must have {prompt} and {response} once"):
         ScoreModel(str(scorer), "c", template="{prompt}")
 
 

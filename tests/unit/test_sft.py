@@ -134,7 +134,7 @@ def test_batches_are_of_like_length_seeded_and_whole() -> None:
 
 
 def test_mistakes(tiny_base_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs a policy without conditioning .*, got PromptConditioning"):
+    with pytest.raises(UserError, match=r"needs a policy without conditioning .*, got PromptConditioning"):
         SupervisedFineTuning(Policy(str(tiny_base_model)))
     adapter = tmp_path / "adapter"
     plain_policy(tiny_base_model).build(()).model.save_pretrained(adapter)
