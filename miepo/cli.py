@@ -120,6 +120,7 @@ def normalise(args: Sequence[str]) -> None:
         objective.load_checked(cli.trainer.strategy.root_device)
         calibrate([objective], offline)
         objective.unload()  # one model at a time
+        assert objective.normalisation is not None
         print(f"{objective.name}: mean {objective.normalisation.mean:.4g}, sd {objective.normalisation.sd:.4g}")
     write_normalisation(options.out, missing, offline)
     print(f"Normalisation on {len(offline.responses)} responses of {offline.source}: {options.out}")

@@ -346,8 +346,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
         else:
             rewards = self._first_rollouts(
                 missing,
-                self._fitting(self.train_set)[: self.normalise_on],
-                len(module.names),  # type: ignore[misc]
+                self._fitting(self.train_set)[: int(self.normalise_on)],
+                len(module.names),
             )
             for k, objective in enumerate(missing):
                 objective.calibrate(rewards[..., k].flatten())

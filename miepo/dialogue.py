@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 HUMAN, ASSISTANT = "Human", "Assistant"
 REPLY = f"\n\n{ASSISTANT}:"
@@ -27,7 +28,7 @@ def split_turns(prompt: str) -> list[tuple[str, str]] | None:
     return turns
 
 
-def cut_at(text: str, stop: tuple[str, ...] | list[str]) -> str:
+def cut_at(text: str, stop: Sequence[str]) -> str:
     """``text`` up to the first of the ``stop`` texts in it."""
     ends = [at for s in stop if (at := text.find(s)) >= 0]
     return text[: min(ends)] if ends else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from miepo.datasets.base import Comparison, PreferenceDataset
 from miepo.dialogue import REPLY, STOPS, cut_at, split_turns
@@ -30,7 +30,6 @@ class HHRLHF(PreferenceDataset):
     """
 
     dialogue = True
-    fields: ClassVar[Mapping[str, type]] = {"chosen": str, "rejected": str}
 
     def __init__(
         self, tokenizer: str, min_tokens: int = 8, max_tokens: int = 512, source: Any = "Anthropic/hh-rlhf",
@@ -39,6 +38,7 @@ class HHRLHF(PreferenceDataset):
         if test_source is None and source == "Anthropic/hh-rlhf":
             test_source = source
         super().__init__(source, train, test, test_source, seed)
+        self.fields = {"chosen": str, "rejected": str}
         if not 1 <= min_tokens <= max_tokens:
             raise UserError(f"HHRLHF: expected 1 <= min_tokens <= max_tokens, got {min_tokens} and {max_tokens}")
         self.tokenizer, self.min_tokens, self.max_tokens = tokenizer, min_tokens, max_tokens

@@ -111,7 +111,7 @@ class SupervisedFineTuning(PolicyModule):
         tokens = int(batch.responses.mask.sum())  # so that the mean over batches is that over tokens
         self.log("validation/loss", loss, prog_bar=True, batch_size=tokens)
 
-    test_step = validation_step
+    test_step = validation_step  # type: ignore[assignment]
 
     def _log_prob(self, batch: SupervisedBatch) -> Tensor:
         prompts = self.policy.encode_text(batch.prompts, [""] * len(batch))  # (N, P)
@@ -182,9 +182,14 @@ class SupervisedDataModule(LightningDataModule):
             self.train_set, held_out = split_rows(self.train_set, VALIDATION, self.seed)
         self.validation_set = held_out[: self.validation_limit]
 
+    @property
+    def _policy(self) -> Policy:
+        trainer: Any = self.trainer
+        return trainer.lightning_module.policy
+
     def _read(self, source: PreferenceDataset | str, split: Split) -> list[tuple[str, str]]:
         if isinstance(source, PreferenceDataset):
-            check_dialogue(source, self.trainer.lightning_module.policy)  # type: ignore[union-attr]
+            check_dialogue(source, self._policy)
             found = source.comparisons(split)
             which = [(c.preferred,) if self.responses == "preferred" else (0, 1) for c in found]
             pairs = [(c.prompt, c.responses[i]) for c, chosen in zip(found, which, strict=True) for i in chosen]
@@ -213,7 +218,7 @@ class SupervisedDataModule(LightningDataModule):
 
     def _tokenised(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[int], int]]:
         """Prompt, tokens of the response, number of tokens of the prompt."""
-        policy: Policy = self.trainer.lightning_module.policy  # type: ignore[union-attr]
+        policy = self._policy
         limit = min(self.max_tokens or 10**9, policy.context_length or 10**9)
         rows = []
         for prompt, response in pairs:
@@ -230,7 +235,7 @@ class SupervisedDataModule(LightningDataModule):
     def _collate(self, rows: Sequence[tuple[str, list[int], int]]) -> SupervisedBatch:
         prompts, ids, _ = zip(*rows, strict=True)
         width = max(map(len, ids))
-        pad = self.trainer.lightning_module.policy.tokenizer.pad_token_id  # type: ignore[union-attr]
+        pad = self._policy.tokenizer.pad_token_id
         tokens = Tokens(
             torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
             torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class ModelObjective(Objective):
         """What the tokenizer makes of a prompt and a response."""
 
     @abstractmethod
-    def read(self, inputs: dict[str, Tensor]) -> Tensor:
+    def read(self, inputs: Any) -> Tensor:
         """Scores ``(n,)`` of inputs ``(n, L)``, padded on the right."""
 
     # -- the life of the network ---------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class ModelObjective(Objective):
             positions = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
             self.max_length = min(self.tokenizer.model_max_length, positions)
         self.device = self.place or device
-        self.model = network.eval().requires_grad_(False).to("cpu" if self.offload else self.device)
+        self.model: Any = network.eval().requires_grad_(False).to("cpu" if self.offload else self.device)
 
     def unload(self) -> None:
         self.__dict__.pop("model", None)
@@ -182,7 +182,7 @@ class RewardModel(ModelObjective):
         texts = (prompt, second) if self.input == "pair" else (second,)
         return self.tokenizer(*texts, truncation=True, max_length=self.max_length)
 
-    def read(self, inputs: dict[str, Tensor]) -> Tensor:
+    def read(self, inputs: Any) -> Tensor:
         return self.model(**inputs).logits[:, self.label or 0]
 
 
@@ -191,7 +191,7 @@ class _ScoreNetwork(LlamaPreTrainedModel):
 
     config_class = LlamaConfig
     # of its training; scores are normalised by the objective
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"normalizer\."]
+    _keys_to_ignore_on_load_unexpected = [r"normalizer\."]  # noqa: RUF012
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -235,7 +235,8 @@ class ScoreModel(ModelObjective):
         config = AutoConfig.from_pretrained(self.source)
         if not isinstance(config, LlamaConfig):
             raise ValueError(f"its configuration is of the type {config.model_type}")
-        network, report = _ScoreNetwork.from_pretrained(
+        network: Any
+        network, report = _ScoreNetwork.from_pretrained(  # type: ignore[misc]
             self.source, config=config, dtype=dtype, output_loading_info=True
         )
         if network.score_head.out_features != 1:
@@ -249,7 +250,7 @@ class ScoreModel(ModelObjective):
         ids = [*ids, self.tokenizer.eos_token_id]
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
-    def read(self, inputs: dict[str, Tensor]) -> Tensor:
+    def read(self, inputs: Any) -> Tensor:
         mask = inputs["attention_mask"]
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state  # (n, L, D)
         end = hidden[torch.arange(len(mask), device=mask.device), mask.sum(-1) - 1]  # (n, D)

@@ -30,6 +30,8 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     folder = _folder(base)
     if (Path(folder) / "adapter_config.json").is_file():
         raise _unmerged(base)
+    model: Any
+    report: Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model, report = AutoModelForCausalLM.from_pretrained(

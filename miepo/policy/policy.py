@@ -213,7 +213,7 @@ class Policy(nn.Module):
                 continue  # the adapter's own factors
             name, inside, parameter = key.partition(".base_layer.")
             if inside and parameter == "weight":
-                update = layers[name].get_delta_weight(ADAPTER).float()  # type: ignore[operator]
+                update = layers[name].get_delta_weight(ADAPTER).float()  # type: ignore[attr-defined]
                 whole = (value.float() + update).to(value.dtype)
                 wanted += float(update.square().sum())
                 got += float((update * (whole.float() - value.float())).sum())
