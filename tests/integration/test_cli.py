@@ -238,7 +238,7 @@ MISTAKES: dict[str, tuple[dict, str]] = {
         {"objectives": [{"class_path": "miepo.objectives.Brevity"}] * 2},
         "expected objectives with different names, got two named brevity",
     ),
-    "missing prompt file": ({"data__prompts": "nowhere.jsonl"}, "expected a file of prompts at 'nowhere.jsonl'"),
+    "missing prompt file": ({"data__prompts": "nowhere.jsonl"}, "expected a file at 'nowhere.jsonl'"),
     "no prompts": ({"data__prompts": []}, "expected at least one prompt, got none"),
     "missing model": (
         {"model__policy__init_args__base": "/nowhere/model"},
@@ -280,7 +280,7 @@ MISTAKES: dict[str, tuple[dict, str]] = {
         "data.feedback scalarised needs the scores of all objectives",
     ),
     "no end": ({"trainer__max_epochs": -1}, "expected trainer.max_epochs or max_steps, got none"),
-    "prompts of another kind": ({"data__prompts": "prompts.txt"}, "expected a .jsonl file of prompts, got no file"),
+    "prompts of another kind": ({"data__prompts": "prompts.txt"}, "expected a .jsonl or .parquet file, got no file"),
     "bad validation limit": ({"data__validation_limit": 0}, "data.validation_limit must be at least 1, got 0"),
     "bad batch size": ({"data__batch_size": 0}, "data.batch_size must be at least 1, got 0"),
     "bad beta": (

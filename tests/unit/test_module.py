@@ -416,3 +416,10 @@ def test_response_log_prob_keeps_prompts_preferences_and_responses_apart(tiny_mo
                 torch.testing.assert_close(
                     out[b, n, c], policy.log_prob(x, w[b, c : c + 1], one)[0], rtol=1e-4, atol=1e-5
                 )
+
+
+def test_a_policy_without_conditioning_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, module, data = tiny_run(tiny_model, tmp_path)
+    module.policy.conditioning = []
+    with pytest.raises(UserError, match="at least one conditioning"):
+        trainer.fit(module, data)

@@ -185,7 +185,6 @@ def test_evaluating_restores_the_mode(tiny_model: Path) -> None:
         ({"dtype": "float16"}, "dtype must be"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
-        ({"conditioning": []}, "at least one conditioning"),
     ],
 )
 def test_bad_settings(kwargs: dict, message: str) -> None:
