@@ -133,7 +133,7 @@ def _checked(rows: Located, fields: Mapping[str, type], blank: Collection[str], 
             if not isinstance(value, kind):
                 expected = "text" if kind is str else kind.__name__
                 raise UserError(f"{where}: expected {expected} in '{field}', got {type(value).__name__}")
-            if kind is str:
+            if isinstance(value, str):
                 check_text(value, where, field, blank_ok=field in blank)
         result.append({field: row[field] for field in fields})
     if not result:

@@ -236,6 +236,7 @@ class ScoreModel(ModelObjective):
         if not isinstance(config, LlamaConfig):
             raise ValueError(f"its configuration is of the type {config.model_type}")
         network: Any
+        report: Any
         network, report = _ScoreNetwork.from_pretrained(  # type: ignore[misc]
             self.source, config=config, dtype=dtype, output_loading_info=True
         )

@@ -34,7 +34,7 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     report: Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:

@@ -51,13 +51,13 @@ class PromptTemplate:
         else:
             self.chat = False
             text = {"paper": PAPER_TEMPLATE, HH: HH_TEMPLATE}.get(template, template)
-            frame, response, after = text.partition(_RESPONSE)
+            before, response, after = text.partition(_RESPONSE)
             if text.count(_CONTENT) != 1 or after:
                 raise UserError(
                     f"template must be 'auto', 'chat', 'paper', 'hh' or a text with {_CONTENT} once, "
                     f"{_RESPONSE} at its end or not at all, got {template!r}"
                 )
-            self.prefix, self.suffix = frame.split(_CONTENT)
+            self.prefix, self.suffix = before.split(_CONTENT)
             # the policy writes the white space in front of a response itself
             self.lead = self.suffix[len(self.suffix.rstrip()) :] if response else ""
             self.suffix = self.suffix.removesuffix(self.lead)
