@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from miepo.callbacks import ResponseWriter
 from miepo.datamodule import OnlinePreferenceDataModule
-from miepo.errors import UserError
+from miepo.errors import UserError, first_line
 from miepo.module import MIEPO
 from miepo.normalisation import calibrate, write_normalisation
 from miepo.objectives import Objective
@@ -83,7 +83,7 @@ class MiepoCLI(LightningCLI):
             try:
                 torch.load(path, weights_only=True, map_location="meta")
             except Exception as error:  # torch raises many kinds, all of them about this file
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 raise UserError(f"expected a checkpoint at '{path}', got a file that is none: {reason}") from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

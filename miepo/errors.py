@@ -14,3 +14,8 @@ class ObjectiveError(UserError):
 def needs(package: str, user: str) -> UserError:
     """The error for an optional package that is not installed."""
     return UserError(f"{user} needs the package '{package}', which is not installed: pip install {package}")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says of a mistake, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

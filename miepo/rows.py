@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from miepo.errors import UserError, needs
+from miepo.errors import UserError, first_line, needs
 from miepo.resources import is_packaged, locate
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
@@ -87,7 +87,7 @@ def _of_parquet(path: Path, fields: Mapping[str, type]) -> Located:
         _check_columns(file.schema_arrow.names, fields, str(path))
         rows = file.read(columns=list(fields)).to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{path}: expected a whole Parquet file, got a broken or truncated one: {reason}") from None
     return ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
@@ -104,9 +104,9 @@ def _load_dataset(source: str, path: Path, split: str) -> Any:
             return datasets.load_from_disk(str(path))[split]
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # the library raises many kinds, all of them about this source
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = first_line(error)
         raise UserError(
-            f"expected a .jsonl or .parquet file, a data set folder or a hub id, got '{source}': {reason[0]}"
+            f"expected a .jsonl or .parquet file, a data set folder or a hub id, got '{source}': {reason}"
         ) from None
 
 

@@ -32,6 +32,16 @@ class Tokens:
     ids: Tensor
     mask: Tensor
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[int]], pad: int) -> Tokens:
+        """Rows of token ids, padded on the right: ``(N, L)``."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+        return cls(ids, torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows]))
+
+    def to(self, device: torch.device | str) -> Tokens:
+        return Tokens(self.ids.to(device), self.mask.to(device))
+
     def repeat(self, times: int) -> Tokens:
         """Each row ``times`` times in succession: ``(N, L) -> (N * times, L)``."""
         return Tokens(self.ids.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))

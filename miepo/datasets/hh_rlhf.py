@@ -8,7 +8,7 @@ from typing import Any
 
 from miepo.datasets.base import Comparison, PreferenceDataset
 from miepo.dialogue import REPLY, STOPS, cut_at, split_turns
-from miepo.errors import UserError
+from miepo.errors import UserError, first_line
 
 
 class HHRLHF(PreferenceDataset):
@@ -50,7 +50,7 @@ class HHRLHF(PreferenceDataset):
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(f"HHRLHF: expected a tokenizer at '{self.tokenizer}': {reason}") from None
         return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -160,10 +160,6 @@ class Pool:
         return self.rows(good_at_something(self.scores, quantile).nonzero().flatten().tolist())
 
 
-def _on_cpu(tokens: Tokens) -> Tokens:
-    return Tokens(tokens.ids.cpu(), tokens.mask.cpu())
-
-
 def join(pools: Sequence[Pool], pad: int) -> Pool:
     width = max(pool.responses.ids.shape[1] for pool in pools)
 
@@ -280,7 +276,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         device = self._policy.device
         return SupervisedBatch(
             rows.prompts,
-            Tokens(rows.responses.ids.to(device), rows.responses.mask.to(device)),
+            rows.responses.to(device),
             rows.scores.to(device),
         )
 
@@ -318,7 +314,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             self.scored_responses += RESPONSES * len(texts)
             usable = (scores.isfinite().all(-1) & ~responses.empty.cpu()).flatten()
             pool = Pool(
-                [t for t in texts for _ in range(RESPONSES)], _on_cpu(responses.tokens.flat()), scores.flatten(0, 1)
+                [t for t in texts for _ in range(RESPONSES)], responses.tokens.flat().to("cpu"), scores.flatten(0, 1)
             )
             pools.append(pool.rows(usable.nonzero().flatten().tolist()))
         return join(pools, policy.tokenizer.pad_token_id)
@@ -334,11 +330,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         ids = [row[: self.max_new_tokens] for row in ids]
-        width, pad = max(map(len, ids)), policy.tokenizer.pad_token_id
-        tokens = Tokens(
-            torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
-            torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids]),
-        )
+        tokens = Tokens.of_rows(ids, policy.tokenizer.pad_token_id)
         raw = score_responses(module.objectives, prompts, [[text] for text in texts])
         self.scored_responses += len(texts)
         scores = normalise_rewards(module.objectives, raw)[:, 0]  # (n, K)

@@ -234,19 +234,13 @@ class SupervisedDataModule(LightningDataModule):
 
     def _collate(self, rows: Sequence[tuple[str, list[int], int]]) -> SupervisedBatch:
         prompts, ids, _ = zip(*rows, strict=True)
-        width = max(map(len, ids))
-        pad = self._policy.tokenizer.pad_token_id
-        tokens = Tokens(
-            torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
-            torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids]),
-        )
+        tokens = Tokens.of_rows(ids, self._policy.tokenizer.pad_token_id)
         return SupervisedBatch(prompts, tokens, torch.zeros(len(rows), 0))
 
     def transfer_batch_to_device(
         self, batch: SupervisedBatch, device: torch.device, dataloader_idx: int
     ) -> SupervisedBatch:
-        tokens = Tokens(batch.responses.ids.to(device), batch.responses.mask.to(device))
-        return SupervisedBatch(batch.prompts, tokens, batch.scores.to(device))
+        return SupervisedBatch(batch.prompts, batch.responses.to(device), batch.scores.to(device))
 
 
 class _Batches:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from miepo.errors import UserError, needs
+from miepo.errors import UserError, first_line, needs
 from miepo.resources import cache_folder, is_packaged, locate
 
 
@@ -38,7 +38,7 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
             folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"expected a causal language model (hub id, folder or .gguf file), got '{base}': {reason}"
         ) from None

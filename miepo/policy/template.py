@@ -41,6 +41,7 @@ class PromptTemplate:
         self, tokenizer: Any, template: str = "auto", markers: Sequence[str] = (), dialogue: bool = False
     ) -> None:
         self.tokenizer, self.dialogue = tokenizer, dialogue or template == HH
+        self._frame = cache(self._make_frame)  # of this template, and gone with it
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "paper"
         if template == "chat":
@@ -118,8 +119,7 @@ class PromptTemplate:
         text = "".join(f"\n\n{role}:{self._user_text(text)}" for role, text in turns)
         return (self.prefix, self.suffix), [text + preference]
 
-    @cache  # noqa: B019  # a template lives as long as its policy
-    def _frame(self, roles: tuple[str, ...]) -> tuple[str, ...]:
+    def _make_frame(self, roles: tuple[str, ...]) -> tuple[str, ...]:
         """What the chat template writes around messages of these roles."""
         messages = [{"role": role, "content": f"{_SENTINEL}-{i}-"} for i, role in enumerate(roles)]
         text = self.tokenizer.apply_chat_template(
