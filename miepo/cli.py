@@ -149,14 +149,14 @@ def main(args: ArgsType = None) -> None:
             args=args,
         )
     except Exception as error:
-        mistake = _user_error(error)
+        mistake = user_error(error)
         if mistake is None or os.environ.get("MIEPO_TRACEBACK"):
             raise
         print(f"miepo: error: {mistake}", file=sys.stderr)
         sys.exit(2)
 
 
-def _user_error(error: BaseException | None) -> BaseException | None:
+def user_error(error: BaseException | None) -> BaseException | None:
     """The user's mistake behind an exception: the parser wraps what a constructor raises in errors of its own."""
     while error is not None and not isinstance(error, (UserError, MisconfigurationException)):
         error = error.__cause__ or error.__context__

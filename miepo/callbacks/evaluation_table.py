@@ -32,26 +32,32 @@ class EvaluationTable(Callback):
         self.last = {"step": trainer.global_step, "metrics": metrics}
         self.first = self.first or self.last
         if trainer.state.fn != "fit":
-            self._report(trainer, {"value": self.last})
+            self._report(trainer, pl_module, {"value": self.last})
 
     on_test_end = on_validation_end
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.last:
             both = self.first["step"] != self.last["step"]
-            self._report(trainer, {"before": self.first, "after": self.last} if both else {"value": self.last})
+            columns = {"before": self.first, "after": self.last} if both else {"value": self.last}
+            self._report(trainer, pl_module, columns)
 
-    def _report(self, trainer: Trainer, columns: dict[str, dict[str, Any]]) -> None:
+    def _report(self, trainer: Trainer, module: Any, columns: dict[str, dict[str, Any]]) -> None:
         rows = table_rows(list(columns.values()))
-        head = [f"{title} (step {column['step']})" for title, column in columns.items()]
+        steps = trainer.state.fn == "fit"  # an evaluation of a checkpoint does not know its step
+        head = [f"{title} (step {column['step']})" if steps else title for title, column in columns.items()]
         if trainer.is_global_zero:
             log_table(trainer, "evaluation", ["metric", *columns], [[r[0], *map(str, r[1:])] for r in rows])
         fronts = [c for c in trainer.callbacks if isinstance(c, ParetoFront)]  # type: ignore[attr-defined]
         rank_zero_info("\n" + format_table(["metric", *head], rows))
+        by = [
+            f"{o.name} by mean {o.normalisation.mean:.4g}, sd {o.normalisation.sd:.4g}"
+            for o in module.objectives
+            if o.normalisation is not None
+        ]
+        rank_zero_info(f"Rewards are normalised: {'; '.join(by)}.")
         for front in fronts:
-            rank_zero_info(
-                f"Rewards are normalised; the hypervolume's reference point is {front.reference_point:g} on every axis."
-            )
+            rank_zero_info(f"The hypervolume's reference point is {front.reference_point:g} on every axis.")
             if front.picture:
                 rank_zero_info(f"Pareto front: {front.picture}")
         best = getattr(trainer.checkpoint_callback, "last_model_path", "")

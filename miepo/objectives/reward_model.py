@@ -71,6 +71,10 @@ class ModelObjective(Objective):
         """The network and what loading it reported, from ``self.source``."""
 
     @abstractmethod
+    def shape(self, config: Any) -> nn.Module:
+        """The network of a configuration, without its weights: what it takes of memory shows in it."""
+
+    @abstractmethod
     def tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
         """What the tokenizer makes of a prompt and a response."""
 
@@ -101,6 +105,7 @@ class ModelObjective(Objective):
         config: Any = network.config
         if config.pad_token_id is None:  # GPT-2 like classifiers read the last token that is not padding
             config.pad_token_id = self.tokenizer.pad_token_id
+        config.use_cache = False  # nothing is generated
         if self.max_length is None:
             positions = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
             self.max_length = min(self.tokenizer.model_max_length, positions)
@@ -137,6 +142,7 @@ class RewardModel(ModelObjective):
     Args:
         input: ``pair`` gives the tokenizer (prompt, response), ``response`` the response alone.
         label: Index of the label whose logit is the score; needed where there are several.
+        **kwargs: As for :class:`ModelObjective`.
     """
 
     kind = "a sequence classifier"
@@ -148,15 +154,9 @@ class RewardModel(ModelObjective):
         name: str,
         input: Literal["pair", "response"] = "pair",
         label: int | None = None,
-        higher_is_better: bool = True,
-        max_length: int | None = None,
-        batch_size: int = 32,
-        dtype: str = "auto",
-        device: str | None = None,
-        offload: bool = False,
-        normalisation: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model, name, higher_is_better, max_length, batch_size, dtype, device, offload, normalisation)
+        super().__init__(model, name, **kwargs)
         if input not in ("pair", "response"):
             raise UserError(f"{name}: input must be 'pair' or 'response', got {input!r}")
         self.input, self.label = input, label
@@ -175,6 +175,9 @@ class RewardModel(ModelObjective):
                 f"'{self.source}', got {self.label}"
             )
         return network, report
+
+    def shape(self, config: Any) -> nn.Module:
+        return AutoModelForSequenceClassification.from_config(config)
 
     def tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
         # a tokenizer without a begin token makes nothing of an empty response, and the model needs something
@@ -207,7 +210,8 @@ class ScoreModel(ModelObjective):
 
     Args:
         template: What the model reads, with ``{prompt}`` and ``{response}``; an end token follows.
-        higher_is_better: False for ``beaver-7b-v1.0-cost``, whose score is higher for more harm.
+        **kwargs: As for :class:`ModelObjective`; ``higher_is_better`` is False for ``beaver-7b-v1.0-cost``, whose
+            score is higher for more harm.
     """
 
     kind = "a LLaMA with a score head"
@@ -218,15 +222,9 @@ class ScoreModel(ModelObjective):
         model: str,
         name: str,
         template: str = SAFE_RLHF_TEMPLATE.replace("{preference}", ""),
-        higher_is_better: bool = True,
-        max_length: int | None = None,
-        batch_size: int = 32,
-        dtype: str = "auto",
-        device: str | None = None,
-        offload: bool = False,
-        normalisation: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model, name, higher_is_better, max_length, batch_size, dtype, device, offload, normalisation)
+        super().__init__(model, name, **kwargs)
         if template.count("{prompt}") != 1 or template.count("{response}") != 1:
             raise UserError(f"{name}: template must have {{prompt}} and {{response}} once, got {template!r}")
         self.template = template
@@ -243,6 +241,9 @@ class ScoreModel(ModelObjective):
         if network.score_head.out_features != 1:
             raise ValueError(f"it has {network.score_head.out_features} scores and not one")
         return network, report
+
+    def shape(self, config: Any) -> nn.Module:
+        return _ScoreNetwork(config)
 
     def tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
         head, tail = self.template.split("{response}")

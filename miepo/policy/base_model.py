@@ -27,7 +27,7 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     Raises:
         UserError: no model can be loaded from ``base``.
     """
-    folder = _folder(base)
+    folder = base_folder(base)
     if (Path(folder) / "adapter_config.json").is_file():
         raise _unmerged(base)
     model: Any
@@ -83,7 +83,8 @@ def plain_sampling(model: PreTrainedModel, tokenizer: Any, temperature: float) -
     return ends
 
 
-def _folder(base: str) -> str:
+def base_folder(base: str) -> str:
+    """What Transformers loads for ``base``: a folder on this machine, or a hub id."""
     path = locate(base)
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from miepo.errors import UserError
 from miepo.policy.base_model import load_base, plain_sampling
@@ -123,6 +124,12 @@ class Policy(nn.Module):
         eos = self.tokenizer.eos_token_id
         self.end_id = self.end_ids[0] if eos is None else eos  # of a response that is given and not sampled
         self.template = PromptTemplate(self.tokenizer, self.template_spec, markers, self.dialogue)
+        self.adapt(model, names)
+        self._built = True
+        return self
+
+    def adapt(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+        """Attaches the adapter for the objectives ``names`` to a base model: :meth:`build` without files."""
         self._gate_blocks = [c.blocks(len(names)) for c in self.conditioning]
         blocks = max(sum(self._gate_blocks), 1)
         # peft scales by alpha / r of the whole adapter; a block of its own should be scaled by alpha / rank
@@ -153,8 +160,7 @@ class Policy(nn.Module):
                 {"use_reentrant": False, "context_fn": self._gate.checkpoint_contexts}
             )
         self.model.train(self.training)  # from_pretrained leaves the network in evaluation mode
-        self.names, self._built = tuple(names), True
-        return self
+        self.names = tuple(names)
 
     @property
     def _causal_lm(self) -> Any:

@@ -1,0 +1,121 @@
+"""The memory plan against what really is alive, on models small enough to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from miepo import MIEPO, OnlinePreferenceDataModule
+from miepo.exploration import InfoNCE
+from miepo.objectives import ScoreModel
+from miepo.policy import GatedConditioning, Policy, PromptConditioning
+from tests.helpers.tiny import Letters, save_tiny_model, save_tiny_scorer
+from tools import memory
+
+P, T, BATCH = 24, 12, 3
+
+
+def module_of(folder: Path, beta_w: float = 0.01, **settings: Any) -> MIEPO:
+    settings = {"conditioning": [PromptConditioning(), GatedConditioning()], "lora_rank": 2} | settings
+    policy = Policy(str(folder), lora_alpha=4, dtype="bfloat16", **settings)
+    return MIEPO(policy, exploration=InfoNCE(beta_w))
+
+
+def plan_of(module: MIEPO, objectives: list[Any] | None = None) -> memory.Plan:
+    data = OnlinePreferenceDataModule(["a prompt"], batch_size=BATCH, max_new_tokens=T)
+    return memory.plan_memory(module, data, objectives or [Letters("a"), Letters("b")], P, T, cuda=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plan_is_what_is_alive(model: Path, checkpointing: bool) -> None:
+    plan = plan_of(module_of(model, gradient_checkpointing=checkpointing))
+    module = module_of(model, gradient_checkpointing=checkpointing)
+    policy = module.policy.build(["letter_a", "letter_b"])
+    adapter = sum(p.nbytes for p in policy.adapter_parameters().values())
+    assert plan.resident["adapter"] == plan.resident["gradients"] == plan.resident["Adam"] / 2 == adapter
+    assert plan.resident["base model"] == sum(p.nbytes for p in policy.parameters()) - adapter
+
+    for parameter in policy.adapter_parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    real = memory.peak_of(lambda: memory._train(module, 2 * BATCH, 1, P, T))
+    assert plan.phases["training step"] == pytest.approx(real, rel=0.02)
+    real = memory.peak_of(lambda: memory._sample(policy, 2 * BATCH, P, T))
+    assert plan.phases["sampling"] == pytest.approx(real, rel=0.02)
+
+
+def test_the_plan_follows_the_settings(model: Path) -> None:
+    plain = plan_of(module_of(model)).phases["training step"]
+    assert plan_of(module_of(model, beta_w=0)).phases["training step"] < 0.7 * plain
+    assert plan_of(module_of(model, gradient_checkpointing=True)).phases["training step"] < 0.7 * plain
+
+
+def test_reward_models_stay_or_come_one_at_a_time(model: Path, tmp_path: Path) -> None:
+    scorer = str(save_tiny_scorer(tmp_path / "scorer"))
+
+    def objectives(**settings: Any) -> list[Any]:
+        return [ScoreModel(scorer, name, dtype="float32", max_length=40, **settings) for name in ("a", "b")]
+
+    staying, coming = plan_of(module_of(model), objectives()), plan_of(module_of(model), objectives(offload=True))
+    elsewhere = plan_of(module_of(model), objectives(device="cuda:1"))
+    size = staying.resident["reward model a"]
+    assert size == staying.resident["reward model b"] > 0
+    assert "reward model a" not in coming.resident
+    assert coming.phases["scoring a"] == staying.phases["scoring a"] + size
+    assert "scoring a" not in elsewhere.phases
+
+
+def test_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"""
+objectives:
+  - class_path: miepo.objectives.Brevity
+model:
+  policy: {{class_path: miepo.policy.Policy, init_args: {{base: {model}, lora_rank: 2}}}}
+data: {{prompts: [hello], batch_size: 2, max_new_tokens: 8}}
+trainer: {{accelerator: cpu, logger: false}}
+"""
+    )
+    arguments = ["--config", str(config), "--prompt_tokens", "16"]
+    assert memory.main([*arguments, "--card", "40"]) == 0
+    printed = capsys.readouterr().out
+    assert "Prompts of 16 tokens, responses of 8" in printed
+    assert "network unknown: brevity" in printed
+    assert "Card of 40 GB: fits" in printed
+    assert memory.main([*arguments, "--card", "0.00001"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+    for wrong, said in {
+        ("--prompt_tokens", "0"): "--prompt_tokens must be positive, got 0",
+        ("--model.policy.init_args.base", str(tmp_path / "none")): "there is none",
+    }.items():
+        assert memory.main(["--config", str(config), *wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_measured(model: Path, tmp_path: Path) -> None:
+    """Two real steps see the lengths that are planned for."""
+    from miepo.cli import MiepoCLI
+
+    cli = MiepoCLI(
+        run=False,
+        save_config_callback=None,
+        args=[
+            f"--model.policy.init_args={{base: {model}, lora_rank: 2}}", "--model.policy.class_path=miepo.policy.Policy",
+            "--objectives=[{class_path: tests.helpers.tiny.Length}]", "--data.prompts=[a, b b b b, c]",
+            "--data.validation_prompts=[d]", "--data.batch_size=2", "--data.max_new_tokens=8", "--data.normalise_on=2",
+            "--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false",
+        ],
+    )  # fmt: skip
+    _, watch = memory.measure(cli)
+    policy = cli.model.policy
+    longest = policy.encode(["b b b b"], torch.ones(1, 1)).ids.shape[-1]
+    assert (watch.prompt_tokens, watch.response_tokens) == (longest, 8)

@@ -1,0 +1,373 @@
+"""Plan of a run's peak memory: ``python -m tools.memory --config online.yaml --card 40``.
+
+The run's own code computes on tensors that have shapes and no contents, and what is alive at one time is counted. So
+the plan needs the configuration of each model and not its weights, and takes seconds for eight billion parameters.
+Every sequence counts at its full length. What the plan cannot see is the allocator: workspaces of the libraries below
+PyTorch, fragmentation, the CUDA context.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+import weakref
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from miepo.callbacks.throughput import peak_memory
+from miepo.cli import MiepoCLI, user_error
+from miepo.datamodule import RESPONSES, OnlinePreferenceDataModule
+from miepo.errors import UserError, first_line
+from miepo.methods import SupervisedDataModule
+from miepo.module import MIEPO
+from miepo.objectives import Objective
+from miepo.objectives.base import objectives_of
+from miepo.objectives.reward_model import ModelObjective
+from miepo.policy import Policy, log_prob
+from miepo.policy.base_model import base_folder
+from miepo.policy_module import PolicyModule
+from miepo.types import PreferenceBatch, Tokens
+
+GB = 1e9
+# Freed blocks go back to the system at once. By default the C library keeps them, a third of the peak and more.
+EXACT = "MALLOC_MMAP_THRESHOLD_"
+SPARE = 0.08  # of a card: the CUDA context and what the allocator cannot use
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.counted: set[int] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fake = isinstance(args[0] if args else None, FakeTensor)
+        if fake and op is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            # which tokens count is not known of tensors without contents: all of them, the largest case
+            (mask,) = args[1]
+            made = args[0].flatten(0, mask.dim() - 1).clone()
+        else:
+            made = op(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage(), given)
+        return made
+
+    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.counted and key not in given:  # a view of a weight is nothing new
+            self.counted.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.counted.discard(key)
+        self.now -= size
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """Bytes alive at the peak of ``work``, without those that were there before."""
+    with Live() as live:
+        work()
+    return live.peak
+
+
+def size_of(tensors: Iterator[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """Bytes: what is there all the time, and what each part of the run adds while it lasts."""
+
+    resident: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, int] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)  # objectives whose networks are not known
+
+    @property
+    def peak(self) -> int:
+        return sum(self.resident.values()) + max(self.phases.values())
+
+
+def plan_memory(
+    module: PolicyModule,
+    data: Any,
+    objectives: Sequence[Objective],
+    prompt_tokens: int,
+    response_tokens: int,
+    cuda: bool,
+) -> Plan:
+    """The plan of a run whose longest prompt, preference text included, has ``prompt_tokens`` tokens."""
+    plan, policy = Plan(), module.policy
+    chunk = log_prob.CHUNK_LOGITS["cuda" if cuda else "cpu"]
+    config = _config(base_folder(policy.base), f"the policy's base '{policy.base}'")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=_dtype(policy.dtype, config))
+        policy.adapt(model, [o.name for o in objectives])
+        networks = {o.name: _network(o) for o in objectives if isinstance(o, ModelObjective)}
+    policy.train()
+    with FakeTensorMode(allow_non_fake_inputs=True), patch.dict(log_prob.CHUNK_LOGITS, cpu=chunk):
+        _materialise(policy)
+        adapter = list(policy.adapter_parameters().values())
+        trained = size_of(iter(adapter))
+        plan.resident = {
+            "base model": size_of(policy.parameters()) - trained,
+            "adapter": trained,
+            "gradients": trained,
+            "Adam": 2 * trained,
+        }
+        for parameter in adapter:
+            parameter.grad = torch.zeros_like(parameter)
+        if isinstance(data, SupervisedDataModule):
+            n = data.batch_size
+            plan.phases["training step"] = peak_of(lambda: _train(module, n, 0, prompt_tokens, response_tokens))
+            plan.phases["evaluation"] = peak_of(lambda: _read(policy, n, prompt_tokens, response_tokens))
+            return plan
+        _online(plan, module, data, prompt_tokens, response_tokens)
+        for objective in objectives:
+            if isinstance(objective, ModelObjective):
+                _reward_model(plan, objective, networks[objective.name], prompt_tokens + response_tokens)
+            else:
+                plan.unknown.append(objective.name)
+    return plan
+
+
+def _online(plan: Plan, module: PolicyModule, data: OnlinePreferenceDataModule, p: int, t: int) -> None:
+    policy = module.policy
+    exploration = getattr(module, "exploration", None)
+    c = exploration.num_counterfactuals if exploration is not None and exploration.active else 0
+    pairs, answers = RESPONSES * data.batch_size, data.evaluation_batch_size
+    plan.phases["sampling"] = peak_of(lambda: _sample(policy, pairs, p, t))
+    plan.phases["reference"] = peak_of(lambda: _read(policy, pairs, p, t))
+    plan.phases["training step"] = peak_of(lambda: _train(module, pairs, c, p, t))
+    plan.phases["evaluation: sampling"] = peak_of(lambda: _sample(policy, answers, p, t))
+    plan.phases["evaluation: information"] = peak_of(lambda: _read(policy, answers, p, t))
+
+
+def _tokens(n: int, length: int) -> Tokens:
+    mask = torch.ones(n, length, dtype=torch.bool)
+    mask[0, 0] = False  # without any padding attention would do without a mask, which no real batch does
+    return Tokens(torch.zeros(n, length, dtype=torch.long), mask)
+
+
+def _weights(policy: Policy, n: int) -> Tensor:
+    return torch.ones(n, len(policy.names))
+
+
+def _train(module: PolicyModule, n: int, counterfactuals: int, p: int, t: int) -> None:
+    policy = module.policy
+    loss = policy.log_prob(_tokens(n, p), _weights(policy, n), _tokens(n, t)).sum()
+    if counterfactuals:
+        rows = n * counterfactuals
+        assert isinstance(module, MIEPO)
+        with torch.set_grad_enabled(module.exploration.needs_gradient):
+            under = policy.log_prob(_tokens(rows, p), _weights(policy, rows), _tokens(rows, t)).sum()
+        loss = loss + under
+    loss.backward()
+
+
+def _read(policy: Policy, n: int, p: int, t: int) -> None:
+    with policy.evaluating():
+        policy.log_prob(_tokens(n, p), _weights(policy, n), _tokens(n, t))
+
+
+def _sample(policy: Policy, n: int, p: int, t: int) -> None:
+    """The first token, and the last one, which has the longest cache."""
+    with policy.evaluating(), policy.conditioned(_weights(policy, n)):
+        model: Any = policy.model
+        mask = _tokens(n, p).mask.long()
+        out = model(input_ids=torch.zeros_like(mask), attention_mask=mask, use_cache=True, logits_to_keep=1)
+        _draw(out.logits)
+        shapes = [(layer.keys.shape, layer.keys.dtype) for layer in out.past_key_values.layers]
+        del out
+        cache = DynamicCache()
+        for i, ((_, heads, _, size), dtype) in enumerate(shapes):
+            keys, values = (torch.zeros(n, heads, p + t - 2, size, dtype=dtype) for _ in range(2))
+            cache.update(keys, values, i)
+        del keys, values
+        mask = _tokens(n, p + t - 1).mask.long()
+        out = model(
+            input_ids=torch.zeros(n, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache, logits_to_keep=1
+        )
+        _draw(out.logits)
+
+
+def _draw(logits: Tensor) -> None:
+    scores = logits[:, -1].float()
+    nn.functional.softmax(scores, -1)
+
+
+def _network(objective: ModelObjective) -> nn.Module:
+    config = _config(objective.source, f"the model of {objective.name}, '{objective.source}'")
+    return objective.shape(config).to(_dtype(objective.dtype, config))
+
+
+def _reward_model(plan: Plan, objective: ModelObjective, network: nn.Module, length: int) -> None:
+    _materialise(network)
+    size = size_of(network.parameters())
+    body: Any = getattr(network, network.base_model_prefix)  # type: ignore[arg-type]
+    body.config.use_cache = False
+    limits = (length, objective.max_length, getattr(body.config, "max_position_embeddings", None))
+    ids = torch.zeros(objective.batch_size, min(n for n in limits if n), dtype=torch.long)
+    with torch.no_grad():
+        work = peak_of(lambda: body(input_ids=ids, attention_mask=torch.ones_like(ids)))
+    if objective.place is not None:
+        return  # on a device of its own
+    if objective.offload:
+        work += size
+    else:
+        plan.resident[f"reward model {objective.name}"] = size
+    plan.phases[f"scoring {objective.name}"] = work
+
+
+def _dtype(given: str, config: Any) -> torch.dtype:
+    return (config.dtype or torch.float32) if given == "auto" else getattr(torch, given)
+
+
+def _materialise(module: nn.Module) -> None:
+    """From tensors without a device to tensors on one, without contents; what is tied stays tied."""
+    made: dict[Tensor, Tensor] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(
+                        torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad
+                    )
+                part._parameters[name] = made[parameter]  # type: ignore[assignment]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _config(source: str, what: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"expected the configuration of {what}: {first_line(error)} (a folder with its config.json is enough)"
+        ) from None
+
+
+# -- the measurement ---------------------------------------------------------------------------------------------------
+
+
+class Watch(Callback):
+    """Notes how much memory the process has before models are loaded, and the longest prompt and response it sees."""
+
+    def __init__(self) -> None:
+        self.before = 0.0  # GB
+        self.prompt_tokens = self.response_tokens = 0
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.before = peak_memory(trainer.strategy.root_device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        policy = pl_module.policy
+        if isinstance(batch, PreferenceBatch):
+            prompts, tokens = policy.encode(batch.prompts, batch.preference), batch.responses.tokens
+        else:
+            prompts, tokens = policy.encode_text(batch.prompts, [""] * len(batch)), batch.responses
+        self.prompt_tokens = max(self.prompt_tokens, prompts.ids.shape[-1])
+        self.response_tokens = max(self.response_tokens, tokens.ids.shape[-1])
+
+
+def measure(cli: MiepoCLI) -> tuple[float, Watch]:
+    """Two steps of the run: the growth of the process, or what the card held, in GB."""
+    watch = Watch()
+    cli.trainer.callbacks.insert(0, watch)  # type: ignore[attr-defined]
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    return peak_memory(cli.trainer.strategy.root_device) - watch.before, watch
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def report(plan: Plan, prompt_tokens: int, response_tokens: int, card: float | None) -> str:
+    lines = [f"Prompts of {prompt_tokens} tokens, responses of {response_tokens}. GB = 10^9 bytes."]
+    base = sum(plan.resident.values())
+    rows = [(name, size) for name, size in plan.resident.items()]
+    lines += [f"  {name:<32} {size / GB:8.2f}" for name, size in rows]
+    lines += [f"  {'there all the time':<32} {base / GB:8.2f}"]
+    lines += [f"  + {name:<30} {size / GB:8.2f}  = {(base + size) / GB:.2f}" for name, size in plan.phases.items()]
+    lines += [f"Peak: {plan.peak / GB:.2f} GB, in {max(plan.phases, key=plan.phases.__getitem__)}"]
+    if plan.unknown:
+        lines += [f"Not counted, network unknown: {', '.join(plan.unknown)}"]
+    if card is not None:
+        fitting = "fits" if fits(plan, card) else "does not fit"
+        lines += [f"Card of {card:g} GB: {fitting}, with {SPARE:.0%} left to the allocator"]
+    return "\n".join(lines)
+
+
+def fits(plan: Plan, card: float) -> bool:
+    return plan.peak <= (1 - SPARE) * card * GB
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = ArgumentParser(
+        prog="python -m tools.memory",
+        description="Plan of a run's peak memory. All other options are those of miepo fit: --config, and changes to "
+        "it. Exit status 1: it does not fit the card.",
+    )
+    parser.add_argument("--card", type=float, help="memory of a card in GB: plan for CUDA, and say whether it fits")
+    parser.add_argument("--prompt_tokens", type=int, default=512, help="longest prompt, preference text included")
+    parser.add_argument("--response_tokens", type=int, help="longest response; by default what the config allows")
+    parser.add_argument("--measure", action="store_true", help="run two steps, too, and plan for their lengths")
+    options, rest = parser.parse_known_args(arguments)
+    if options.measure and sys.platform == "linux" and EXACT not in os.environ and arguments is None:
+        os.environ[EXACT] = "65536"
+        os.execv(sys.executable, [sys.executable, "-m", "tools.memory", *sys.argv[1:]])
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")
+    try:
+        for name in ("card", "prompt_tokens", "response_tokens"):
+            if (value := getattr(options, name)) is not None and value <= 0:
+                raise UserError(f"--{name} must be positive, got {value:g}")
+        short = ["--trainer.fast_dev_run=2"] if options.measure else []
+        cli = MiepoCLI(run=False, save_config_callback=None, args=[*rest, *short], seed_everything_default=0)
+        objectives = objectives_of(cli.trainer) if cli.model.conditioned else []
+        data = cli.datamodule
+        p, t = options.prompt_tokens, options.response_tokens
+        if t is None:
+            t = data.max_response_tokens if isinstance(data, SupervisedDataModule) else data.max_new_tokens
+        cuda = options.card is not None
+        if options.measure:
+            measured, watch = measure(cli)
+            p, t = watch.prompt_tokens, watch.response_tokens
+            cuda = cli.trainer.strategy.root_device.type == "cuda"
+        plan = plan_memory(cli.model, data, objectives, p, t, cuda)
+    except Exception as error:
+        mistake = user_error(error)
+        if mistake is None:
+            raise
+        print(f"memory: error: {mistake}", file=sys.stderr)
+        return 2
+    print(report(plan, p, t, options.card))
+    if options.measure:
+        print(f"Measured: {measured:.2f} GB; the plan is {plan.peak / GB / measured - 1:+.1%}")
+    return 0 if options.card is None or fits(plan, options.card) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
