@@ -298,17 +298,13 @@ class OnlinePreferenceDataModule(LightningDataModule):
         self, prompts: Sequence[str], preference: Tensor, counterfactual: Tensor, responses: Responses
     ) -> tuple[Tensor, Tensor]:
         """``log pi_ref`` under w+ ``(B, 2, T)`` and under each w- ``(B, 2, C, T)``."""
-        policy, tokens = self._policy, responses.tokens
-        flat = tokens.flat()  # (2 B, T)
-
-        def under(w: Tensor) -> Tensor:
-            encoded = policy.encode(prompts, w).repeat(RESPONSES)
-            return policy.reference_log_prob(encoded, flat).view(tokens.ids.shape)
-
-        own = under(preference)
-        if policy.reference_depends_on_preference and counterfactual.shape[1]:
-            return own, torch.stack([under(w) for w in counterfactual.unbind(1)], 2)
-        return own, own.unsqueeze(2).expand(-1, -1, counterfactual.shape[1], -1)  # the adapter alone reads w
+        policy, own, count = self._policy, preference.unsqueeze(1), counterfactual.shape[1]
+        if not policy.reference_depends_on_preference:  # the adapter alone reads w
+            log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens)
+            return log_prob[:, :, 0], log_prob.expand(-1, -1, count, -1)
+        both = torch.cat([own, counterfactual], 1)  # (B, 1 + C, K)
+        log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens)  # (B, 2, 1 + C, T)
+        return log_prob[:, :, 0], log_prob[:, :, 1:]
 
     def evaluation(self, batch: PromptBatch) -> EvaluationBatch:
         """One response per (prompt, preference vector) pair, scored unless predicting."""

@@ -11,7 +11,7 @@ from miepo.exploration import Contrast, Exploration, InfoNCE
 from miepo.losses import alignment_loss, implicit_reward, total_loss
 from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.policy import Policy
-from miepo.policy_module import PolicyModule, response_log_prob
+from miepo.policy_module import PolicyModule
 from miepo.router import ExpectationRouter, Router, SampleRouter
 from miepo.types import PreferenceBatch
 
@@ -51,25 +51,34 @@ class MIEPO(PolicyModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> STEP_OUTPUT:
         """Eq. 13 on one rollout; the flow chart of the method."""
         mask = batch.responses.tokens.mask  # (B, 2, T)
-        log_prob = self.log_prob(batch, batch.preference.unsqueeze(1)).squeeze(2)  # (B, 2, T)
+        log_prob, counterfactual = self.log_prob(batch)  # (B, 2, T), (B, 2, C, T)
         reward = implicit_reward(log_prob, batch.reference_log_prob, mask)  # (B, 2)
         alignment = alignment_loss(reward, batch.labels, self.beta_c)  # (B, K), Eq. 8
         routed = self.router.combine(alignment, batch.routing)  # (B,)
 
         exploration = contrast = None
         if self.exploration.active:
-            contrast = self.contrast(batch, log_prob, reward)
+            contrast = self.contrast(batch, log_prob, counterfactual, reward)
             exploration = self.exploration(contrast, self.progress)  # (B,), Eq. 12
 
         loss = total_loss(routed, exploration)  # Eq. 13
         self._log_step(batch, loss, reward.detach(), alignment.detach(), exploration, contrast)
         return {"loss": loss, "feedback_information": feedback_information(alignment.detach(), batch.labels)}
 
-    def contrast(self, batch: PreferenceBatch, log_prob: Tensor, reward: Tensor) -> Contrast:
-        """The pair under w+, ``(B, 2, T)`` and ``(B, 2)``, beside the same pair under every w-."""
+    def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Token log-probabilities of the pair under w+, ``(B, 2, T)``, and under every w-, ``(B, 2, C, T)``."""
+        under, tokens = self.policy.response_log_prob, batch.responses.tokens
+        own, others = batch.preference.unsqueeze(1), batch.counterfactual  # (B, 1, K), (B, C, K)
+        if self.exploration.needs_gradient:
+            both = under(batch.prompts, torch.cat([own, others], 1), tokens)  # (B, 2, 1 + C, T)
+            return both[:, :, 0], both[:, :, 1:]
+        with torch.no_grad():
+            counterfactual = under(batch.prompts, others, tokens)
+        return under(batch.prompts, own, tokens).squeeze(2), counterfactual
+
+    def contrast(self, batch: PreferenceBatch, log_prob: Tensor, counterfactual: Tensor, reward: Tensor) -> Contrast:
+        """The pair under w+, ``(B, 2, T)`` and ``(B, 2)``, beside the same pair under every w-, ``(B, 2, C, T)``."""
         mask = batch.responses.tokens.mask  # (B, 2, T)
-        with torch.set_grad_enabled(self.exploration.needs_gradient and torch.is_grad_enabled()):
-            counterfactual = self.log_prob(batch, batch.counterfactual)  # (B, 2, C, T)
         return Contrast(
             batch.preference,
             batch.counterfactual,
@@ -83,10 +92,6 @@ class MIEPO(PolicyModule):
             anchors=~batch.responses.empty,
             beta_c=self.beta_c,
         )
-
-    def log_prob(self, batch: PreferenceBatch, preferences: Tensor) -> Tensor:
-        """Token log-probabilities of both responses under ``C`` preferences each, ``(B, C, K) -> (B, 2, C, T)``."""
-        return response_log_prob(self.policy, batch.prompts, preferences, batch.responses.tokens)
 
     def _log_step(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
@@ -16,7 +16,7 @@ from miepo.errors import UserError
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.policy import Policy
-from miepo.types import EvaluationBatch, Tokens
+from miepo.types import EvaluationBatch
 
 SCHEMA = 1
 
@@ -139,26 +139,6 @@ class PolicyModule(LightningModule):
             )
         for objective in self.objectives:  # Lightning restores callbacks for fit alone
             objective.load_state_dict(checkpoint.get("callbacks", {}).get(objective.state_key, {}))
-
-
-def response_log_prob(policy: Policy, prompts: Any, preferences: Tensor, responses: Tokens) -> Tensor:
-    """Token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
-
-    Args:
-        policy: The policy.
-        prompts: ``B`` prompts.
-        preferences: ``(B, C, K)``.
-        responses: ``(B, n, T)``.
-
-    Returns:
-        ``(B, n, C, T)``.
-    """
-    (b, c, _), n = preferences.shape, responses.ids.shape[1]
-    flat_prompts = [prompt for prompt in prompts for _ in range(c)]
-    tokens = policy.encode(flat_prompts, preferences.flatten(0, 1)).repeat(n)  # (B C n, P)
-    each = Tokens(*(x.unsqueeze(1).expand(-1, c, -1, -1).flatten(0, 2) for x in (responses.ids, responses.mask)))
-    log_prob = policy.log_prob(tokens, preferences.flatten(0, 1).repeat_interleave(n, 0), each)
-    return log_prob.view(b, c, n, -1).transpose(1, 2)
 
 
 def _shape(shape: torch.Size | None) -> str:

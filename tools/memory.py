@@ -30,19 +30,21 @@ from miepo.callbacks.throughput import peak_memory
 from miepo.cli import MiepoCLI, user_error
 from miepo.datamodule import RESPONSES, OnlinePreferenceDataModule
 from miepo.errors import UserError, first_line
+from miepo.exploration import Exploration
 from miepo.methods import SupervisedDataModule
-from miepo.module import MIEPO
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.objectives.reward_model import ModelObjective
 from miepo.policy import Policy, log_prob
 from miepo.policy.base_model import base_folder
 from miepo.policy_module import PolicyModule
+from miepo.preferences import evaluation_grid
 from miepo.types import PreferenceBatch, Tokens
 
 GB = 1e9
 # Freed blocks go back to the system at once. By default the C library keeps them, a third of the peak and more.
 EXACT = "MALLOC_MMAP_THRESHOLD_"
+TEXT = 32  # tokens of a prompt that state the preference
 SPARE = 0.08  # of a card: the CUDA context and what the allocator cannot use
 
 # -- counting ----------------------------------------------------------------------------------------------------------
@@ -141,8 +143,7 @@ def plan_memory(
             parameter.grad = torch.zeros_like(parameter)
         if isinstance(data, SupervisedDataModule):
             n = data.batch_size
-            plan.phases["training step"] = peak_of(lambda: _train(module, n, 0, prompt_tokens, response_tokens))
-            plan.phases["evaluation"] = peak_of(lambda: _read(policy, n, prompt_tokens, response_tokens))
+            plan.phases["training step"] = peak_of(lambda: _imitate(policy, n, prompt_tokens, response_tokens))
             return plan
         _online(plan, module, data, prompt_tokens, response_tokens)
         for objective in objectives:
@@ -154,49 +155,62 @@ def plan_memory(
 
 
 def _online(plan: Plan, module: PolicyModule, data: OnlinePreferenceDataModule, p: int, t: int) -> None:
-    policy = module.policy
-    exploration = getattr(module, "exploration", None)
-    c = exploration.num_counterfactuals if exploration is not None and exploration.active else 0
-    pairs, answers = RESPONSES * data.batch_size, data.evaluation_batch_size
-    plan.phases["sampling"] = peak_of(lambda: _sample(policy, pairs, p, t))
-    plan.phases["reference"] = peak_of(lambda: _read(policy, pairs, p, t))
-    plan.phases["training step"] = peak_of(lambda: _train(module, pairs, c, p, t))
+    policy, exploration = module.policy, getattr(module, "exploration", None)
+    n, answers, m = data.batch_size, data.evaluation_batch_size, len(evaluation_grid(len(policy.names)))
+    if isinstance(data.grid_spec, int):
+        m = data.grid_spec
+    elif data.grid_spec is not None:
+        m = len(data.grid_spec)
+    plan.phases["sampling"] = peak_of(lambda: _sample(policy, RESPONSES * n, p, t))
+    if exploration is None:
+        plan.phases["training step"] = peak_of(lambda: _imitate(policy, n, p, t))
+    else:
+        c = exploration.num_counterfactuals if exploration.active else 0
+        read = 1 + c if policy.reference_depends_on_preference else 1
+        plan.phases["reference"] = peak_of(lambda: _read(policy, n, read, RESPONSES, p, t))
+        plan.phases["training step"] = peak_of(lambda: _train(policy, exploration, n, c, p, t))
     plan.phases["evaluation: sampling"] = peak_of(lambda: _sample(policy, answers, p, t))
-    plan.phases["evaluation: information"] = peak_of(lambda: _read(policy, answers, p, t))
+    plan.phases["evaluation: information"] = peak_of(lambda: _read(policy, -(-answers // m), m, 1, p, t))
 
 
-def _tokens(n: int, length: int) -> Tokens:
+def _mask(n: int, length: int) -> Tensor:
     mask = torch.ones(n, length, dtype=torch.bool)
     mask[0, 0] = False  # without any padding attention would do without a mask, which no real batch does
-    return Tokens(torch.zeros(n, length, dtype=torch.long), mask)
+    return mask
 
 
-def _weights(policy: Policy, n: int) -> Tensor:
-    return torch.ones(n, len(policy.names))
+def _log_prob(policy: Policy, prompts: int, preferences: int, responses: int, p: int, t: int) -> Tensor:
+    written = min(TEXT, p - 1) if policy.reference_depends_on_preference else 0
+    under = [[0] * (p - written) + [1 + c] * written for c in range(preferences)]
+    weights = torch.ones(prompts * preferences, len(policy.names))
+    return policy.trees_log_prob([under] * prompts, weights, [[[0] * t] * responses] * prompts, t)
 
 
-def _train(module: PolicyModule, n: int, counterfactuals: int, p: int, t: int) -> None:
-    policy = module.policy
-    loss = policy.log_prob(_tokens(n, p), _weights(policy, n), _tokens(n, t)).sum()
-    if counterfactuals:
-        rows = n * counterfactuals
-        assert isinstance(module, MIEPO)
-        with torch.set_grad_enabled(module.exploration.needs_gradient):
-            under = policy.log_prob(_tokens(rows, p), _weights(policy, rows), _tokens(rows, t)).sum()
-        loss = loss + under
-    loss.backward()
+def _train(policy: Policy, exploration: Exploration, n: int, counterfactuals: int, p: int, t: int) -> None:
+    if exploration.needs_gradient:
+        _log_prob(policy, n, 1 + counterfactuals, RESPONSES, p, t).sum().backward()
+        return
+    with torch.no_grad():
+        _log_prob(policy, n, counterfactuals, RESPONSES, p, t)
+    _log_prob(policy, n, 1, RESPONSES, p, t).sum().backward()
 
 
-def _read(policy: Policy, n: int, p: int, t: int) -> None:
+def _imitate(policy: Policy, n: int, p: int, t: int) -> None:
+    weights = torch.ones(n, len(policy.names))
+    prompts, responses = (Tokens(torch.zeros(n, size, dtype=torch.long), _mask(n, size)) for size in (p, t))
+    policy.log_prob(prompts, weights, responses).sum().backward()
+
+
+def _read(policy: Policy, n: int, preferences: int, responses: int, p: int, t: int) -> None:
     with policy.evaluating():
-        policy.log_prob(_tokens(n, p), _weights(policy, n), _tokens(n, t))
+        _log_prob(policy, n, preferences, responses, p, t)
 
 
 def _sample(policy: Policy, n: int, p: int, t: int) -> None:
     """The first token, and the last one, which has the longest cache."""
-    with policy.evaluating(), policy.conditioned(_weights(policy, n)):
+    with policy.evaluating(), policy.conditioned(torch.ones(n, len(policy.names))):
         model: Any = policy.model
-        mask = _tokens(n, p).mask.long()
+        mask = _mask(n, p).long()
         out = model(input_ids=torch.zeros_like(mask), attention_mask=mask, use_cache=True, logits_to_keep=1)
         _draw(out.logits)
         shapes = [(layer.keys.shape, layer.keys.dtype) for layer in out.past_key_values.layers]
@@ -206,7 +220,7 @@ def _sample(policy: Policy, n: int, p: int, t: int) -> None:
             keys, values = (torch.zeros(n, heads, p + t - 2, size, dtype=dtype) for _ in range(2))
             cache.update(keys, values, i)
         del keys, values
-        mask = _tokens(n, p + t - 1).mask.long()
+        mask = _mask(n, p + t - 1).long()
         out = model(
             input_ids=torch.zeros(n, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache, logits_to_keep=1
         )

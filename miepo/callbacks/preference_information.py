@@ -10,8 +10,7 @@ from torch import Tensor
 
 from miepo.callbacks.reporting import log_evaluation, whole_evaluation
 from miepo.metrics import PreferenceInformationMetric, bootstrap_interval
-from miepo.policy_module import response_log_prob
-from miepo.types import EvaluationBatch
+from miepo.types import EvaluationBatch, Tokens
 
 METRIC = "preference_information"
 
@@ -43,11 +42,17 @@ class PreferenceInformation(Callback):
     ) -> None:
         grid = trainer.datamodule.grid  # type: ignore[attr-defined]
         policy, tokens = pl_module.policy, batch.responses.tokens
-        with policy.evaluating():  # one pass per preference vector: M at once would need M times the memory
-            passes = [
-                response_log_prob(policy, batch.prompts, w.expand(len(batch), 1, -1), tokens)[:, 0, 0] for w in grid
-            ]  # M of (N, T)
-        log_prob = torch.stack([each.sum(-1) for each in passes], 1)  # (N, M)
+        size = -(-len(batch) // len(grid))  # so that a pass has as many sequences as the batch
+        with policy.evaluating():
+            parts = [
+                policy.response_log_prob(
+                    batch.prompts[start : start + size],
+                    grid.expand(len(batch.prompts[start : start + size]), -1, -1),
+                    Tokens(tokens.ids[start : start + size], tokens.mask[start : start + size]),
+                )
+                for start in range(0, len(batch), size)
+            ]  # (n, 1, M, T) each
+        log_prob = torch.cat(parts).squeeze(1).sum(-1)  # (N, M)
         pl_module.metrics[METRIC].update(log_prob, batch.grid_index, torch.tensor(batch.positions))
 
     @whole_evaluation

@@ -1,4 +1,4 @@
-"""Token log-probabilities without ever holding the (N, T, V) logits."""
+"""Token log-probabilities without ever holding the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -15,38 +15,31 @@ CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
 
 
 def token_log_prob(
-    hidden: Tensor,
-    response_ids: Tensor,
-    response_mask: Tensor,
-    head: Callable[[Tensor], Tensor],
-    vocabulary: int,
-    temperature: float,
+    states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int, temperature: float
 ) -> Tensor:
-    """Log-probability of each response token given the hidden state that predicts it.
+    """Log-probability of tokens given the hidden states that predict them.
 
-    Only tokens that count are projected on the vocabulary, in chunks that the backward pass computes again.
+    The states are projected on the vocabulary in chunks that the backward pass computes again.
 
     Args:
-        hidden: ``(N, T, D)`` hidden state at the position before each response token.
-        response_ids: ``(N, T)``.
-        response_mask: ``(N, T)`` True where a token counts.
+        states: ``(n, D)`` hidden state at the position before each token.
+        targets: ``(n,)`` the tokens.
         head: The projection on the vocabulary, ``(n, D) -> (n, V)``.
         vocabulary: ``V``.
         temperature: Of the distribution that is sampled.
 
     Returns:
-        ``(N, T)`` float32 in nats, 0 where the mask is False.
+        ``(n,)`` float32 in nats.
     """
-    states, targets = hidden[response_mask], response_ids[response_mask]  # (n, D), (n,)
 
     def chunk_log_prob(states: Tensor, targets: Tensor) -> Tensor:
         logits = head(states).float()
         return -F.cross_entropy(logits if temperature == 1 else logits / temperature, targets, reduction="none")
 
-    size = max(CHUNK_LOGITS.get(hidden.device.type, 2**27) // vocabulary, 1)
+    size = max(CHUNK_LOGITS.get(states.device.type, 2**27) // vocabulary, 1)
     parts = [
         checkpoint(chunk_log_prob, s, t, use_reentrant=False) if torch.is_grad_enabled() else chunk_log_prob(s, t)
         for s, t in zip(states.split(size), targets.split(size), strict=True)
+        if len(t)
     ]
-    out = torch.zeros(response_ids.shape, dtype=torch.float32, device=hidden.device)
-    return out.masked_scatter(response_mask, torch.cat(parts)) if parts else out
+    return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.float32)

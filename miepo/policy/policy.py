@@ -17,6 +17,7 @@ from miepo.errors import UserError
 from miepo.policy.base_model import load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
+from miepo.policy.packing import pack
 from miepo.policy.template import HH, PromptTemplate
 from miepo.types import Tokens
 
@@ -27,7 +28,7 @@ class _Gate:
     """The gate of the rank blocks, read by every LoRA layer during a forward pass."""
 
     def __init__(self) -> None:
-        self.value: Tensor | None = None  # (N, R)
+        self.value: Tensor | None = None  # (N, R), or (N, L, R) where the tokens of a row differ
 
     @contextmanager
     def set(self, value: Tensor | None) -> Iterator[None]:
@@ -43,7 +44,8 @@ class _Gate:
             raise RuntimeError("a gated policy ran without a preference vector")
         if len(self.value) != len(output):
             raise RuntimeError(f"the gate is for {len(self.value)} sequences, the batch has {len(output)}")
-        return output * self.value.unsqueeze(1).to(output.dtype)
+        value = self.value if self.value.dim() == 3 else self.value.unsqueeze(1)
+        return output * value.to(output.dtype)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """For gradient checkpointing: the recomputation sees the gate of the forward pass it repeats."""
@@ -259,22 +261,27 @@ class Policy(nn.Module):
 
     def encode_text(self, prompts: Sequence[str], texts: Sequence[str]) -> Tokens:
         """Prompts, each with the text that conditions it, as left-padded tokens ``(N, P)``."""
-        rows = [self.template.encode(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        return self._padded([self.template.encode(prompt, text) for prompt, text in zip(prompts, texts, strict=True)])
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tokens:
         width = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
+        ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=self.device)
         mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
         return Tokens(ids, mask)
 
     @contextmanager
     def conditioned(self, preference: Tensor) -> Iterator[None]:
         """Within it, the model's N sequences are conditioned on ``preference`` ``(N, K)`` through the gate."""
+        with self._gate.set(self._gate_of(preference)), self.autocast():
+            yield
+
+    def _gate_of(self, preference: Tensor) -> Tensor | None:
+        """The factor of every rank, ``(N, K) -> (N, R)``; None where the adapter is not gated."""
         gates = [
             c.gate(preference.to(self.device)) for c, n in zip(self.conditioning, self._gate_blocks, strict=True) if n
         ]
-        gate = torch.cat(gates, -1).repeat_interleave(self.lora_rank, -1) if gates else None  # (N, R)
-        with self._gate.set(gate), self.autocast():
-            yield
+        return torch.cat(gates, -1).repeat_interleave(self.lora_rank, -1) if gates else None
 
     def autocast(self) -> AbstractContextManager:
         """Computation in the type of the base weights, the same wherever the policy runs."""
@@ -319,10 +326,108 @@ class Policy(nn.Module):
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
         ).last_hidden_state
         length = responses.ids.shape[1]
-        predicting = hidden[:, -length - 1 : -1]  # (N, T, D): the state before each response token
-        return token_log_prob(
-            predicting, responses.ids, responses.mask, self._project, len(self._head.weight), self.temperature
+        states = hidden[:, -length - 1 : -1][responses.mask]  # (n, D): the state before each response token
+        values = self._read(states, responses.ids[responses.mask])
+        return torch.zeros(responses.ids.shape, device=ids.device).masked_scatter(responses.mask, values)
+
+    def _read(self, states: Tensor, targets: Tensor) -> Tensor:
+        return token_log_prob(states, targets, self._project, len(self._head.weight), self.temperature)
+
+    # -- several responses and preferences per prompt ------------------------------------------------------------------
+
+    def response_log_prob(self, prompts: Sequence[str], preferences: Tensor, responses: Tokens) -> Tensor:
+        """Token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
+
+        What the sequences have in common is computed once, with gradient (:mod:`miepo.policy.packing`).
+
+        Args:
+            prompts: ``B`` prompts.
+            preferences: ``(B, C, K)``.
+            responses: ``(B, n, T)``, padded on the right.
+
+        Returns:
+            ``(B, n, C, T)`` float32 in nats, 0 where the response mask is False.
+        """
+        return self.trees_log_prob(
+            self._encoded(prompts, preferences), preferences.flatten(0, 1), _rows(responses), responses.ids.shape[-1]
         )
+
+    def reference_response_log_prob(self, prompts: Sequence[str], preferences: Tensor, responses: Tokens) -> Tensor:
+        """The same under the reference, adapter off, no gradient: only preferences written in prompts matter."""
+        encoded, rows = self._encoded(prompts, preferences), _rows(responses)
+        with self.evaluating(), self.model.disable_adapter():
+            return self.trees_log_prob(encoded, None, rows, responses.ids.shape[-1])
+
+    def trees_log_prob(
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        preference: Tensor | None,
+        responses: Sequence[Sequence[Sequence[int]]],
+        width: int,
+    ) -> Tensor:
+        """As :meth:`response_log_prob`, of token ids without padding.
+
+        Args:
+            prompts: ``B`` prompts under ``C`` preferences each.
+            preference: ``(B C, K)``, what the adapter reads; None while it is off.
+            responses: ``n`` to each prompt.
+            width: ``T``.
+        """
+        shape = (len(prompts), len(responses[0]), len(prompts[0]), width)  # B, n, C, T
+        gate = None if preference is None else self._gate_of(preference)  # (B C, R)
+        if not self._packs:
+            return self._padded_log_prob(prompts, gate, responses, shape)
+        packed = pack(prompts, responses, width, gate is None, self.device)
+        with self._gate.set(None if gate is None else gate[packed.owner]), self.autocast():
+            mask = packed.mask
+            if self._causal_lm.config._attn_implementation != "sdpa":  # which alone takes masks of truth values
+                dtype = self._head.weight.dtype
+                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+                    ~mask, torch.finfo(dtype).min
+                )
+            hidden = self._body(
+                input_ids=packed.ids, attention_mask=mask, position_ids=packed.positions, use_cache=False
+            ).last_hidden_state  # (R, L, D)
+            values = self._read(hidden.flatten(0, 1)[packed.before], packed.targets)
+        out = torch.zeros(shape, device=self.device).flatten()
+        return out.index_put((packed.where,), values).view(shape)
+
+    def _padded_log_prob(
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        gate: Tensor | None,
+        responses: Sequence[Sequence[Sequence[int]]],
+        shape: tuple[int, int, int, int],
+    ) -> Tensor:
+        """Sequence by sequence: for networks that a tree cannot pass through."""
+        b, n, c, t = shape
+        each = self._padded([row for under in prompts for row in under]).repeat(n)  # (B C n, P)
+        rows = [answer for answers in responses for _ in range(c) for answer in answers]
+        pad = [[*row, *[0] * (t - len(row))] for row in rows]
+        mask = torch.arange(t) < torch.tensor([[len(row)] for row in rows])
+        answers = Tokens(torch.tensor(pad), mask).to(self.device)  # (B C n, T)
+        with self._gate.set(None if gate is None else gate.repeat_interleave(n, 0)), self.autocast():
+            log_prob = self._token_log_prob(each, answers)
+        return log_prob.view(b, c, n, t).transpose(1, 2)
+
+    @property
+    def _packs(self) -> bool:
+        """Whether every layer is attention to all that came before, by a kernel that takes any mask."""
+        config, model = self._causal_lm.config.get_text_config(), self._causal_lm
+        full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+        return (
+            full
+            and not windowed
+            and not getattr(model, "_is_stateful", False)
+            and model.config._attn_implementation in ("sdpa", "eager")
+        )
+
+    def _encoded(self, prompts: Sequence[str], preferences: Tensor) -> list[list[list[int]]]:
+        return [
+            [self.template.encode(prompt, self.preference_text(w)) for w in rows]
+            for prompt, rows in zip(prompts, preferences.tolist(), strict=True)
+        ]
 
     @property
     def _project(self) -> Callable[[Tensor], Tensor]:
@@ -335,3 +440,12 @@ class Policy(nn.Module):
             return softcap * torch.tanh(logits / softcap) if softcap else logits
 
         return project
+
+
+def _rows(responses: Tokens) -> list[list[list[int]]]:
+    """``(B, n, T)`` as token ids without padding."""
+    lengths = responses.mask.sum(-1).tolist()
+    return [
+        [ids[:length] for ids, length in zip(*row, strict=True)]
+        for row in zip(responses.ids.tolist(), lengths, strict=True)
+    ]

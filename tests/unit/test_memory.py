@@ -45,7 +45,7 @@ def test_the_plan_is_what_is_alive(model: Path, checkpointing: bool) -> None:
 
     for parameter in policy.adapter_parameters().values():
         parameter.grad = torch.zeros_like(parameter)
-    real = memory.peak_of(lambda: memory._train(module, 2 * BATCH, 1, P, T))
+    real = memory.peak_of(lambda: memory._train(policy, module.exploration, BATCH, 1, P, T))
     assert plan.phases["training step"] == pytest.approx(real, rel=0.02)
     real = memory.peak_of(lambda: memory._sample(policy, 2 * BATCH, P, T))
     assert plan.phases["sampling"] == pytest.approx(real, rel=0.02)

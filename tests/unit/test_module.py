@@ -16,11 +16,10 @@ from miepo.errors import UserError
 from miepo.exploration import InfoNCE, Matching
 from miepo.losses import implicit_reward
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
-from miepo.policy_module import response_log_prob
 from miepo.router import SampleRouter
 from miepo.types import PreferenceBatch, Responses, Tokens
-from tests.helpers.fit import PROMPTS, tiny_run
-from tests.helpers.tiny import Chosen, Length, Letters, randomise_adapter, tiny_policy
+from tests.helpers.fit import tiny_run
+from tests.helpers.tiny import Chosen, Length, Letters, randomise_adapter
 
 
 class Batches(Callback):
@@ -63,7 +62,7 @@ def test_beta_w_zero_is_mo_odpo_bit_for_bit(tiny_model: Path, tmp_path: Path, co
     loss, gradients = step(module, batch)
 
     module.zero_grad()
-    log_prob = response_log_prob(module.policy, batch.prompts, batch.preference.unsqueeze(1), batch.responses.tokens)
+    log_prob = module.policy.response_log_prob(batch.prompts, batch.preference.unsqueeze(1), batch.responses.tokens)
     reward = implicit_reward(log_prob.squeeze(2), batch.reference_log_prob, batch.responses.tokens.mask)
     margin = torch.stack([reward[:, 0] - reward[:, 1]] * 2, 1)  # (B, K)
     log_ratio = module.beta_c * margin * batch.labels
@@ -317,7 +316,7 @@ def test_steps_on_a_batch_teach_each_preference_its_own_order(tiny_model: Path, 
         optimizer.step()
     assert losses[0] == pytest.approx(log(2), abs=0.05)  # the rollout itself made one step
     assert losses[-1] < 0.5
-    log_prob = response_log_prob(module.policy, batch.prompts, w.unsqueeze(1), batch.responses.tokens).squeeze(2)
+    log_prob = module.policy.response_log_prob(batch.prompts, w.unsqueeze(1), batch.responses.tokens).squeeze(2)
     reward = implicit_reward(log_prob, batch.reference_log_prob, batch.responses.tokens.mask)
     assert torch.equal(torch.sign(reward[:, 0] - reward[:, 1]), (labels * w).sum(-1))
 
@@ -399,23 +398,6 @@ def test_training_step_is_short() -> None:
 
     body = ast.parse(textwrap.dedent(inspect.getsource(MIEPO.training_step))).body[0].body[1:]
     assert body[-1].end_lineno - body[0].lineno < 25
-
-
-def test_response_log_prob_keeps_prompts_preferences_and_responses_apart(tiny_model: Path) -> None:
-    policy = randomise_adapter(tiny_policy(tiny_model, [GatedConditioning(), PromptConditioning()]))
-    ids = torch.randint(5, 100, (2, 3, 4), generator=torch.Generator().manual_seed(0))
-    responses = Tokens(ids, torch.ones_like(ids).bool())
-    w = torch.tensor([[[0.1, 0.9], [1.0, 0.0]], [[0.3, 0.7], [0.5, 0.5]]])  # (B, C, K)
-    out = response_log_prob(policy, PROMPTS[:2], w, responses)
-    assert out.shape == (2, 3, 2, 4)
-    for b in range(2):
-        for n in range(3):
-            for c in range(2):
-                x = policy.encode([PROMPTS[b]], w[b, c : c + 1])
-                one = Tokens(ids[b, n : n + 1], responses.mask[b, n : n + 1])
-                torch.testing.assert_close(
-                    out[b, n, c], policy.log_prob(x, w[b, c : c + 1], one)[0], rtol=1e-4, atol=1e-5
-                )
 
 
 def test_a_policy_without_conditioning_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""Sequences that share their beginnings against the same sequences one by one: values, gradients, work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning
+from miepo.policy.packing import pack
+from miepo.types import Tokens
+from tests.helpers.tiny import randomise_adapter, tiny_policy
+
+PROMPTS = ["the garden", "people like rain in spring when it is good", "food"]
+W = torch.tensor([[[0.1, 0.9], [1.0, 0.0]], [[0.3, 0.7], [0.35, 0.65]], [[0.5, 0.5], [0.5, 0.5]]])  # (B, C, K)
+WAYS = {
+    "prompt": [PromptConditioning()],
+    "gated": [GatedConditioning(shared=False)],
+    "both": [GatedConditioning(), PromptConditioning()],
+}
+
+
+def some_responses() -> Tokens:
+    """Of all lengths: one token, and as many as there are."""
+    ids = torch.randint(5, 100, (3, 3, 6), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([[6, 1, 3], [2, 2, 5], [4, 6, 1]])
+    return Tokens(ids, torch.arange(6) < lengths.unsqueeze(-1))
+
+
+def one_by_one(policy: Policy, responses: Tokens, w: torch.Tensor, reference: bool = False) -> torch.Tensor:
+    """No shared computation and no padding: ``(B, n, C, T)``."""
+    out = torch.zeros(3, 3, 2, 6)
+    for b, n, c in torch.cartesian_prod(torch.arange(3), torch.arange(3), torch.arange(2)).tolist():
+        length = int(responses.mask[b, n].sum())
+        y = Tokens(responses.ids[b, n, :length].unsqueeze(0), torch.ones(1, length).bool())
+        x = policy.encode([PROMPTS[b]], w[b, c : c + 1])
+        value = policy.reference_log_prob(x, y) if reference else policy.log_prob(x, w[b, c : c + 1], y)
+        out[b, n, c, :length] = value[0]
+    return out
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_values_and_gradients_are_those_of_the_sequences_one_by_one(
+    tiny_model: Path, way: str, checkpointing: bool, attention: str
+) -> None:
+    upstream = torch.randn(3, 3, 2, 6, generator=torch.Generator().manual_seed(1))
+    results = []
+    for together in (True, False):
+        policy = tiny_policy(tiny_model, WAYS[way], gradient_checkpointing=checkpointing, temperature=0.7)
+        policy = randomise_adapter(policy).train()
+        policy.model.set_attn_implementation(attention)
+        assert policy._packs
+        y = some_responses()
+        value = policy.response_log_prob(PROMPTS, W, y) if together else one_by_one(policy, y, W)
+        (value * upstream).sum().backward()
+        results.append((value.detach(), {n: p.grad for n, p in policy.adapter_parameters().items()}))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+    for name, gradient in results[1][1].items():
+        torch.testing.assert_close(results[0][1][name], gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_reference(tiny_model: Path, way: str) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, WAYS[way]))
+    y = some_responses()
+    ours = policy.reference_response_log_prob(PROMPTS, W, y)
+    torch.testing.assert_close(ours, one_by_one(policy, y, W, reference=True), rtol=1e-4, atol=1e-5)
+    assert not ours.requires_grad
+
+
+def test_networks_that_a_tree_cannot_pass_through_get_padded_sequences(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, WAYS["both"]))
+    policy.model.get_base_model().config.sliding_window = 4
+    assert not policy._packs
+    y = some_responses()
+    monkeypatch.setattr("miepo.policy.policy.pack", None)
+    torch.testing.assert_close(policy.response_log_prob(PROMPTS, W, y), one_by_one(policy, y, W), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("way", "prompts_computed"), [("prompt", 1), ("gated", 2)])
+def test_a_prompt_is_computed_once(tiny_model: Path, way: str, prompts_computed: int) -> None:
+    """Two preferences in text share the prompt in front of them; the gate changes every state."""
+    policy = tiny_policy(tiny_model, WAYS[way])
+    prompt, seen = "people like rain in spring when it is good " * 5, []
+    layer = next(m for n, m in policy.model.named_modules() if n.endswith("layers.0"))
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    y = Tokens(torch.full((1, 2, 4), 7), torch.ones(1, 2, 4).bool())
+    policy.response_log_prob([prompt], W[:1], y)
+    (rows, length, _), whole = seen[0], len(policy.template.encode(prompt))
+    # beside the prompt: text of two preferences, and responses without their last tokens, under each
+    assert rows * length <= prompts_computed * whole + 2 * 30 + 4 * 3
+
+
+def test_trees_fill_the_rows() -> None:
+    prompts = [[[1] * 10], [[2] * 3], [[3] * 3], [[4] * 2]]
+    packed = pack(prompts, [[[5, 6, 7]]] * 4, 3, share=True)
+    assert packed.ids.shape == (3, 12)  # 12, then 5 + 5, then 4
+    assert packed.ids[1].tolist() == [2, 2, 2, 5, 6, 3, 3, 3, 5, 6, 0, 0]
+    assert packed.positions[1].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0]
+    sees = packed.mask[1, 0]
+    assert not sees[5:10, :5].any()  # another tree
+    assert not sees[:10, 10:].any()  # the end of the row
+    assert sees.any(-1).all()  # a place that sees nothing would be NaN
+
+
+def test_dropout_is_that_of_training(tiny_model: Path) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, WAYS["both"], lora_dropout=0.5)).train()
+    y = some_responses()
+    first, second = (policy.response_log_prob(PROMPTS, W, y) for _ in range(2))
+    assert not torch.allclose(first, second)
+    assert any(isinstance(m, nn.Dropout) and m.training for m in policy.modules())
+
+
+def test_contract_of_every_conditioning(tiny_model: Path) -> None:
+    """Whatever way w takes, it reaches the policy."""
+    for kind in Conditioning.__subclasses__():
+        policy = randomise_adapter(tiny_policy(tiny_model, [kind()]))
+        out = policy.response_log_prob(PROMPTS, W, some_responses())
+        assert not torch.allclose(out[0, :, 0], out[0, :, 1])
+        torch.testing.assert_close(out[2, :, 0], out[2, :, 1])  # twice the same preference
