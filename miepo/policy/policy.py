@@ -155,22 +155,22 @@ class Policy(nn.Module):
                     module.register_forward_hook(self._gate.apply)
         # generate() hands the head a strided slice of the prompt's states; on CPU that becomes a batched product with
         # one copy of the vocabulary matrix per sequence, which costs more than sampling ten tokens
-        self._head = self._causal_lm.get_output_embeddings()
+        self._head = self.causal_lm.get_output_embeddings()
         self._head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
         if self.gradient_checkpointing:
-            self._causal_lm.gradient_checkpointing_enable(
+            self.causal_lm.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self._gate.checkpoint_contexts}
             )
         self.model.train(self.training)  # from_pretrained leaves the network in evaluation mode
         self.names = tuple(names)
 
     @property
-    def _causal_lm(self) -> Any:
+    def causal_lm(self) -> Any:
         return self.model.get_base_model()
 
     @property
-    def _body(self) -> nn.Module:
-        return getattr(self._causal_lm, self._causal_lm.base_model_prefix)
+    def body(self) -> nn.Module:
+        return getattr(self.causal_lm, self.causal_lm.base_model_prefix)
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +179,7 @@ class Policy(nn.Module):
     @property
     def context_length(self) -> int | None:
         """Tokens of prompt and response that fit the model, None where the model does not say."""
-        return getattr(self._causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def reference_depends_on_preference(self) -> bool:
@@ -213,7 +213,7 @@ class Policy(nn.Module):
         """
         if self.conditioning:
             raise UserError("a policy that follows preferences has no single update to merge")
-        model = self._causal_lm
+        model = self.causal_lm
         state, wanted, got = {}, 0.0, 0.0
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         for key, value in model.state_dict().items():
@@ -273,10 +273,10 @@ class Policy(nn.Module):
     @contextmanager
     def conditioned(self, preference: Tensor) -> Iterator[None]:
         """Within it, the model's N sequences are conditioned on ``preference`` ``(N, K)`` through the gate."""
-        with self._gate.set(self._gate_of(preference)), self.autocast():
+        with self._gate.set(self.gate_of(preference)), self.autocast():
             yield
 
-    def _gate_of(self, preference: Tensor) -> Tensor | None:
+    def gate_of(self, preference: Tensor) -> Tensor | None:
         """The factor of every rank, ``(N, K) -> (N, R)``; None where the adapter is not gated."""
         gates = [
             c.gate(preference.to(self.device)) for c, n in zip(self.conditioning, self._gate_blocks, strict=True) if n
@@ -322,7 +322,7 @@ class Policy(nn.Module):
         ids = torch.cat([prompts.ids, responses.ids], 1)  # (N, P + T)
         mask = torch.cat([prompts.mask, responses.mask], 1)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)  # as if there were no padding
-        hidden = self._body(
+        hidden = self.body(
             input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False
         ).last_hidden_state
         length = responses.ids.shape[1]
@@ -331,7 +331,7 @@ class Policy(nn.Module):
         return torch.zeros(responses.ids.shape, device=ids.device).masked_scatter(responses.mask, values)
 
     def _read(self, states: Tensor, targets: Tensor) -> Tensor:
-        return token_log_prob(states, targets, self._project, len(self._head.weight), self.temperature)
+        return token_log_prob(states, targets, self.project, len(self._head.weight), self.temperature)
 
     # -- several responses and preferences per prompt ------------------------------------------------------------------
 
@@ -374,18 +374,18 @@ class Policy(nn.Module):
             width: ``T``.
         """
         shape = (len(prompts), len(responses[0]), len(prompts[0]), width)  # B, n, C, T
-        gate = None if preference is None else self._gate_of(preference)  # (B C, R)
-        if not self._packs:
+        gate = None if preference is None else self.gate_of(preference)  # (B C, R)
+        if not self.plain_attention:
             return self._padded_log_prob(prompts, gate, responses, shape)
         packed = pack(prompts, responses, width, gate is None, self.device)
         with self._gate.set(None if gate is None else gate[packed.owner]), self.autocast():
             mask = packed.mask
-            if self._causal_lm.config._attn_implementation != "sdpa":  # which alone takes masks of truth values
+            if self.causal_lm.config._attn_implementation != "sdpa":  # which alone takes masks of truth values
                 dtype = self._head.weight.dtype
                 mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
                     ~mask, torch.finfo(dtype).min
                 )
-            hidden = self._body(
+            hidden = self.body(
                 input_ids=packed.ids, attention_mask=mask, position_ids=packed.positions, use_cache=False
             ).last_hidden_state  # (R, L, D)
             values = self._read(hidden.flatten(0, 1)[packed.before], packed.targets)
@@ -411,9 +411,9 @@ class Policy(nn.Module):
         return log_prob.view(b, c, n, t).transpose(1, 2)
 
     @property
-    def _packs(self) -> bool:
+    def plain_attention(self) -> bool:
         """Whether every layer is attention to all that came before, by a kernel that takes any mask."""
-        config, model = self._causal_lm.config.get_text_config(), self._causal_lm
+        config, model = self.causal_lm.config.get_text_config(), self.causal_lm
         full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
         return (
@@ -430,8 +430,8 @@ class Policy(nn.Module):
         ]
 
     @property
-    def _project(self) -> Callable[[Tensor], Tensor]:
-        config = self._causal_lm.config.get_text_config()
+    def project(self) -> Callable[[Tensor], Tensor]:
+        config = self.causal_lm.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
 

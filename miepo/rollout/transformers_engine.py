@@ -1,35 +1,89 @@
-"""Sampling with the model that trains, through Transformers' ``generate``."""
+"""Sampling with the model that trains: no second copy of it, on every device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StopStringCriteria
 
 from miepo.policy import Policy
 from miepo.rollout.engine import RolloutEngine, make_responses
-from miepo.types import Responses
+from miepo.rollout.fused_decoder import FusedDecoder, fits
+from miepo.types import Responses, Tokens
 
 
 class TransformersEngine(RolloutEngine):
-    """The default engine: no second copy of the model, works on every device."""
+    """The default engine.
+
+    Args:
+        stop: See :class:`~miepo.rollout.engine.RolloutEngine`.
+        fused: Decode Llama-like networks with :class:`~miepo.rollout.fused_decoder.FusedDecoder`, about twice as fast.
+            Other networks, and all with ``fused: false``, take Transformers' ``generate``.
+    """
+
+    def __init__(self, stop: Sequence[str] = (), fused: bool = True) -> None:
+        super().__init__(stop)
+        self.fused = fused
 
     def sample(
         self, policy: Policy, prompts: Sequence[str], preference: Tensor, count: int, max_new_tokens: int, seed: int
     ) -> Responses:
         tokens = policy.encode(prompts, preference)  # (N, P)
-        stop = {"stop_strings": list(self.stop), "tokenizer": policy.tokenizer} if self.stop else {}
-        devices = [policy.device] if policy.device.type == "cuda" else []
-        with policy.evaluating(), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            with policy.conditioned(preference.repeat_interleave(count, 0)):
-                ids = policy.model.generate(
-                    input_ids=tokens.ids,
-                    attention_mask=tokens.mask.long(),
-                    num_return_sequences=count,
-                    max_new_tokens=max_new_tokens,
-                    **stop,
-                )  # (N * n, P + T)
-        sampled = ids[:, tokens.ids.shape[1] :]
+        with policy.evaluating():
+            draw = self._decode if self.fused and fits(policy) else self._generate
+            sampled = draw(policy, tokens, preference, count, max_new_tokens, seed)  # (N * n, T)
         return make_responses(policy, sampled.unflatten(0, (len(prompts), count)), self.stop)
+
+    def _decode(
+        self, policy: Policy, prompts: Tokens, preference: Tensor, count: int, max_new_tokens: int, seed: int
+    ) -> Tensor:
+        decoder = FusedDecoder(policy, prompts, preference.to(policy.device), count, max_new_tokens)
+        stopped = StopStringCriteria(policy.tokenizer, list(self.stop)) if self.stop else None
+        # drawn beforehand, so that what a row says does not depend on when others end
+        uniform = torch.rand(
+            len(prompts.ids) * count, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        ).to(policy.device)
+        out = torch.full(uniform.shape, policy.end_id, device=policy.device)
+        ends = torch.tensor(policy.end_ids, device=policy.device)
+        rows = torch.arange(len(out), device=policy.device)  # of the decoder
+        logits = decoder.start()
+        for t in range(max_new_tokens):
+            chosen = draw_tokens(logits / policy.temperature, uniform[rows, t])  # (rows,)
+            out[rows, t] = chosen
+            done = torch.isin(out[rows, : t + 1], ends).any(-1)
+            if stopped is not None:
+                done |= stopped(out[rows, : t + 1], None).to(done.device)
+            if t + 1 == max_new_tokens or done.all():
+                break
+            if 2 * int((~done).sum()) <= len(rows):  # leaving costs a copy of the cache
+                left = (~done).nonzero().squeeze(1)
+                decoder.keep(left)
+                rows, chosen = rows[left], chosen[left]
+            logits = decoder.next(chosen)
+        return out
+
+    def _generate(
+        self, policy: Policy, prompts: Tokens, preference: Tensor, count: int, max_new_tokens: int, seed: int
+    ) -> Tensor:
+        stop: dict[str, Any] = {"stop_strings": list(self.stop), "tokenizer": policy.tokenizer} if self.stop else {}
+        devices = [policy.device] if policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), policy.conditioned(preference.repeat_interleave(count, 0)):
+            torch.manual_seed(seed)
+            ids = policy.model.generate(
+                input_ids=prompts.ids,
+                attention_mask=prompts.mask.long(),
+                num_return_sequences=count,
+                max_new_tokens=max_new_tokens,
+                **stop,
+            )  # (N * n, P + T)
+        return ids[:, prompts.ids.shape[1] :]
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens by inversion of the distribution function: ``(N, V), (N,) -> (N,)``."""
+    cumulative = logits.float().softmax(-1).double().cumsum(-1)  # (N, V)
+    index = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(1), right=True).squeeze(1)
+    return index.clamp(max=logits.shape[1] - 1)

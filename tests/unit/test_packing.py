@@ -53,7 +53,7 @@ def test_values_and_gradients_are_those_of_the_sequences_one_by_one(
         policy = tiny_policy(tiny_model, WAYS[way], gradient_checkpointing=checkpointing, temperature=0.7)
         policy = randomise_adapter(policy).train()
         policy.model.set_attn_implementation(attention)
-        assert policy._packs
+        assert policy.plain_attention
         y = some_responses()
         value = policy.response_log_prob(PROMPTS, W, y) if together else one_by_one(policy, y, W)
         (value * upstream).sum().backward()
@@ -77,7 +77,7 @@ def test_networks_that_a_tree_cannot_pass_through_get_padded_sequences(
 ) -> None:
     policy = randomise_adapter(tiny_policy(tiny_model, WAYS["both"]))
     policy.model.get_base_model().config.sliding_window = 4
-    assert not policy._packs
+    assert not policy.plain_attention
     y = some_responses()
     monkeypatch.setattr("miepo.policy.policy.pack", None)
     torch.testing.assert_close(policy.response_log_prob(PROMPTS, W, y), one_by_one(policy, y, W), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,118 @@
+"""The fused decoder against the network that trains, token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from miepo.policy import GatedConditioning, Policy, PromptConditioning
+from miepo.rollout import TransformersEngine
+from miepo.rollout import transformers_engine as module
+from miepo.rollout.fused_decoder import FusedDecoder, fits
+from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
+
+PROMPTS = ["the garden", "people like rain when it comes"]
+W = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": 1,
+}  # fmt: skip
+NETWORKS = {
+    "qwen2": lambda v: Qwen2Config(vocab_size=v, **SHAPE),  # biases
+    "qwen3": lambda v: Qwen3Config(vocab_size=v, head_dim=12, **SHAPE),  # norms of queries and keys
+    "mistral": lambda v: MistralConfig(vocab_size=v, sliding_window=None, **SHAPE),
+}
+
+
+def save(folder: Path, config: Any) -> Path:
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "norm" in name or name.endswith("bias"):  # ones and zeros would hide what is left out
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    network.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Path]:
+    root, size = tmp_path_factory.mktemp("networks"), len(tiny_tokenizer())
+    return {"llama": tiny_model} | {name: save(root / name, make(size)) for name, make in NETWORKS.items()}
+
+
+def expected_logits(policy: Policy, prompts: list[str], w: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Of every token of ``rows`` ``(N, T)``, without a cache and without padding."""
+    out = []
+    for prompt, weights, row in zip(prompts, w, rows, strict=True):
+        ids = policy.template.encode(prompt, policy.preference_text(weights.tolist()))
+        with policy.conditioned(weights.unsqueeze(0)):
+            logits = policy.model(input_ids=torch.tensor([[*ids, *row.tolist()]])).logits[0]
+        out.append(logits[len(ids) - 1 : len(ids) - 1 + len(row)])
+    return torch.stack(out)  # (N, T, V)
+
+
+@pytest.mark.parametrize("network", ["llama", *NETWORKS])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
+def test_logits_are_those_of_the_network(networks: dict[str, Path], network: str, targets: Any) -> None:
+    ways = [GatedConditioning(), PromptConditioning()]
+    policy = randomise_adapter(tiny_policy(networks[network], ways, lora_targets=targets))
+    assert fits(policy)
+    rows = torch.randint(5, 100, (4, 5), generator=torch.Generator().manual_seed(0))  # two responses per prompt
+    with policy.evaluating():
+        decoder = FusedDecoder(policy, policy.encode(PROMPTS, W), W, 2, 6)
+        logits = [decoder.start(), *(decoder.next(rows[:, t]) for t in range(2))]
+        decoder.keep(torch.tensor([3, 0]))
+        later = [decoder.next(rows[[3, 0], t]) for t in range(2, 4)]
+        expected = expected_logits(policy, [p for p in PROMPTS for _ in range(2)], W.repeat_interleave(2, 0), rows)
+    torch.testing.assert_close(torch.stack(logits, 1), expected[:, :3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(later, 1), expected[[3, 0], 3:5], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_which_networks_are_decoded_how(
+    networks: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    config = GPTNeoXConfig(
+        vocab_size=len(tiny_tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, eos_token_id=1,
+    )  # fmt: skip
+    other = tiny_policy(save(tmp_path / "neox", config), [GatedConditioning()])
+    assert not fits(other)
+    assert TransformersEngine().sample(other, PROMPTS, W, 2, 4, 0).tokens.ids.shape[:2] == (2, 2)
+
+    used = []
+    monkeypatch.setattr(module, "FusedDecoder", lambda *a: used.append(1) or FusedDecoder(*a))
+    TransformersEngine(fused=fused).sample(tiny_policy(networks["llama"]), PROMPTS, W, 2, 4, 0)
+    assert bool(used) == fused
+
+
+def test_a_response_does_not_depend_on_when_others_end(networks: dict[str, Path]) -> None:
+    """Rows leave the batch; what is left is sampled as if they had stayed."""
+    policy = randomise_adapter(tiny_policy(networks["llama"], [GatedConditioning()]))
+    policy.end_ids = []
+    free = TransformersEngine().sample(policy, PROMPTS, W, 8, 16, 3).tokens.ids.flatten(0, 1)
+    policy.end_ids = free[:12, 1].unique().tolist()  # most rows end early now
+    ended = TransformersEngine().sample(policy, PROMPTS, W, 8, 16, 3).tokens
+    lengths = ended.mask.flatten(0, 1).sum(-1)
+    assert (lengths < 4).sum() >= 8
+    for row, mask, whole in zip(ended.ids.flatten(0, 1), ended.mask.flatten(0, 1), free, strict=True):
+        assert torch.equal(row[mask], whole[: len(row)][mask])
+
+
+def test_generate_and_the_decoder_sample_one_distribution(networks: dict[str, Path]) -> None:
+    """Mean log-probability of second tokens, which the first tests do not reach: both engines agree within noise."""
+    policy = randomise_adapter(tiny_policy(networks["llama"], [GatedConditioning(), PromptConditioning()]))
+    means = []
+    for fused in (True, False):
+        y = TransformersEngine(fused=fused).sample(policy, PROMPTS, W, 600, 4, 7).tokens
+        with policy.evaluating():
+            value = policy.response_log_prob(PROMPTS, W.unsqueeze(1), y)[:, :, 0].sum(-1)  # (2, 600)
+        means.append((value.mean(1), value.std(1) / 600**0.5))
+    difference = (means[0][0] - means[1][0]).abs()
+    assert (difference < 4 * (means[0][1] ** 2 + means[1][1] ** 2).sqrt()).all()
