@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import StopStringCriteria
 
 from miepo.policy import Policy
 from miepo.rollout.engine import RolloutEngine, make_responses
 from miepo.rollout.fused_decoder import FusedDecoder, fits
 from miepo.types import Responses, Tokens
+
+BLOCK = 256  # tokens
 
 
 class TransformersEngine(RolloutEngine):
@@ -51,7 +54,9 @@ class TransformersEngine(RolloutEngine):
         rows = torch.arange(len(out), device=policy.device)  # of the decoder
         logits = decoder.start()
         for t in range(max_new_tokens):
-            chosen = draw_tokens(logits / policy.temperature, uniform[rows, t])  # (rows,)
+            chosen = draw_tokens(
+                logits if policy.temperature == 1 else logits / policy.temperature, uniform[rows, t]
+            )  # (rows,)
             out[rows, t] = chosen
             done = torch.isin(out[rows, : t + 1], ends).any(-1)
             if stopped is not None:
@@ -83,7 +88,23 @@ class TransformersEngine(RolloutEngine):
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens by inversion of the distribution function: ``(N, V), (N,) -> (N,)``."""
-    cumulative = logits.float().softmax(-1).double().cumsum(-1)  # (N, V)
-    index = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    return index.clamp(max=logits.shape[1] - 1)
+    """Tokens by inversion of the distribution function: ``(N, V)`` float32, ``(N,)`` float64 ``-> (N,)``.
+
+    In two levels, blocks and then the tokens of one block: sums of all tokens in float64 would cost as much as a third
+    of the network.
+    """
+    mass = (logits - logits.amax(-1, keepdim=True)).exp_()
+    mass = F.pad(mass, (0, -mass.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # (N, V / BLOCK, BLOCK)
+    blocks = mass.sum(-1).double().cumsum(-1)  # (N, V / BLOCK)
+    block, rest = _invert(blocks, uniform.unsqueeze(1) * blocks[:, -1:])
+    inside = mass.take_along_dim(block.unsqueeze(2), 1).squeeze(1).double().cumsum(-1)  # (N, BLOCK)
+    token, _ = _invert(inside, rest)
+    return (block * BLOCK + token).squeeze(1)
+
+
+def _invert(cumulative: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ``height`` ``(N, 1)`` falls in ``cumulative`` ``(N, n)``, and how far above what comes before."""
+    height = torch.minimum(height, cumulative[:, -1:].nextafter(torch.zeros_like(height)))  # never beyond the end
+    index = torch.searchsorted(cumulative, height, right=True)
+    before = F.pad(cumulative, (1, 0)).gather(1, index)
+    return index, height - before

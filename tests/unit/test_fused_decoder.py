@@ -13,6 +13,7 @@ from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.rollout import TransformersEngine
 from miepo.rollout import transformers_engine as module
 from miepo.rollout.fused_decoder import FusedDecoder, fits
+from miepo.rollout.transformers_engine import draw_tokens
 from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
 
 PROMPTS = ["the garden", "people like rain when it comes"]
@@ -116,3 +117,21 @@ def test_generate_and_the_decoder_sample_one_distribution(networks: dict[str, Pa
         means.append((value.mean(1), value.std(1) / 600**0.5))
     difference = (means[0][0] - means[1][0]).abs()
     assert (difference < 4 * (means[0][1] ** 2 + means[1][1] ** 2).sqrt()).all()
+
+
+def test_tokens_are_drawn_by_their_probability() -> None:
+    """Every height between 0 and 1 at even steps: counts are probabilities but for one step, in any block."""
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(1, 1000, generator=g)
+    logits[0, 300:500] = -torch.inf
+    n = 20_000
+    chosen = draw_tokens(logits.expand(n, -1), (torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    counts = torch.bincount(chosen, minlength=1000).double()
+    assert (counts - n * logits[0].double().softmax(-1)).abs().max() < 1.1
+    assert counts[300:500].sum() == 0
+
+
+def test_the_ends_of_the_unit_interval_are_tokens_that_can_come() -> None:
+    logits = torch.full((2, 600), -torch.inf)
+    logits[:, [10, 270]] = 0.0
+    assert draw_tokens(logits, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)).tolist() == [10, 270]
