@@ -25,7 +25,7 @@ from miepo.normalisation import (
     read_normalisation,
     write_normalisation,
 )
-from miepo.objectives.base import normalise_rewards, objectives_of, score_responses
+from miepo.objectives.base import normalise_rewards, objectives_of, score_responses, start_scoring
 from miepo.policy import Policy
 from miepo.preferences import (
     DirichletPreferences,
@@ -260,16 +260,17 @@ class OnlinePreferenceDataModule(LightningDataModule):
         sampled = perf_counter()
         # an objective of weight 0 is not asked, unless the exploration term wants to know what it would say
         asked = torch.ones_like(routing, dtype=torch.bool) if needs_feedback else routing > 0
-        raw = score_responses(module.objectives, batch.prompts, responses.texts, asked)
+        scored = start_scoring(module.objectives, batch.prompts, responses.texts, asked)
+        reference, counterfactual_reference = self._reference(batch.prompts, preference, counterfactual, responses)
+        synchronise()  # so that the time below is that of the work and not of its launch
+        referred = perf_counter()
+        raw = scored()
         self.scored_responses += RESPONSES * len(batch)
         scores = normalise_rewards(module.objectives, raw)  # (B, 2, K)
         empty = responses.empty.cpu()
         labels = self._labels(scores, routing, empty)  # (B, K)
         under = [self._labels(scores, w, empty) for w in counterfactual.unbind(1)]  # C of (B, K)
         counterfactual_labels = torch.stack(under, 1) if under else labels.new_empty(len(labels), 0, labels.shape[1])
-        scored = perf_counter()
-        reference, counterfactual_reference = self._reference(batch.prompts, preference, counterfactual, responses)
-        synchronise()  # so that the time below is that of the work and not of its launch
         return PreferenceBatch(
             prompts=batch.prompts,
             preference=preference.to(device),
@@ -284,8 +285,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
             counts=feedback_counts(labels, scores, asked, empty),
             seconds={
                 "sampling": sampled - start,
-                "scoring": scored - sampled,
-                "reference": perf_counter() - scored,
+                "reference": referred - sampled,
+                "scoring": perf_counter() - referred,  # what was left of it
             },
         )
 

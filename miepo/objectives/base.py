@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import Any
@@ -36,6 +37,8 @@ class Objective(Callback):
     """
 
     higher_is_better: bool = True
+    # asked in a thread of its own, beside other objectives and the reference: for those that wait, for a server say
+    concurrent: bool = False
     identity: Sequence[str] = ("higher_is_better",)  # attributes that make it what it is: with others, other scores
 
     def __init__(self, name: str | None = None, normalisation: dict[str, float] | None = None) -> None:
@@ -155,13 +158,13 @@ def objectives_of(trainer: Trainer) -> list[Objective]:
     return objectives
 
 
-def score_responses(
+def start_scoring(
     objectives: Sequence[Objective],
     prompts: Sequence[str],
     responses: Sequence[Sequence[str]],
     asked: Tensor | None = None,
-) -> Tensor:
-    """Raw rewards of all responses by all objectives, higher is better.
+) -> Callable[[], Tensor]:
+    """Asks concurrent objectives at once, each in a thread of its own; what it returns asks the others and waits.
 
     Args:
         objectives: ``K`` objectives.
@@ -170,17 +173,42 @@ def score_responses(
         asked: ``(B, K)`` True where the objective is asked about the prompt; None asks all.
 
     Returns:
-        ``(B, n, K)`` float32, NaN where an objective was not asked.
+        A function that returns raw rewards of all responses by all objectives, higher is better: ``(B, n, K)`` float32,
+        NaN where an objective was not asked.
     """
     count = len(responses[0])
-    rewards = torch.full((len(prompts), count, len(objectives)), nan)
-    for k, objective in enumerate(objectives):
-        rows = range(len(prompts)) if asked is None else asked[:, k].nonzero().flatten().tolist()
-        flat = objective.reward(
-            [prompts[b] for b in rows for _ in range(count)], [t for b in rows for t in responses[b]]
-        )
-        rewards[list(rows), :, k] = flat.view(-1, count)
-    return rewards
+    rows = [
+        list(range(len(prompts))) if asked is None else asked[:, k].nonzero().flatten().tolist()
+        for k in range(len(objectives))
+    ]
+
+    def rewards_of(k: int) -> Tensor:
+        each = [prompts[b] for b in rows[k] for _ in range(count)]
+        return objectives[k].reward(each, [text for b in rows[k] for text in responses[b]]).view(-1, count)
+
+    waiting = [k for k, objective in enumerate(objectives) if objective.concurrent and rows[k]]
+    pool = ThreadPoolExecutor(len(waiting), thread_name_prefix="objective") if waiting else None
+    started = {k: pool.submit(rewards_of, k) for k in waiting} if pool is not None else {}
+    if pool is not None:
+        pool.shutdown(wait=False)  # its threads end with their work
+
+    def finish() -> Tensor:
+        rewards = torch.full((len(prompts), count, len(objectives)), nan)
+        for k in sorted(range(len(objectives)), key=started.__contains__):  # those that wait are waited for last
+            rewards[rows[k], :, k] = started[k].result() if k in started else rewards_of(k)
+        return rewards
+
+    return finish
+
+
+def score_responses(
+    objectives: Sequence[Objective],
+    prompts: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    asked: Tensor | None = None,
+) -> Tensor:
+    """Raw rewards ``(B, n, K)`` of all responses, when all have answered; see :func:`start_scoring`."""
+    return start_scoring(objectives, prompts, responses, asked)()
 
 
 def normalise_rewards(objectives: Sequence[Objective], rewards: Tensor) -> Tensor:

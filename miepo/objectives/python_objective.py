@@ -17,6 +17,8 @@ class PythonObjective(Objective):
         function: ``package.module.function`` (or ``module:function``); the command also searches its folder.
         name: Name of the objective; the function's name by default.
         higher_is_better: False turns the sign.
+        concurrent: Ask it in a thread of its own, beside other objectives and the reference: for a function that waits,
+            for a server say.
         normalisation: See :class:`~miepo.objectives.base.Objective`.
     """
 
@@ -25,11 +27,12 @@ class PythonObjective(Objective):
         function: str,
         name: str | None = None,
         higher_is_better: bool = True,
+        concurrent: bool = False,
         normalisation: dict[str, float] | None = None,
     ) -> None:
         self.module, _, self.attribute = function.replace(":", ".").rpartition(".")
         super().__init__(name or self.attribute, normalisation)
-        self.higher_is_better = higher_is_better
+        self.higher_is_better, self.concurrent = higher_is_better, concurrent
 
     def load(self, device: torch.device) -> None:
         path = f"{self.module}.{self.attribute}"

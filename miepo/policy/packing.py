@@ -80,7 +80,8 @@ def pack(
     length = max(sum(len(trees[i].ids) for i in row) for row in rows)
     sight = max(sum(len(trees[i].parents) for i in row) for row in rows) + 1  # nodes of a row, and one for its end
 
-    ids, positions, owners, nodes, seen = [], [], [], [], []
+    flat: list[list[list[int]]] = [[], [], [], []]  # ids, positions, owners and nodes, row by row
+    seen: list[list[list[bool]]] = []
     before: list[int] = []
     for r, row in enumerate(rows):
         start, first = 0, 0
@@ -88,29 +89,29 @@ def pack(
         visible = [[a == b for b in range(sight)] for a in range(sight)]
         for i in row:
             tree = trees[i]
-            for node, parent in enumerate(tree.parents, first):
+            for j, parent in enumerate(tree.parents, first):
                 if parent >= 0:
-                    visible[node] = [a or b for a, b in zip(visible[node], visible[first + parent], strict=True)]
+                    visible[j] = [a or b for a, b in zip(visible[j], visible[first + parent], strict=True)]
             for column, values in zip(columns, (tree.ids, tree.positions, tree.owners), strict=False):
                 column += values
-            columns[3] += [first + node for node in tree.nodes]
+            columns[3] += [first + j for j in tree.nodes]
             before += [r * length + start + place for place in tree.before]
             start, first = start + len(tree.ids), first + len(tree.parents)
         rest = length - start
-        for column, filler, out in zip(columns, (0, 0, 0, sight - 1), (ids, positions, owners, nodes), strict=True):
+        for column, filler, out in zip(columns, (0, 0, 0, sight - 1), flat, strict=True):
             out.append(column + [filler] * rest)
         seen.append(visible)
 
-    node = torch.tensor(nodes, device=device)  # (R, L)
+    ids, positions, owner, node = torch.tensor(flat, device=device)  # (R, L) each
     row_index = torch.arange(len(rows), device=device)[:, None, None]
     mask = torch.tensor(seen, device=device)[row_index, node[:, :, None], node[:, None, :]]  # (R, L, L)
     mask &= torch.ones(length, length, dtype=torch.bool, device=device).tril()
     order = [i for row in rows for i in row]
     return Packed(
-        torch.tensor(ids, device=device),
-        torch.tensor(positions, device=device),
+        ids,
+        positions,
         mask.unsqueeze(1),
-        torch.tensor(owners, device=device),
+        owner,
         torch.tensor(before, device=device, dtype=torch.long),
         torch.tensor([t for i in order for t in trees[i].targets], device=device, dtype=torch.long),
         torch.tensor([w for i in order for w in trees[i].where], device=device, dtype=torch.long),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -39,9 +39,9 @@ class _Projection:
     gate: Tensor | None  # (N, R)
 
     @classmethod
-    def of(cls, layers: list[nn.Module], gate: Tensor | None) -> _Projection:
-        plain = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
-        weights = [layer.weight for layer in plain]
+    def of(cls, layers: list[Any], gate: Tensor | None) -> _Projection:
+        plain: list[Any] = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
+        weights: list[Tensor] = [layer.weight for layer in plain]
         dtype = weights[0].dtype
         first, second, adapted = [], [], 0
         for layer, weight in zip(layers, weights, strict=True):
@@ -90,10 +90,12 @@ class FusedDecoder:
     """
 
     def __init__(self, policy: Policy, prompts: Tokens, preference: Tensor, count: int, max_new_tokens: int) -> None:
-        self.policy, body = policy, policy.body
+        self.policy = policy
+        body: Any = policy.body
         config: Any = policy.causal_lm.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.eps, self.norm, self.embedding = config.rms_norm_eps, body.norm.weight, body.embed_tokens.weight
+        self.eps, self.norm = config.rms_norm_eps, body.norm.weight
+        self.embedding: Tensor = body.embed_tokens.weight
         cache = DynamicCache()
         lengths = prompts.mask.sum(-1)  # (B,)
         with policy.conditioned(preference):
@@ -108,7 +110,8 @@ class FusedDecoder:
         self.time = width = prompts.ids.shape[1]
         self.keys: list[Tensor] = []  # (N, groups, P + T, size) each
         self.values: list[Tensor] = []
-        for layer in cache.layers:
+        layers: Any = cache.layers
+        for layer in layers:
             for kept, cached in ((self.keys, layer.keys), (self.values, layer.values)):
                 room = cached.new_empty(len(cached) * count, self.groups, width + max_new_tokens, cached.shape[-1])
                 room[:, :, :width] = cached.repeat_interleave(count, 0)

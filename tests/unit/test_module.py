@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from math import log
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
-from miepo import MIEPO
+from miepo import MIEPO, OnlinePreferenceDataModule
 from miepo.errors import UserError
 from miepo.exploration import InfoNCE, Matching
 from miepo.losses import implicit_reward
@@ -246,6 +248,30 @@ def test_kl_is_the_mean_implicit_reward_over_real_tokens(tiny_model: Path, tmp_p
             own = policy.log_prob(x, batch.preference[b : b + 1], tokens).sum()
             total += (own - policy.reference_log_prob(x, tokens).sum()).item() / 8
     assert values["kl"].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_the_reference_is_computed_while_an_objective_waits(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    referred = threading.Event()
+    reference = OnlinePreferenceDataModule._reference
+
+    def then_tell(self: OnlinePreferenceDataModule, *args: Any) -> Any:
+        made = reference(self, *args)
+        referred.set()
+        return made
+
+    class Waits(Letters):
+        concurrent = True
+
+        def score(self, prompts, responses):
+            assert "plants grow" in responses[0] or referred.wait(20)  # but for the check when it is loaded
+            return super().score(prompts, responses)
+
+    monkeypatch.setattr(OnlinePreferenceDataModule, "_reference", then_tell)
+    given = {"mean": 0.0, "sd": 1.0}
+    rollout(tiny_model, tmp_path, objectives=[Waits("a", normalisation=given), Letters("e", normalisation=given)])
+    assert referred.is_set()
 
 
 def test_sampled_routing_asks_one_objective_per_prompt(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -255,6 +256,28 @@ def test_only_those_asked_are_scored() -> None:
     assert rewards[:, :, 0].tolist() == [[1, 2], [1, 0]]
     assert rewards[0, :, 1].isnan().all()
     assert rewards[1, :, 1].tolist() == [1, 2]
+
+
+def test_objectives_that_wait_are_asked_at_the_same_time() -> None:
+    """Each returns when the other has been asked, too; an objective that does not wait is asked in between."""
+    both = threading.Barrier(2, timeout=20)
+
+    class Waits(Letters):
+        concurrent = True
+
+        def score(self, prompts, responses):
+            both.wait()
+            return super().score(prompts, responses)
+
+    rewards = score_responses([Waits("a"), Letters("c"), Waits("b")], ["p"], [["ac", "bb"]])
+    assert rewards[0].tolist() == [[1, 1, 0], [0, 0, 2]]
+
+
+def test_an_objective_that_fails_in_its_thread_is_named() -> None:
+    broken = Broken("raise")
+    broken.concurrent = True
+    with pytest.raises(ObjectiveError, match="objective broken failed to score: ValueError: the reward server"):
+        score_responses([Letters("a"), broken], ["p"], [["a", "b"]])
 
 
 def test_normalisation() -> None:
