@@ -40,15 +40,16 @@ class _Projection:
 
     @classmethod
     def of(cls, layers: list[Any], gate: Tensor | None) -> _Projection:
-        plain: list[Any] = [layer.base_layer if isinstance(layer, LoraLayer) else layer for layer in layers]
+        adapted = [isinstance(layer, LoraLayer) for layer in layers]
+        plain: list[Any] = [layer.base_layer if a else layer for layer, a in zip(layers, adapted, strict=True)]
         weights: list[Tensor] = [layer.weight for layer in plain]
         dtype = weights[0].dtype
-        first, second, adapted = [], [], 0
-        for layer, weight in zip(layers, weights, strict=True):
-            if isinstance(layer, LoraLayer):
+        first: list[Tensor] = []
+        second: list[Tensor] = []
+        for layer, weight, a in zip(layers, weights, adapted, strict=True):
+            if a:
                 first.append(layer.lora_A[ADAPTER].weight.to(dtype))
                 second.append((layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]).to(dtype).T)
-                adapted += 1
             else:
                 second.append(weight.new_zeros(0, len(weight)))
         bias = None
@@ -58,9 +59,9 @@ class _Projection:
             )
         return cls(
             torch.cat([*weights, *first]),
-            torch.block_diag(*second) if adapted else None,
+            torch.block_diag(*second) if first else None,
             bias,
-            None if gate is None or not adapted else gate.to(dtype).repeat(1, adapted),
+            None if gate is None or not first else gate.to(dtype).repeat(1, len(first)),
         )
 
     def __call__(self, states: Tensor) -> Tensor:

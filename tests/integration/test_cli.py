@@ -496,7 +496,8 @@ def test_an_unknown_exploration_term_is_named(
 def test_three_objectives_and_prompt_conditioning(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "m", chat=False)
     values = config(model, tmp_path, data__grid=None)
-    values["objectives"].append({"class_path": "tests.helpers.tiny.Letters", "init_args": {"letter": "o"}})
+    third = {"letter": "o", "normalisation": {"mean": 0.0, "sd": 1.0}}
+    values["objectives"].append({"class_path": "tests.helpers.tiny.Letters", "init_args": third})
     values["model"]["policy"]["init_args"]["conditioning"] = [{"class_path": "miepo.policy.PromptConditioning"}]
     values["model"] |= {
         "exploration": {"class_path": "InfoNCE", "init_args": {"num_counterfactuals": 2}},

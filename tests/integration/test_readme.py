@@ -36,7 +36,7 @@ def test_add_an_objective(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.
             "logger": [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}}],
         },
         "model": {"policy": {"init_args": {"base": str(tiny_model), "dtype": "float32"}}},
-        "data": {"max_new_tokens": 6, "validation_limit": 2, "normalise_on": 8},
+        "data": {"max_new_tokens": 24, "validation_limit": 2, "normalise_on": 32},  # enough for one exclamation mark
     }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
     program, *args = command.split()

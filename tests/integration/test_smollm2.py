@@ -69,4 +69,4 @@ def test_a_converted_model_is_reused(policy: Policy, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         base_model.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("converted twice")
     )
-    assert Path(base_model._folder(POLICY["base"])).is_dir()
+    assert Path(base_model.base_folder(POLICY["base"])).is_dir()

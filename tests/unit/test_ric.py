@@ -25,7 +25,7 @@ def ric_run(
     fitted, _, _ = tiny_run(model, root, trainer={"max_steps": -1, "max_epochs": 2, **(trainer or {})})
     policy = Policy(str(model), [TargetConditioning()], lora_rank=2, lora_alpha=4, lora_dropout=0.0, dtype="float32")
     module = RewardsInContext(policy, learning_rate=1e-2, online_learning_rate=1e-3)
-    settings = {"validation_prompts": ["the rain"], "batch_size": 2, "max_new_tokens": 6, "normalise_on": 8}
+    settings = {"validation_prompts": ["the rain"], "batch_size": 2, "max_new_tokens": 12, "normalise_on": 8}
     return fitted, module, RewardsInContextDataModule(prompts=PROMPTS, **settings | data)
 
 
