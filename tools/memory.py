@@ -39,6 +39,8 @@ from miepo.policy import Policy, log_prob
 from miepo.policy.base_model import base_folder
 from miepo.policy_module import PolicyModule
 from miepo.preferences import evaluation_grid
+from miepo.rollout import fused_decoder
+from miepo.rollout.transformers_engine import draw_tokens
 from miepo.types import PreferenceBatch, Tokens
 
 GB = 1e9
@@ -129,7 +131,12 @@ def plan_memory(
         policy.adapt(model, [o.name for o in objectives])
         networks = {o.name: _network(o) for o in objectives if isinstance(o, ModelObjective)}
     policy.train()
-    with FakeTensorMode(allow_non_fake_inputs=True), patch.dict(log_prob.CHUNK_LOGITS, cpu=chunk):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        patch.dict(log_prob.CHUNK_LOGITS, cpu=chunk),
+        # what is done with the memory of weights, tensors without contents cannot do
+        patch.multiple(fused_decoder, orders_weights=lambda weight: not cuda, _packed=_in_order, _laid_out=_in_place),
+    ):
         _materialise(policy)
         adapter = list(policy.adapter_parameters().values())
         trained = size_of(iter(adapter))
@@ -161,7 +168,8 @@ def _online(plan: Plan, module: PolicyModule, data: OnlinePreferenceDataModule, 
         m = data.grid_spec
     elif data.grid_spec is not None:
         m = len(data.grid_spec)
-    plan.phases["sampling"] = peak_of(lambda: _sample(policy, RESPONSES * n, p, t))
+    sample = _decode if getattr(data.engine, "fused", False) and fused_decoder.fits(policy) else _generate
+    plan.phases["sampling"] = peak_of(lambda: sample(policy, n, RESPONSES, p, t))
     if exploration is None:
         plan.phases["training step"] = peak_of(lambda: _imitate(policy, n, p, t))
     else:
@@ -169,7 +177,7 @@ def _online(plan: Plan, module: PolicyModule, data: OnlinePreferenceDataModule, 
         read = 1 + c if policy.reference_depends_on_preference else 1
         plan.phases["reference"] = peak_of(lambda: _read(policy, n, read, RESPONSES, p, t))
         plan.phases["training step"] = peak_of(lambda: _train(policy, exploration, n, c, p, t))
-    plan.phases["evaluation: sampling"] = peak_of(lambda: _sample(policy, answers, p, t))
+    plan.phases["evaluation: sampling"] = peak_of(lambda: sample(policy, answers, 1, p, t))
     plan.phases["evaluation: information"] = peak_of(lambda: _read(policy, -(-answers // m), m, 1, p, t))
 
 
@@ -206,8 +214,29 @@ def _read(policy: Policy, n: int, preferences: int, responses: int, p: int, t: i
         _log_prob(policy, n, preferences, responses, p, t)
 
 
-def _sample(policy: Policy, n: int, p: int, t: int) -> None:
+def _decode(policy: Policy, n: int, count: int, p: int, t: int) -> None:
+    """The first token, and the last one."""
+    prompts = Tokens(torch.zeros(n, p, dtype=torch.long), _mask(n, p))
+    uniform = torch.zeros(n * count, dtype=torch.float64)
+    with policy.evaluating():
+        decoder = fused_decoder.FusedDecoder(policy, prompts, torch.ones(n, len(policy.names)), count, t)
+        draw_tokens(decoder.start(), uniform)
+        decoder.time, decoder.step = p + t - 2, t - 2
+        draw_tokens(decoder.next(torch.zeros(n * count, dtype=torch.long)), uniform)
+
+
+def _in_order(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    kept = weight.clone()  # as much as oneDNN's order takes
+    return lambda states: nn.functional.linear(states, kept)
+
+
+def _in_place(weights: Sequence[Tensor], first: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda states: torch.cat([nn.functional.linear(states, w) for w in (*weights, *first)], -1)
+
+
+def _generate(policy: Policy, prompts: int, count: int, p: int, t: int) -> None:
     """The first token, and the last one, which has the longest cache."""
+    n = prompts * count
     with policy.evaluating(), policy.conditioned(torch.ones(n, len(policy.names))):
         model: Any = policy.model
         mask = _mask(n, p).long()

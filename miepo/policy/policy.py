@@ -429,17 +429,15 @@ class Policy(nn.Module):
             for prompt, rows in zip(prompts, preferences.tolist(), strict=True)
         ]
 
-    @property
-    def project(self) -> Callable[[Tensor], Tensor]:
+    def project(self, states: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Logits of states ``(n, D) -> (n, V)``; ``head`` may stand for the network's own product."""
         config = self.causal_lm.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-
-        def project(states: Tensor) -> Tensor:
-            logits = self._head(states) * scale if scale != 1 else self._head(states)
-            return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-        return project
+        logits = (head or self._head)(states)
+        if scale != 1:
+            logits = logits * scale
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def _rows(responses: Tokens) -> list[list[list[int]]]:

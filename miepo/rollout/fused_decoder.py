@@ -3,16 +3,21 @@
 In the network that trains each of seven projections per layer is a product with the weights, two with the adapter, a
 cast, a scale and a sum. Here the projections that read the same states are one product, adapter included, and the
 prompt is computed once for all its responses. How much that saves is in ``tools/benchmarks/README.md``.
+
+On a CPU the weights are copied into the order that its kernels read, for as long as a rollout lasts. Elsewhere the
+network's own weights are laid out so, once, one below the other: no copy of them exists.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -21,6 +26,15 @@ from miepo.policy.policy import ADAPTER
 from miepo.types import Tokens
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def orders_weights(weight: Tensor) -> bool:
+    """Whether products with this weight are faster in an order of oneDNN's own."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def fits(policy: Policy) -> bool:
@@ -33,16 +47,17 @@ def fits(policy: Policy) -> bool:
 class _Projection:
     """Linear layers that read the same states, as one: their weights, and below these the first factors of LoRA."""
 
-    weight: Tensor  # (O + R, D)
+    product: Callable[[Tensor], Tensor]  # (N, D) -> (N, O + R)
     second: Tensor | None  # (R, O) the second factors, scaled, block by block
     bias: Tensor | None  # (O,)
     gate: Tensor | None  # (N, R)
 
     @classmethod
-    def of(cls, layers: list[Any], gate: Tensor | None) -> _Projection:
+    def of(cls, layers: list[Any], gate: Tensor | None, rows: int) -> _Projection:
+        """For ``rows`` states at a time."""
         adapted = [isinstance(layer, LoraLayer) for layer in layers]
         plain: list[Any] = [layer.base_layer if a else layer for layer, a in zip(layers, adapted, strict=True)]
-        weights: list[Tensor] = [layer.weight for layer in plain]
+        weights: list[nn.Parameter] = [layer.weight for layer in plain]
         dtype = weights[0].dtype
         first: list[Tensor] = []
         second: list[Tensor] = []
@@ -58,7 +73,7 @@ class _Projection:
                 [w.new_zeros(len(w)) if p.bias is None else p.bias for p, w in zip(plain, weights, strict=True)]
             )
         return cls(
-            torch.cat([*weights, *first]),
+            _packed(torch.cat([*weights, *first]), rows) if orders_weights(weights[0]) else _laid_out(weights, first),
             torch.block_diag(*second) if first else None,
             bias,
             None if gate is None or not first else gate.to(dtype).repeat(1, len(first)),
@@ -66,7 +81,7 @@ class _Projection:
 
     def __call__(self, states: Tensor) -> Tensor:
         """``(N, D) -> (N, O)``."""
-        out = F.linear(states, self.weight)
+        out = self.product(states)
         if self.second is not None:
             size = self.second.shape[1]
             low = out[:, size:] if self.gate is None else out[:, size:] * self.gate
@@ -74,13 +89,39 @@ class _Projection:
         return out if self.bias is None else out + self.bias
 
     def rows(self, kept: Tensor) -> _Projection:
-        return self if self.gate is None else _Projection(self.weight, self.second, self.bias, self.gate[kept])
+        return self if self.gate is None else replace(self, gate=self.gate[kept])
+
+
+def _packed(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """oneDNN's own order. Left to itself it orders a weight at every call, which costs as much as the product."""
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return lambda states: torch.ops.mkldnn._linear_pointwise(states, ordered, None, "none", [], "")
+
+
+def _laid_out(weights: Sequence[nn.Parameter], first: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """The weights become parts of one tensor, if they are not yet; the first factors are written below them."""
+    total, rank = sum(map(len, weights)), sum(map(len, first))
+    one = weights[0].data
+    storage = one.untyped_storage()
+    ends = accumulate(map(len, weights), initial=0)
+    together = storage.nbytes() == (total + rank) * one.shape[1] * one.itemsize and all(
+        w.untyped_storage()._cdata == storage._cdata and w.storage_offset() == start * one.shape[1]
+        for w, start in zip(weights, ends, strict=False)
+    )
+    if together:
+        whole = one.as_strided((total + rank, one.shape[1]), (one.shape[1], 1))
+    else:
+        whole = one.new_empty(total + rank, one.shape[1])
+        for weight, part in zip(weights, whole[:total].split([len(w) for w in weights]), strict=True):
+            part.copy_(weight.data)
+            weight.data = part
+    if rank:
+        torch.cat([f.detach() for f in first], out=whole[total:])
+    return lambda states: F.linear(states, whole)
 
 
 class FusedDecoder:
     """Decodes ``count`` responses to each of ``B`` prompts, row by row of ``N = B count``.
-
-    It holds a copy of the weights of all layers for as long as it lives.
 
     Args:
         policy: For which :func:`fits` is true; within :meth:`Policy.evaluating`.
@@ -109,17 +150,23 @@ class FusedDecoder:
             ).last_hidden_state  # (B, P, D)
         self.first = hidden[:, -1].repeat_interleave(count, 0)  # (N, D)
         self.time = width = prompts.ids.shape[1]
-        self.keys: list[Tensor] = []  # (N, groups, P + T, size) each
-        self.values: list[Tensor] = []
+        self.keys: list[Tensor] = []  # (N, groups, size, P + T) each
+        self.values: list[Tensor] = []  # (N, groups, P + T, size)
         layers: Any = cache.layers
         for layer in layers:
-            for kept, cached in ((self.keys, layer.keys), (self.values, layer.values)):
-                room = cached.new_empty(len(cached) * count, self.groups, width + max_new_tokens, cached.shape[-1])
-                room[:, :, :width] = cached.repeat_interleave(count, 0)
-                kept.append(room)
+            rows, size = len(self.first), layer.keys.shape[-1]
+            keys = layer.keys.new_empty(rows, self.groups, size, width + max_new_tokens)
+            values = layer.keys.new_empty(rows, self.groups, width + max_new_tokens, size)
+            keys[..., :width] = layer.keys.transpose(-1, -2).repeat_interleave(count, 0)
+            values[:, :, :width] = layer.values.repeat_interleave(count, 0)
+            self.keys.append(keys)
+            self.values.append(values)
         del cache
         gate = policy.gate_of(preference.repeat_interleave(count, 0))  # (N, R)
-        self.layers = [_layer(layer, gate) for layer in body.layers]
+        self.layers = [_layer(layer, gate, len(self.first)) for layer in body.layers]
+        head = policy.causal_lm.get_output_embeddings()
+        packs = orders_weights(head.weight) and head.bias is None
+        self.head = _packed(head.weight, len(self.first)) if packs else None
         dtype = self.embedding.dtype
         positions = lengths.repeat_interleave(count).unsqueeze(1) + torch.arange(max_new_tokens, device=lengths.device)
         cos, sin = body.rotary_emb(self.first.to(dtype), positions)  # (N, T, size)
@@ -154,9 +201,9 @@ class FusedDecoder:
                 )
             half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), -1)
             turned = turned * cos + half * sin
-            keys[:, :, self.time], values[:, :, self.time] = turned[:, heads:], each[:, heads + groups :]
+            keys[..., self.time], values[:, :, self.time] = turned[:, heads:], each[:, heads + groups :]
             queries = turned[:, :heads].unflatten(1, (groups, -1)) * layer["scale"]  # (N, groups, heads / groups, size)
-            weights = (queries @ keys[:, :, :end].transpose(-1, -2) + padding).softmax(-1)
+            weights = (queries @ keys[..., :end] + padding).softmax(-1)
             states = states + layer["output"]((weights @ values[:, :, :end]).flatten(1))
             gate, up = layer["up"](F.rms_norm(states, states.shape[-1:], layer["second_norm"], self.eps)).chunk(2, 1)
             states = states + layer["down"](F.silu(gate) * up)
@@ -173,10 +220,10 @@ class FusedDecoder:
 
     def _logits(self, states: Tensor) -> Tensor:
         with self.policy.autocast():
-            return self.policy.project(states).float()
+            return self.policy.project(states, self.head).float()
 
 
-def _layer(layer: Any, gate: Tensor | None) -> dict[str, Any]:
+def _layer(layer: Any, gate: Tensor | None, rows: int) -> dict[str, Any]:
     attention, mlp = layer.self_attn, layer.mlp
     norms = [getattr(attention, f"{name}_norm", None) for name in "qk"]
     return {
@@ -185,8 +232,8 @@ def _layer(layer: Any, gate: Tensor | None) -> dict[str, Any]:
         "query_norm": None if norms[0] is None else norms[0].weight,
         "key_norm": None if norms[1] is None else norms[1].weight,
         "scale": attention.scaling,
-        "attention": _Projection.of([attention.q_proj, attention.k_proj, attention.v_proj], gate),
-        "output": _Projection.of([attention.o_proj], gate),
-        "up": _Projection.of([mlp.gate_proj, mlp.up_proj], gate),
-        "down": _Projection.of([mlp.down_proj], gate),
+        "attention": _Projection.of([attention.q_proj, attention.k_proj, attention.v_proj], gate, rows),
+        "output": _Projection.of([attention.o_proj], gate, rows),
+        "up": _Projection.of([mlp.gate_proj, mlp.up_proj], gate, rows),
+        "down": _Projection.of([mlp.down_proj], gate, rows),
     }

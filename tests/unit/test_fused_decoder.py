@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, Qwe
 
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.rollout import TransformersEngine
+from miepo.rollout import fused_decoder as decoding
 from miepo.rollout import transformers_engine as module
 from miepo.rollout.fused_decoder import FusedDecoder, fits
 from miepo.rollout.transformers_engine import draw_tokens
@@ -60,7 +61,11 @@ def expected_logits(policy: Policy, prompts: list[str], w: torch.Tensor, rows: t
 
 @pytest.mark.parametrize("network", ["llama", *NETWORKS])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
-def test_logits_are_those_of_the_network(networks: dict[str, Path], network: str, targets: Any) -> None:
+@pytest.mark.parametrize("ordered", [True, False])  # as on a CPU, as elsewhere
+def test_logits_are_those_of_the_network(
+    networks: dict[str, Path], monkeypatch: pytest.MonkeyPatch, network: str, targets: Any, ordered: bool
+) -> None:
+    monkeypatch.setattr(decoding, "orders_weights", lambda weight: ordered)
     ways = [GatedConditioning(), PromptConditioning()]
     policy = randomise_adapter(tiny_policy(networks[network], ways, lora_targets=targets))
     assert fits(policy)
@@ -73,6 +78,38 @@ def test_logits_are_those_of_the_network(networks: dict[str, Path], network: str
         expected = expected_logits(policy, [p for p in PROMPTS for _ in range(2)], W.repeat_interleave(2, 0), rows)
     torch.testing.assert_close(torch.stack(logits, 1), expected[:, :3], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.stack(later, 1), expected[[3, 0], 3:5], rtol=1e-4, atol=1e-4)
+
+
+def test_weights_laid_out_for_decoding_stay_those_of_the_network(
+    networks: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No second copy: the network reads the same memory; once laid out it stays, and moved it is laid out anew."""
+    monkeypatch.setattr(decoding, "orders_weights", lambda weight: False)
+    policy = randomise_adapter(tiny_policy(networks["qwen2"], [GatedConditioning()]))
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    attention = policy.body.layers[0].self_attn
+
+    def places() -> list[int]:
+        return [getattr(attention, f"{name}_proj").base_layer.weight.data_ptr() for name in "qkv"]
+
+    def sample(seed: int) -> torch.Tensor:
+        return TransformersEngine().sample(policy, PROMPTS, W, 2, 5, seed).tokens.ids
+
+    first = sample(0)
+    q, k, v = places()
+    size = attention.k_proj.base_layer.weight.nbytes
+    assert (k - q, v - k) == (2 * size, size)
+    randomise_adapter(policy, seed=1)
+    other = sample(0)
+    assert places() == [q, k, v]
+    assert not torch.equal(first, other)  # the new adapter was read
+    policy.double().float()
+    assert places() != [q, k, v]
+    assert torch.equal(sample(0), other)
+    q, k, v = places()
+    assert (k - q, v - k) == (2 * size, size)
+    for name, value in policy.state_dict().items():
+        assert "lora" in name or torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize("fused", [True, False])
