@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from miepo.errors import UserError
+from miepo.policy.attention import NAME as BRANCHES
 from miepo.policy.base_model import load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
@@ -149,6 +150,8 @@ class Policy(nn.Module):
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy of every input
+        if _attends_to_all(model):
+            model.set_attn_implementation(BRANCHES)
         if sum(self._gate_blocks):
             for name, module in self.model.named_modules():
                 if name.endswith(f".lora_A.{ADAPTER}"):
@@ -331,7 +334,8 @@ class Policy(nn.Module):
         return torch.zeros(responses.ids.shape, device=ids.device).masked_scatter(responses.mask, values)
 
     def _read(self, states: Tensor, targets: Tensor) -> Tensor:
-        return token_log_prob(states, targets, self.project, len(self._head.weight), self.temperature)
+        frozen = not any(p.requires_grad for p in self._head.parameters())
+        return token_log_prob(states, targets, self.project, len(self._head.weight), self.temperature, frozen)
 
     # -- several responses and preferences per prompt ------------------------------------------------------------------
 
@@ -377,18 +381,14 @@ class Policy(nn.Module):
         gate = None if preference is None else self.gate_of(preference)  # (B C, R)
         if not self.plain_attention:
             return self._padded_log_prob(prompts, gate, responses, shape)
-        packed = pack(prompts, responses, width, gate is None, self.device)
+        packed = pack(prompts, responses, width, gate is None, self._head.weight.dtype, self.device)
+        unused = torch.ones(1, 1, 1, 0, dtype=torch.bool, device=self.device)  # that no network makes a mask of its own
         with self._gate.set(None if gate is None else gate[packed.owner]), self.autocast():
-            mask = packed.mask
-            if self.causal_lm.config._attn_implementation != "sdpa":  # which alone takes masks of truth values
-                dtype = self._head.weight.dtype
-                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-                    ~mask, torch.finfo(dtype).min
-                )
             hidden = self.body(
-                input_ids=packed.ids, attention_mask=mask, position_ids=packed.positions, use_cache=False
-            ).last_hidden_state  # (R, L, D)
-            values = self._read(hidden.flatten(0, 1)[packed.before], packed.targets)
+                input_ids=packed.ids, attention_mask=unused, position_ids=packed.positions, use_cache=False,
+                branches=packed.branches,
+            ).last_hidden_state  # (1, L, D)  # fmt: skip
+            values = self._read(hidden[0, packed.before], packed.targets)
         out = torch.zeros(shape, device=self.device).flatten()
         return out.index_put((packed.where,), values).view(shape)
 
@@ -412,16 +412,8 @@ class Policy(nn.Module):
 
     @property
     def plain_attention(self) -> bool:
-        """Whether every layer is attention to all that came before, by a kernel that takes any mask."""
-        config, model = self.causal_lm.config.get_text_config(), self.causal_lm
-        full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-        return (
-            full
-            and not windowed
-            and not getattr(model, "_is_stateful", False)
-            and model.config._attn_implementation in ("sdpa", "eager")
-        )
+        """Whether every layer is attention to all that came before, by a function that can be told what that is."""
+        return bool(self.causal_lm.config._attn_implementation == BRANCHES)
 
     def _encoded(self, prompts: Sequence[str], preferences: Tensor) -> list[list[list[int]]]:
         return [
@@ -438,6 +430,21 @@ class Policy(nn.Module):
         if scale != 1:
             logits = logits * scale
         return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _attends_to_all(model: Any) -> bool:
+    config = model.config.get_text_config()
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return (
+        full
+        and not windowed
+        and not capped
+        and not getattr(model, "_is_stateful", False)
+        and model._supports_attention_backend
+        and model.config._attn_implementation == "sdpa"
+    )
 
 
 def _rows(responses: Tokens) -> list[list[list[int]]]:

@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPTNeoXConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
-from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning
+from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning, attention
 from miepo.policy.packing import pack
 from miepo.types import Tokens
-from tests.helpers.tiny import randomise_adapter, tiny_policy
+from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
 
 PROMPTS = ["the garden", "people like rain in spring when it is good", "food"]
 W = torch.tensor([[[0.1, 0.9], [1.0, 0.0]], [[0.3, 0.7], [0.35, 0.65]], [[0.5, 0.5], [0.5, 0.5]]])  # (B, C, K)
@@ -43,16 +50,16 @@ def one_by_one(policy: Policy, responses: Tokens, w: torch.Tensor, reference: bo
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("product_keys", [0, 512])  # by the kernel, by products
 def test_values_and_gradients_are_those_of_the_sequences_one_by_one(
-    tiny_model: Path, way: str, checkpointing: bool, attention: str
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, way: str, checkpointing: bool, product_keys: int
 ) -> None:
+    monkeypatch.setattr(attention, "PRODUCT_KEYS", product_keys)
     upstream = torch.randn(3, 3, 2, 6, generator=torch.Generator().manual_seed(1))
     results = []
     for together in (True, False):
         policy = tiny_policy(tiny_model, WAYS[way], gradient_checkpointing=checkpointing, temperature=0.7)
         policy = randomise_adapter(policy).train()
-        policy.model.set_attn_implementation(attention)
         assert policy.plain_attention
         y = some_responses()
         value = policy.response_log_prob(PROMPTS, W, y) if together else one_by_one(policy, y, W)
@@ -72,15 +79,30 @@ def test_the_reference(tiny_model: Path, way: str) -> None:
     assert not ours.requires_grad
 
 
-def test_networks_that_a_tree_cannot_pass_through_get_padded_sequences(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy = randomise_adapter(tiny_policy(tiny_model, WAYS["both"]))
-    policy.model.get_base_model().config.sliding_window = 4
-    assert not policy.plain_attention
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+OTHERS = {
+    "qwen3": (Qwen3Config, {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 12}, True),
+    "neox": (GPTNeoXConfig, {"intermediate_size": 48}, True),
+    "window": (MistralConfig, {"num_key_value_heads": 2, "intermediate_size": 48, "sliding_window": 4}, False),
+    "gemma2": (Gemma2Config, {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}, False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Those that attend to all that came before take trees; others get padded sequences."""
+    kind, settings, takes_trees = OTHERS[name]
+    torch.manual_seed(0)
+    config = kind(vocab_size=len(tiny_tokenizer()), bos_token_id=None, eos_token_id=1, **SHAPE, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = randomise_adapter(tiny_policy(tmp_path, WAYS["both"]))
+    assert policy.plain_attention == takes_trees
     y = some_responses()
-    monkeypatch.setattr("miepo.policy.policy.pack", None)
-    torch.testing.assert_close(policy.response_log_prob(PROMPTS, W, y), one_by_one(policy, y, W), rtol=1e-4, atol=1e-5)
+    expected = one_by_one(policy, y, W)
+    if not takes_trees:
+        monkeypatch.setattr("miepo.policy.policy.pack", None)
+    torch.testing.assert_close(policy.response_log_prob(PROMPTS, W, y), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("way", "prompts_computed"), [("prompt", 1), ("gated", 2)])
@@ -97,16 +119,27 @@ def test_a_prompt_is_computed_once(tiny_model: Path, way: str, prompts_computed:
     assert rows * length <= prompts_computed * whole + 2 * 30 + 4 * 3
 
 
-def test_trees_fill_the_rows() -> None:
-    prompts = [[[1] * 10], [[2] * 3], [[3] * 3], [[4] * 2]]
-    packed = pack(prompts, [[[5, 6, 7]]] * 4, 3, share=True)
-    assert packed.ids.shape == (3, 12)  # 12, then 5 + 5, then 4
-    assert packed.ids[1].tolist() == [2, 2, 2, 5, 6, 3, 3, 3, 5, 6, 0, 0]
-    assert packed.positions[1].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0]
-    sees = packed.mask[1, 0]
-    assert not sees[5:10, :5].any()  # another tree
-    assert not sees[:10, 10:].any()  # the end of the row
-    assert sees.any(-1).all()  # a place that sees nothing would be NaN
+def test_every_place_sees_its_path_and_nothing_else() -> None:
+    prompts = [[[1] * 10, [1] * 8 + [2]], [[3] * 3, [3] * 3]]
+    packed = pack(prompts, [[[5, 6, 7], [8]]] * 2, 3, True, torch.float32)
+    length = 8 + (2 + 2) + (1 + 2) + 3 + 2 * 2  # no filling; a last token predicts nothing
+    assert packed.ids.shape == (1, length)
+    sees = torch.zeros(length, length, dtype=torch.bool)
+    start = 0
+    for run in packed.branches.runs:
+        n, tokens = run.queries.shape
+        index = torch.arange(start, start + n * tokens).view(n, tokens)
+        start += n * tokens
+        for i in range(n):
+            for t in range(tokens):
+                if (packed.branches.order == index[i, t]).any():  # not padding
+                    sees[run.queries[i, t], run.keys[i][run.bias[i, 0, t] == 0]] = True
+                assert (run.bias[i, 0, t] == 0).any()  # what sees nothing would be NaN
+    assert len(set(packed.branches.order.tolist())) == length
+    assert sees.diagonal().all()
+    assert not sees.triu(1).any()
+    assert torch.equal(sees.sum(-1), packed.positions[0] + 1)
+    assert sees[-1].nonzero().flatten().tolist() == [15, 16, 17, 20, 21]  # 18 and 19 answer under the other preference
 
 
 def test_dropout_is_that_of_training(tiny_model: Path) -> None:
