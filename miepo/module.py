@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -10,10 +14,34 @@ from miepo.errors import UserError
 from miepo.exploration import Contrast, Exploration, InfoNCE
 from miepo.losses import alignment_loss, implicit_reward, total_loss
 from miepo.metrics.information import feedback_information, infonce_bound
+from miepo.parts import part_by_part
 from miepo.policy import Policy
 from miepo.policy_module import PolicyModule
 from miepo.router import ExpectationRouter, Router, SampleRouter
 from miepo.types import PreferenceBatch
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the loss of each prompt is made of, without gradient."""
+
+    reward: Tensor  # (B, 2) implicit, under w+
+    alignment: Tensor  # (B, K)
+    exploration: Tensor | None  # (B,)
+    bound: Tensor | None  # (B, 2) of the information between preference and response, in nats
+
+    @classmethod
+    def of(cls, reward: Tensor, alignment: Tensor, exploration: Tensor | None, contrast: Contrast | None) -> Terms:
+        bound = None
+        if contrast is not None:
+            bound = infonce_bound(contrast.log_prob.detach(), contrast.counterfactual_log_prob.detach())
+        return cls(reward.detach(), alignment.detach(), None if exploration is None else exploration.detach(), bound)
+
+    @classmethod
+    def join(cls, parts: Sequence[Terms]) -> Terms:
+        columns: list[list[Any]] = [[getattr(part, f.name) for part in parts] for f in fields(cls)]
+        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+        return cls(*joined)
 
 
 class MIEPO(PolicyModule):
@@ -49,7 +77,16 @@ class MIEPO(PolicyModule):
             raise UserError(f"{name} needs the feedback of all objectives on every pair: SampleRouter asks one only")
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> STEP_OUTPUT:
-        """Eq. 13 on one rollout; the flow chart of the method."""
+        """One rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""
+        both = torch.cat([batch.preference.unsqueeze(1), batch.counterfactual], 1)  # (B, 1 + C, K)
+        parts = [batch[some] for some in self.policy.passes(batch.prompts, both, batch.responses.tokens)]
+        loss, each = part_by_part(self.terms, parts, list(self.policy.adapter_parameters().values()))
+        terms = Terms.join(each)
+        self._log_step(batch, loss, terms)
+        return {"loss": loss, "feedback_information": feedback_information(terms.alignment, batch.labels)}
+
+    def terms(self, batch: PreferenceBatch) -> tuple[Tensor, Terms]:
+        """Eq. 13, averaged over the prompts, and what it is made of; the flow chart of the method."""
         mask = batch.responses.tokens.mask  # (B, 2, T)
         log_prob, counterfactual = self.log_prob(batch)  # (B, 2, T), (B, 2, C, T)
         reward = implicit_reward(log_prob, batch.reference_log_prob, mask)  # (B, 2)
@@ -61,9 +98,7 @@ class MIEPO(PolicyModule):
             contrast = self.contrast(batch, log_prob, counterfactual, reward)
             exploration = self.exploration(contrast, self.progress)  # (B,), Eq. 12
 
-        loss = total_loss(routed, exploration)  # Eq. 13
-        self._log_step(batch, loss, reward.detach(), alignment.detach(), exploration, contrast)
-        return {"loss": loss, "feedback_information": feedback_information(alignment.detach(), batch.labels)}
+        return total_loss(routed, exploration), Terms.of(reward, alignment, exploration, contrast)  # Eq. 13
 
     def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Token log-probabilities of the pair under w+, ``(B, 2, T)``, and under every w-, ``(B, 2, C, T)``."""
@@ -93,31 +128,22 @@ class MIEPO(PolicyModule):
             beta_c=self.beta_c,
         )
 
-    def _log_step(
-        self,
-        batch: PreferenceBatch,
-        loss: Tensor,
-        reward: Tensor,
-        alignment: Tensor,
-        exploration: Tensor | None,
-        contrast: Contrast | None,
-    ) -> None:
+    def _log_step(self, batch: PreferenceBatch, loss: Tensor, terms: Terms) -> None:
         lengths = batch.responses.tokens.mask.sum(-1).float()  # (B, 2)
         values = {
             # on the policy's own samples the mean implicit reward estimates KL(policy || reference)
-            "kl": reward.mean(),
+            "kl": terms.reward.mean(),
             "response/tokens": lengths.mean(),
             "response/finished": batch.responses.finished.float().mean(),
         }
-        labelled = batch.labels != 0
-        agrees = torch.where(labelled, (torch.sign(reward[:, :1] - reward[:, 1:]) == batch.labels).float(), torch.nan)
+        labelled, margin = batch.labels != 0, terms.reward[:, :1] - terms.reward[:, 1:]
+        agrees = torch.where(labelled, (torch.sign(margin) == batch.labels).float(), torch.nan)
         for k, name in enumerate(self.names):
             values[f"reward/{name}"] = batch.scores[..., k].nanmean()
-            values[f"alignment/{name}"] = torch.where(labelled[:, k], alignment[:, k], torch.nan).nanmean()
+            values[f"alignment/{name}"] = torch.where(labelled[:, k], terms.alignment[:, k], torch.nan).nanmean()
             values[f"agreement/{name}"] = agrees[:, k].nanmean()
-        if exploration is not None and contrast is not None:
-            bound = infonce_bound(contrast.log_prob.detach(), contrast.counterfactual_log_prob.detach())  # (B, 2)
-            values |= {"exploration": exploration.detach().mean(), "information/infonce": bound.mean()}
+        if terms.exploration is not None and terms.bound is not None:
+            values |= {"exploration": terms.exploration.mean(), "information/infonce": terms.bound.mean()}
         values |= {f"count/{key}": torch.tensor(float(value)) for key, value in batch.counts.items()}
         size = len(batch)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=size)

@@ -19,7 +19,7 @@ Masks are boolean and True where a token counts. Preference vectors lie on the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,9 @@ class Tokens:
     def repeat(self, times: int) -> Tokens:
         """Each row ``times`` times in succession: ``(N, L) -> (N * times, L)``."""
         return Tokens(self.ids.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
+
+    def __getitem__(self, rows: slice) -> Tokens:
+        return Tokens(self.ids[rows], self.mask[rows])
 
     def flat(self) -> Tokens:
         """All leading dimensions in one: ``(B, 2, T) -> (2 B, T)``."""
@@ -78,6 +81,9 @@ class Responses:
     texts: Sequence[Sequence[str]]  # B x n, decoded without control tokens
     finished: Tensor  # (B, n) bool: ended by itself rather than at the token limit
 
+    def __getitem__(self, rows: slice) -> Responses:
+        return Responses(self.tokens[rows], self.texts[rows], self.finished[rows])
+
     @property
     def empty(self) -> Tensor:
         """Where a response has no visible text, ``(B, n)`` bool."""
@@ -104,6 +110,11 @@ class PreferenceBatch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __getitem__(self, prompts: slice) -> PreferenceBatch:
+        """Some of the prompts, with all that belongs to them; counts and seconds are of the whole."""
+        whole = {"counts", "seconds"}
+        return replace(self, **{f.name: getattr(self, f.name)[prompts] for f in fields(self) if f.name not in whole})
 
 
 @dataclass(frozen=True)

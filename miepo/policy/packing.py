@@ -32,6 +32,29 @@ class Packed:
     where: Tensor  # (n,) where they belong in the flat (B, n, C, T)
 
 
+def tree_size(under: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], share: bool) -> int:
+    """Places that a prompt and its responses take in :func:`pack`."""
+    common = len(_common(under)) if share else 0
+    prompts = common + sum(len(prompt) - common for prompt in under)
+    return prompts + len(under) * sum(max(len(answer) - 1, 0) for answer in answers)
+
+
+def passes(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Trees of these sizes, in this order, in groups of at most ``limit`` places, or of one tree that is larger."""
+    groups, start, room = [], 0, limit
+    for i, size in enumerate(sizes):
+        if size > room and i > start:
+            groups.append(slice(start, i))
+            start, room = i, limit
+        room -= size
+    return [*groups, slice(start, len(sizes))]
+
+
+def _common(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all rows begin with."""
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))]
+
+
 @dataclass
 class _Trees:
     """All trees, flat; a path lists the places from a root to the end of a run of tokens."""
@@ -79,8 +102,7 @@ def pack(
     for b, (under, answers) in enumerate(zip(prompts, responses, strict=True)):
         count = len(under)
         for group in [range(count)] if share else [[c] for c in range(count)]:
-            columns = zip(*(under[c] for c in group), strict=False)
-            common = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+            common = _common([under[c] for c in group])
             root = trees.add(common, [], b * count + group[0])
             for c in group:
                 owner = b * count + c

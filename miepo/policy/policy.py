@@ -18,11 +18,13 @@ from miepo.policy.attention import NAME as BRANCHES
 from miepo.policy.base_model import load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
-from miepo.policy.packing import pack
+from miepo.policy.packing import pack, passes, tree_size
 from miepo.policy.template import HH, PromptTemplate
 from miepo.types import Tokens
 
 ADAPTER = "default"
+# Enough for the full rate of products on the CPU at hand (tools/benchmarks/README.md); a GPU's is not measured.
+TOKENS_PER_PASS = {"cpu": 2**10, "cuda": 2**14}
 
 
 class _Gate:
@@ -75,6 +77,8 @@ class Policy(nn.Module):
         temperature: Of the distribution the policy stands for: responses are sampled from it and all
             log-probabilities are taken of it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        tokens_per_pass: Tokens that go through the network at one time when log-probabilities are taken, but at least
+            one prompt with its responses: activations of no more exist. By default 1024 on a CPU, 16384 elsewhere.
     """
 
     def __init__(
@@ -90,14 +94,16 @@ class Policy(nn.Module):
         dtype: str = "auto",
         temperature: float = 1.0,
         gradient_checkpointing: bool = False,
+        tokens_per_pass: int | None = None,
     ) -> None:
         super().__init__()
         if dtype not in ("auto", "float32", "bfloat16"):  # float16 would need a loss scale
             raise UserError(f"policy dtype must be auto, float32 or bfloat16, got {dtype!r}")
         if temperature <= 0:
             raise UserError(f"policy temperature must be positive, got {temperature}")
-        if lora_rank < 1:
-            raise UserError(f"lora_rank must be at least 1, got {lora_rank}")
+        for name, value in (("lora_rank", lora_rank), ("tokens_per_pass", tokens_per_pass)):
+            if value is not None and value < 1:
+                raise UserError(f"policy.{name} must be at least 1, got {value}")
         self.base = base
         self.conditioning = [PromptConditioning()] if conditioning is None else list(conditioning)
         self.lora_rank, self.lora_alpha, self.lora_dropout = lora_rank, lora_alpha, lora_dropout
@@ -105,7 +111,7 @@ class Policy(nn.Module):
         self.template_spec, self.dialogue = template, dialogue or template == HH
         self.dtype = dtype
         self.temperature = temperature
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.tokens_per_pass = gradient_checkpointing, tokens_per_pass
         self.names: tuple[str, ...] = ()
         self._built = False
         self._gate = _Gate()
@@ -339,6 +345,18 @@ class Policy(nn.Module):
 
     # -- several responses and preferences per prompt ------------------------------------------------------------------
 
+    def passes(self, prompts: Sequence[str], preferences: Tensor, responses: Tokens) -> list[slice]:
+        """Which prompts go through the network at one time (``tokens_per_pass``); arguments as below."""
+        return self._passes(self._encoded(prompts, preferences), _rows(responses))
+
+    def _passes(
+        self, prompts: Sequence[Sequence[Sequence[int]]], responses: Sequence[Sequence[Sequence[int]]]
+    ) -> list[slice]:
+        share = not sum(self._gate_blocks)
+        limit = self.tokens_per_pass or TOKENS_PER_PASS.get(self.device.type, 2**14)
+        sizes = [tree_size(under, answers, share) for under, answers in zip(prompts, responses, strict=True)]
+        return passes(sizes, limit)
+
     def response_log_prob(self, prompts: Sequence[str], preferences: Tensor, responses: Tokens) -> Tensor:
         """Token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
 
@@ -377,6 +395,19 @@ class Policy(nn.Module):
             responses: ``n`` to each prompt.
             width: ``T``.
         """
+        if not torch.is_grad_enabled() and len(groups := self._passes(prompts, responses)) > 1:
+            each = len(prompts[0])  # C
+            return torch.cat(
+                [
+                    self.trees_log_prob(
+                        prompts[g],
+                        None if preference is None else preference[g.start * each : g.stop * each],
+                        responses[g],
+                        width,
+                    )
+                    for g in groups
+                ]
+            )
         shape = (len(prompts), len(responses[0]), len(prompts[0]), width)  # B, n, C, T
         gate = None if preference is None else self.gate_of(preference)  # (B C, R)
         if not self.plain_attention:

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 
 from miepo import MIEPO, OnlinePreferenceDataModule
 from miepo.errors import UserError
-from miepo.exploration import InfoNCE, Matching
+from miepo.exploration import InfoNCE, Matching, PairwiseInformation
 from miepo.losses import implicit_reward
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.router import SampleRouter
@@ -422,8 +422,45 @@ def test_training_step_is_short() -> None:
     import inspect
     import textwrap
 
-    body = ast.parse(textwrap.dedent(inspect.getsource(MIEPO.training_step))).body[0].body[1:]
-    assert body[-1].end_lineno - body[0].lineno < 25
+    for step in (MIEPO.training_step, MIEPO.terms):
+        body = ast.parse(textwrap.dedent(inspect.getsource(step))).body[0].body[1:]
+        assert body[-1].end_lineno - body[0].lineno < 25
+
+
+@pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
+@pytest.mark.parametrize(
+    "exploration", [InfoNCE(0.3, num_counterfactuals=2), Matching(), PairwiseInformation(), InfoNCE(0)]
+)
+def test_prompts_in_several_passes_have_the_same_loss_gradient_and_log(
+    tiny_model: Path, tmp_path: Path, conditioning, exploration
+) -> None:
+    settings = {"conditioning": [conditioning], "module": {"exploration": exploration}}
+    module, batch, _ = rollout(tiny_model, tmp_path, data={"batch_size": 5}, **settings)
+    randomise_adapter(module.policy)
+    results, calls, terms = [], [], module.terms
+    module.terms = lambda part: (calls.append(len(part)), terms(part))[1]
+    for groups in ([slice(0, 5)], [slice(0, 2), slice(2, 5)], None):
+        if groups is None:
+            del module.policy.passes
+            module.policy.tokens_per_pass = 1
+        else:
+            module.policy.passes = lambda *_: groups  # noqa: B023
+        values: dict[str, torch.Tensor] = {}
+        log_step = MIEPO._log_step
+        module.log = lambda name, value, **_: values.__setitem__(name, value)  # noqa: B023
+        module.log_dict = lambda entries, **_: values.update(entries)  # noqa: B023
+        module.lr_schedulers = lambda: SimpleNamespace(get_last_lr=lambda: [0.0])
+        module.zero_grad()
+        module._log_step = lambda *args: log_step(module, *args)  # noqa: B023
+        module.training_step(batch, 0)["loss"].backward()
+        gradients = {
+            n: p.grad for n, p in module.policy.adapter_parameters().items() if p.grad is not None and p.grad.any()
+        }
+        results.append((gradients, {k: float(v) for k, v in values.items()}))
+    assert calls == [5, 2, 3, 1, 1, 1, 1, 1]
+    for gradients, values in results[1:]:
+        torch.testing.assert_close(gradients, results[0][0], rtol=1e-4, atol=1e-6)
+        assert values == pytest.approx(results[0][1], rel=1e-5, abs=1e-6)
 
 
 def test_a_policy_without_conditioning_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning, attention
-from miepo.policy.packing import pack
+from miepo.policy.packing import pack, passes, tree_size
 from miepo.types import Tokens
 from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
 
@@ -140,6 +140,31 @@ def test_every_place_sees_its_path_and_nothing_else() -> None:
     assert not sees.triu(1).any()
     assert torch.equal(sees.sum(-1), packed.positions[0] + 1)
     assert sees[-1].nonzero().flatten().tolist() == [15, 16, 17, 20, 21]  # 18 and 19 answer under the other preference
+
+
+def test_sizes_and_passes() -> None:
+    prompts = [[[1] * 10, [1] * 8 + [2]], [[3] * 3, [3] * 3]]
+    answers = [[5, 6, 7], [8]]
+    for share in (True, False):
+        sizes = [tree_size(under, answers, share) for under in prompts]
+        assert sum(sizes) == pack(prompts, [answers] * 2, 3, share, torch.float32).ids.shape[1]
+    assert passes([3, 3, 3, 9, 1], 6) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
+    assert passes([3, 3], 10) == [slice(0, 2)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_without_gradient_prompts_go_in_several_passes(tiny_model: Path, way: str) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, WAYS[way]))
+    lengths: list[int] = []
+    policy.body.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    with policy.evaluating():
+        whole = policy.response_log_prob(PROMPTS, W, some_responses())
+        policy.tokens_per_pass = 1
+        torch.testing.assert_close(policy.response_log_prob(PROMPTS, W, some_responses()), whole)
+    assert len(lengths) == 4
+    assert sum(lengths[1:]) == lengths[0]
 
 
 def test_dropout_is_that_of_training(tiny_model: Path) -> None:
