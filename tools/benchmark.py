@@ -23,7 +23,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 MARK = "@@"  # lines of a side that are meant for the parent
 SIDES = {
@@ -44,9 +45,26 @@ class Workload:
     rank: int
     checkpointing: bool
     device: str
+    tokens_per_pass: int | None = None
 
 
 # -- a side ------------------------------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations; PyTorch's own counter cannot stand a gradient taken within a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if op._overloadpacket in flop_registry:
+            self.total += flop_registry[op._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        elif op.name().startswith("mkldnn::_linear_pointwise"):
+            self.total += 2 * args[0].numel() * out.shape[-1]
+        return out
 
 
 class Turns:
@@ -55,7 +73,9 @@ class Turns:
     def __init__(self, device: str) -> None:
         self.device, self.counter, self.mark, self.waited = device, None, 0.0, False
 
-    def ready(self) -> None:
+    def ready(self, model: torch.nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.detach().sum()  # weights that a file is mapped to are in memory when they are read
         self._say("ready", {"memory": self._memory()})
         self.wait()
 
@@ -67,7 +87,7 @@ class Turns:
         if self.device == "cuda":
             torch.cuda.synchronize()
         if word == "count":
-            self.counter: Any = FlopCounterMode(display=False)
+            self.counter: Any = Operations()
             self.counter.__enter__()
         self.mark = perf_counter()
 
@@ -77,7 +97,7 @@ class Turns:
         seconds, flops = perf_counter() - self.mark, None
         if self.counter is not None:
             self.counter.__exit__(None, None, None)
-            flops, self.counter = self.counter.get_total_flops(), None
+            flops, self.counter = self.counter.total, None
         self._say("step", {"seconds": seconds, "flops": flops, "memory": self._memory(), "parts": parts or {}})
         self.wait()
 
@@ -117,7 +137,7 @@ def policy_of(workload: Workload, gated: bool) -> Any:
     return Policy(
         workload.base, [GatedConditioning() if gated else PromptConditioning()], lora_rank=workload.rank,
         lora_alpha=2 * workload.rank, lora_dropout=0.0, dtype="bfloat16", template="paper",
-        gradient_checkpointing=workload.checkpointing,
+        gradient_checkpointing=workload.checkpointing, tokens_per_pass=workload.tokens_per_pass,
     )  # fmt: skip
 
 
@@ -134,7 +154,7 @@ def run_miepo(workload: Workload, beta_w: float, gated: bool) -> None:
         def on_train_start(self, trainer: Any, module: Any) -> None:
             policy = module.policy
             policy.end_ids = []  # every response has all its tokens
-            turns.ready()
+            turns.ready(module)
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             assert bool(batch.responses.tokens.mask.all())
@@ -174,8 +194,8 @@ def run_trl(workload: Workload) -> None:
     turns = Turns(workload.device)
 
     class Gate(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            turns.ready()
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            turns.ready(model)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             turns.done()
@@ -279,6 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--response_tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--tokens_per_pass", type=int, help="of miepo's policy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--steps", type=int, default=5, help="of each side, after one that warms up")
     parser.add_argument("--side", choices=SIDES, help="(the parent's)")
@@ -294,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     workload = Workload(
         options.base, options.batch_size, options.prompt_tokens, options.response_tokens, options.rank,
-        options.checkpointing, options.device,
+        options.checkpointing, options.device, options.tokens_per_pass,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         sides = [Side(name, workload, Path(folder) / f"{name}.log") for name in options.sides]

@@ -15,6 +15,7 @@ import weakref
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 from unittest.mock import patch
 
@@ -35,8 +36,10 @@ from miepo.methods import SupervisedDataModule
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.objectives.reward_model import ModelObjective
-from miepo.policy import Policy, log_prob
+from miepo.policy import Policy, attention, log_prob
 from miepo.policy.base_model import base_folder
+from miepo.policy.packing import tree_size
+from miepo.policy.policy import TOKENS_PER_PASS
 from miepo.policy_module import PolicyModule
 from miepo.preferences import evaluation_grid
 from miepo.rollout import fused_decoder
@@ -46,7 +49,10 @@ from miepo.types import PreferenceBatch, Tokens
 GB = 1e9
 # Freed blocks go back to the system at once. By default the C library keeps them, a third of the peak and more.
 EXACT = "MALLOC_MMAP_THRESHOLD_"
-TEXT = 32  # tokens of a prompt that state the preference
+TEXT = 16  # tokens of a prompt that state the preference between two objectives, about
+# On a CPU: oneDNN's kernels, one for every shape it met, and the code of libraries that is read when it first runs
+# (tools/benchmarks/README.md says how much of either was seen).
+LIBRARIES = 0.2 * GB
 SPARE = 0.08  # of a card: the CUDA context and what the allocator cannot use
 
 # -- counting ----------------------------------------------------------------------------------------------------------
@@ -124,7 +130,7 @@ def plan_memory(
 ) -> Plan:
     """The plan of a run whose longest prompt, preference text included, has ``prompt_tokens`` tokens."""
     plan, policy = Plan(), module.policy
-    chunk = log_prob.CHUNK_LOGITS["cuda" if cuda else "cpu"]
+    device = "cuda" if cuda else "cpu"
     config = _config(base_folder(policy.base), f"the policy's base '{policy.base}'")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=_dtype(policy.dtype, config))
@@ -133,7 +139,10 @@ def plan_memory(
     policy.train()
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        patch.dict(log_prob.CHUNK_LOGITS, cpu=chunk),
+        # the tensors say that they are on a CPU
+        patch.dict(log_prob.CHUNK_LOGITS, cpu=log_prob.CHUNK_LOGITS[device]),
+        patch.dict(TOKENS_PER_PASS, cpu=TOKENS_PER_PASS[device]),
+        patch.object(attention, "PRODUCT_KEYS", 0 if cuda else attention.PRODUCT_KEYS),
         # what is done with the memory of weights, tensors without contents cannot do
         patch.multiple(fused_decoder, orders_weights=lambda weight: not cuda, _packed=_in_order, _laid_out=_in_place),
     ):
@@ -145,6 +154,7 @@ def plan_memory(
             "adapter": trained,
             "gradients": trained,
             "Adam": 2 * trained,
+            **({} if cuda else {"kernels and libraries": int(LIBRARIES)}),
         }
         for parameter in adapter:
             parameter.grad = torch.zeros_like(parameter)
@@ -187,20 +197,34 @@ def _mask(n: int, length: int) -> Tensor:
     return mask
 
 
-def _log_prob(policy: Policy, prompts: int, preferences: int, responses: int, p: int, t: int) -> Tensor:
+def _trees(policy: Policy, prompts: int, preferences: int, responses: int, p: int, t: int) -> tuple[Any, Any]:
+    """Token ids of prompts under preferences, and of responses."""
     written = min(TEXT, p - 1) if policy.reference_depends_on_preference else 0
     under = [[0] * (p - written) + [1 + c] * written for c in range(preferences)]
+    return [under] * prompts, [[[0] * t] * responses] * prompts
+
+
+def _log_prob(policy: Policy, prompts: int, preferences: int, responses: int, p: int, t: int) -> Tensor:
     weights = torch.ones(prompts * preferences, len(policy.names))
-    return policy.trees_log_prob([under] * prompts, weights, [[[0] * t] * responses] * prompts, t)
+    under, answers = _trees(policy, prompts, preferences, responses, p, t)
+    return policy.trees_log_prob(under, weights, answers, t)
 
 
 def _train(policy: Policy, exploration: Exploration, n: int, counterfactuals: int, p: int, t: int) -> None:
+    """The fullest pass, beside the gradients of those before it."""
+    under, answers = _trees(policy, 1, 1 + counterfactuals, RESPONSES, p, t)
+    size = tree_size(under[0], answers[0], share=not policy.gated)
+    some, kept = min(n, -(-policy.pass_limit // size)), []  # prompts of several lengths fill it better than whole ones
+    if some < n:
+        kept = [torch.zeros_like(parameter) for parameter in policy.adapter_parameters().values()]
     if exploration.needs_gradient:
-        _log_prob(policy, n, 1 + counterfactuals, RESPONSES, p, t).sum().backward()
-        return
-    with torch.no_grad():
-        _log_prob(policy, n, counterfactuals, RESPONSES, p, t)
-    _log_prob(policy, n, 1, RESPONSES, p, t).sum().backward()
+        value = _log_prob(policy, some, 1 + counterfactuals, RESPONSES, p, t)
+    else:
+        with torch.no_grad():
+            _log_prob(policy, some, counterfactuals, RESPONSES, p, t)
+        value = _log_prob(policy, some, 1, RESPONSES, p, t)
+    found = torch.autograd.grad(value.sum(), list(policy.adapter_parameters().values()))
+    del found, kept
 
 
 def _imitate(policy: Policy, n: int, p: int, t: int) -> None:
@@ -317,7 +341,7 @@ def _config(source: str, what: str) -> Any:
 
 
 class Watch(Callback):
-    """Notes how much memory the process has before models are loaded, and the longest prompt and response it sees."""
+    """Notes how much memory the process has before models are loaded, and how long prompts and responses are."""
 
     def __init__(self) -> None:
         self.before = 0.0  # GB
@@ -328,12 +352,13 @@ class Watch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         policy = pl_module.policy
-        if isinstance(batch, PreferenceBatch):
-            prompts, tokens = policy.encode(batch.prompts, batch.preference), batch.responses.tokens
+        if isinstance(batch, PreferenceBatch):  # laid out without padding
+            prompts, masks = policy.encode(batch.prompts, batch.preference).mask, batch.responses.tokens.mask
+            lengths = [ceil(mask.sum(-1).float().mean()) for mask in (prompts, masks)]
         else:
-            prompts, tokens = policy.encode_text(batch.prompts, [""] * len(batch)), batch.responses
-        self.prompt_tokens = max(self.prompt_tokens, prompts.ids.shape[-1])
-        self.response_tokens = max(self.response_tokens, tokens.ids.shape[-1])
+            prompts = policy.encode_text(batch.prompts, [""] * len(batch)).mask
+            lengths = [prompts.shape[-1], batch.responses.ids.shape[-1]]
+        self.prompt_tokens, self.response_tokens = map(max, (self.prompt_tokens, self.response_tokens), lengths)
 
 
 def measure(cli: MiepoCLI) -> tuple[float, Watch]:
@@ -376,7 +401,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--card", type=float, help="memory of a card in GB: plan for CUDA, and say whether it fits")
     parser.add_argument("--prompt_tokens", type=int, default=512, help="longest prompt, preference text included")
     parser.add_argument("--response_tokens", type=int, help="longest response; by default what the config allows")
-    parser.add_argument("--measure", action="store_true", help="run two steps, too, and plan for their lengths")
+    parser.add_argument("--measure", action="store_true", help="run two steps, too, and plan for their mean lengths")
     options, rest = parser.parse_known_args(arguments)
     if options.measure and sys.platform == "linux" and EXACT not in os.environ and arguments is None:
         os.environ[EXACT] = "65536"

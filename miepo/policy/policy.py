@@ -24,7 +24,7 @@ from miepo.types import Tokens
 
 ADAPTER = "default"
 # Enough for the full rate of products on the CPU at hand (tools/benchmarks/README.md); a GPU's is not measured.
-TOKENS_PER_PASS = {"cpu": 2**10, "cuda": 2**14}
+TOKENS_PER_PASS = {"cpu": 768, "cuda": 2**14}
 
 
 class _Gate:
@@ -78,7 +78,7 @@ class Policy(nn.Module):
             log-probabilities are taken of it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         tokens_per_pass: Tokens that go through the network at one time when log-probabilities are taken, but at least
-            one prompt with its responses: activations of no more exist. By default 1024 on a CPU, 16384 elsewhere.
+            one prompt with its responses: activations of no more exist. By default 768 on a CPU, 16384 elsewhere.
     """
 
     def __init__(
@@ -194,6 +194,11 @@ class Policy(nn.Module):
     def reference_depends_on_preference(self) -> bool:
         """Whether w is written in the prompt, so that the reference, too, reads it."""
         return any(c.write([1.0] * len(self.names), self.names) for c in self.conditioning)
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate makes the adapter read w, so that under another w every state is another."""
+        return sum(self._gate_blocks) > 0
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name: exactly the adapter's."""
@@ -347,15 +352,19 @@ class Policy(nn.Module):
 
     def passes(self, prompts: Sequence[str], preferences: Tensor, responses: Tokens) -> list[slice]:
         """Which prompts go through the network at one time (``tokens_per_pass``); arguments as below."""
-        return self._passes(self._encoded(prompts, preferences), _rows(responses))
+        return self.tree_passes(self._encoded(prompts, preferences), _rows(responses))
 
-    def _passes(
+    def tree_passes(
         self, prompts: Sequence[Sequence[Sequence[int]]], responses: Sequence[Sequence[Sequence[int]]]
     ) -> list[slice]:
-        share = not sum(self._gate_blocks)
-        limit = self.tokens_per_pass or TOKENS_PER_PASS.get(self.device.type, 2**14)
-        sizes = [tree_size(under, answers, share) for under, answers in zip(prompts, responses, strict=True)]
-        return passes(sizes, limit)
+        """As :meth:`passes`, of token ids without padding."""
+        sizes = [tree_size(under, answers, not self.gated) for under, answers in zip(prompts, responses, strict=True)]
+        return passes(sizes, self.pass_limit)
+
+    @property
+    def pass_limit(self) -> int:
+        """Tokens that go through the network at one time."""
+        return self.tokens_per_pass or TOKENS_PER_PASS.get(self.device.type, 2**14)
 
     def response_log_prob(self, prompts: Sequence[str], preferences: Tensor, responses: Tokens) -> Tensor:
         """Token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
@@ -395,7 +404,7 @@ class Policy(nn.Module):
             responses: ``n`` to each prompt.
             width: ``T``.
         """
-        if not torch.is_grad_enabled() and len(groups := self._passes(prompts, responses)) > 1:
+        if not torch.is_grad_enabled() and len(groups := self.tree_passes(prompts, responses)) > 1:
             each = len(prompts[0])  # C
             return torch.cat(
                 [

@@ -161,6 +161,7 @@ class FusedDecoder:
             values[:, :, :width] = layer.values.repeat_interleave(count, 0)
             self.keys.append(keys)
             self.values.append(values)
+            layer.keys = layer.values = None  # both caches of all layers would be too much
         del cache
         gate = policy.gate_of(preference.repeat_interleave(count, 0))  # (N, R)
         self.layers = [_layer(layer, gate, len(self.first)) for layer in body.layers]
