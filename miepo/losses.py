@@ -21,6 +21,11 @@ def implicit_reward(log_prob: Tensor, reference_log_prob: Tensor, response_mask:
     return torch.where(response_mask, log_prob - reference_log_prob, 0.0).sum(-1)
 
 
+def mean_distance(log_prob: Tensor, other: Tensor, response_mask: Tensor) -> Tensor:
+    """Mean distance of two engines' log-probabilities of the same tokens: ``(.., T) -> (..)`` in nats per token."""
+    return torch.where(response_mask, (log_prob - other).abs(), 0.0).sum(-1) / response_mask.sum(-1).clamp(min=1)
+
+
 def alignment_loss(reward: Tensor, labels: Tensor, beta_c: float) -> Tensor:
     """Eq. 8: for each objective a DPO loss on the pair as that objective orders it.
 

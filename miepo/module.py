@@ -12,7 +12,7 @@ from torch import Tensor
 
 from miepo.errors import UserError
 from miepo.exploration import Contrast, Exploration, InfoNCE
-from miepo.losses import alignment_loss, implicit_reward, total_loss
+from miepo.losses import alignment_loss, implicit_reward, mean_distance, total_loss
 from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.parts import part_by_part
 from miepo.policy import Policy
@@ -29,13 +29,25 @@ class Terms:
     alignment: Tensor  # (B, K)
     exploration: Tensor | None  # (B,)
     bound: Tensor | None  # (B, 2) of the information between preference and response, in nats
+    gap: Tensor | None  # (B, 2) mean distance from the engine's log-probabilities, in nats per token
 
     @classmethod
-    def of(cls, reward: Tensor, alignment: Tensor, exploration: Tensor | None, contrast: Contrast | None) -> Terms:
-        bound = None
+    def of(
+        cls,
+        batch: PreferenceBatch,
+        log_prob: Tensor,
+        reward: Tensor,
+        alignment: Tensor,
+        exploration: Tensor | None,
+        contrast: Contrast | None,
+    ) -> Terms:
+        bound = gap = None
         if contrast is not None:
             bound = infonce_bound(contrast.log_prob.detach(), contrast.counterfactual_log_prob.detach())
-        return cls(reward.detach(), alignment.detach(), None if exploration is None else exploration.detach(), bound)
+        if batch.responses.log_prob is not None:
+            gap = mean_distance(log_prob.detach(), batch.responses.log_prob, batch.responses.tokens.mask)
+        exploration = None if exploration is None else exploration.detach()
+        return cls(reward.detach(), alignment.detach(), exploration, bound, gap)
 
     @classmethod
     def join(cls, parts: Sequence[Terms]) -> Terms:
@@ -98,7 +110,8 @@ class MIEPO(PolicyModule):
             contrast = self.contrast(batch, log_prob, counterfactual, reward)
             exploration = self.exploration(contrast, self.progress)  # (B,), Eq. 12
 
-        return total_loss(routed, exploration), Terms.of(reward, alignment, exploration, contrast)  # Eq. 13
+        loss = total_loss(routed, exploration)  # Eq. 13
+        return loss, Terms.of(batch, log_prob, reward, alignment, exploration, contrast)
 
     def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Token log-probabilities of the pair under w+, ``(B, 2, T)``, and under every w-, ``(B, 2, C, T)``."""
@@ -144,6 +157,8 @@ class MIEPO(PolicyModule):
             values[f"agreement/{name}"] = agrees[:, k].nanmean()
         if terms.exploration is not None and terms.bound is not None:
             values |= {"exploration": terms.exploration.mean(), "information/infonce": terms.bound.mean()}
+        if terms.gap is not None:
+            values["rollout/gap"] = terms.gap.mean()
         values |= {f"count/{key}": torch.tensor(float(value)) for key, value in batch.counts.items()}
         size = len(batch)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=size)

@@ -80,9 +80,11 @@ class Responses:
     tokens: Tokens
     texts: Sequence[Sequence[str]]  # B x n, decoded without control tokens
     finished: Tensor  # (B, n) bool: ended by itself rather than at the token limit
+    log_prob: Tensor | None = None  # (B, n, T) by the engine, where it is not the model that trains
 
     def __getitem__(self, rows: slice) -> Responses:
-        return Responses(self.tokens[rows], self.texts[rows], self.finished[rows])
+        log_prob = None if self.log_prob is None else self.log_prob[rows]
+        return Responses(self.tokens[rows], self.texts[rows], self.finished[rows], log_prob)
 
     @property
     def empty(self) -> Tensor:

