@@ -58,7 +58,7 @@ def test_the_two_commands_stand_there_exactly() -> None:
 def test_every_class_path_and_file_it_names_exists() -> None:
     import importlib
 
-    for path in re.findall(r"`?(miepo\.(?:objectives|router|callbacks)\.[A-Z]\w+)", README):
+    for path in re.findall(r"`?(miepo\.(?:objectives|router|callbacks|rollout)\.[A-Z]\w+)", README):
         module, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module), name), path
     for file in re.findall(r"(?:configs|tools|miepo)/[\w/]+\.(?:yaml|py|png|txt)", README):
@@ -74,4 +74,4 @@ def test_nothing_is_left_to_fill_in() -> None:
 
 def test_yaml_examples_parse() -> None:
     for block in blocks("yaml"):
-        assert "objectives" in yaml.safe_load(block)
+        assert yaml.safe_load(block).keys() <= {"objectives", "data", "model", "trainer"}

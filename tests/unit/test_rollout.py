@@ -8,11 +8,11 @@ import torch
 from miepo.dialogue import cut_at
 from miepo.errors import UserError
 from miepo.policy import GatedConditioning, PromptConditioning
-from miepo.rollout import RolloutEngine, TransformersEngine
+from miepo.rollout import RolloutEngine, TransformersEngine, VLLMEngine
 from miepo.rollout.engine import make_responses, response_mask
 from tests.helpers.tiny import randomise_adapter, tiny_policy
 
-ENGINES = RolloutEngine.__subclasses__()
+ENGINES = [engine for engine in RolloutEngine.__subclasses__() if engine is not VLLMEngine]  # integration/test_vllm.py
 W = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
 PROMPTS = ["the garden", "people like rain"]
 
