@@ -48,16 +48,16 @@ class _PartByPart(torch.autograd.Function):
     def forward(
         ctx: Any, share: Callable[[PreferenceBatch], Tensor], parts: Sequence[PreferenceBatch], *parameters: Tensor
     ) -> Tensor:
-        total, gradients = torch.zeros(()), [torch.zeros_like(p) for p in parameters]
+        values, gradients = [], [torch.zeros_like(p) for p in parameters]
         for part in parts:
             with torch.enable_grad():
                 value = share(part)
-            total = total.to(value.device) + value.detach()
+            values.append(value.detach())
             for kept, found in zip(gradients, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
                 if found is not None:
                     kept += found
         ctx.save_for_backward(*gradients)
-        return total
+        return torch.stack(values).sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]

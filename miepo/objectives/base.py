@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import Any
@@ -187,9 +187,10 @@ def start_scoring(
         return objectives[k].reward(each, [text for b in rows[k] for text in responses[b]]).view(-1, count)
 
     waiting = [k for k, objective in enumerate(objectives) if objective.concurrent and rows[k]]
-    pool = ThreadPoolExecutor(len(waiting), thread_name_prefix="objective") if waiting else None
-    started = {k: pool.submit(rewards_of, k) for k in waiting} if pool is not None else {}
-    if pool is not None:
+    started: dict[int, Future[Tensor]] = {}
+    if waiting:
+        pool = ThreadPoolExecutor(len(waiting), thread_name_prefix="objective")
+        started = {k: pool.submit(rewards_of, k) for k in waiting}
         pool.shutdown(wait=False)  # its threads end with their work
 
     def finish() -> Tensor:

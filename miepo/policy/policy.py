@@ -23,7 +23,7 @@ from miepo.policy.template import HH, PromptTemplate
 from miepo.types import Tokens
 
 ADAPTER = "default"
-# Enough for the full rate of products on the CPU at hand (tools/benchmarks/README.md); a GPU's is not measured.
+# Within a tenth of the full rate of products on the CPU at hand (tools/benchmarks/README.md); a GPU's is not measured.
 TOKENS_PER_PASS = {"cpu": 768, "cuda": 2**14}
 
 
@@ -363,13 +363,12 @@ class Policy(nn.Module):
 
     def passes(self, prompts: Sequence[str], preferences: Tensor, responses: Tokens) -> list[slice]:
         """Which prompts go through the network at one time (``tokens_per_pass``); arguments as below."""
-        return self.tree_passes(self._encoded(prompts, preferences), _rows(responses))
+        return self._passes(self._encoded(prompts, preferences), _rows(responses), share=not self.gated)
 
-    def tree_passes(
-        self, prompts: Sequence[Sequence[Sequence[int]]], responses: Sequence[Sequence[Sequence[int]]]
+    def _passes(
+        self, prompts: Sequence[Sequence[Sequence[int]]], responses: Sequence[Sequence[Sequence[int]]], share: bool
     ) -> list[slice]:
-        """As :meth:`passes`, of token ids without padding."""
-        sizes = [tree_size(under, answers, not self.gated) for under, answers in zip(prompts, responses, strict=True)]
+        sizes = [tree_size(under, answers, share) for under, answers in zip(prompts, responses, strict=True)]
         return passes(sizes, self.pass_limit)
 
     @property
@@ -415,21 +414,28 @@ class Policy(nn.Module):
             responses: ``n`` to each prompt.
             width: ``T``.
         """
-        if not torch.is_grad_enabled() and len(groups := self.tree_passes(prompts, responses)) > 1:
-            each = len(prompts[0])  # C
-            return torch.cat(
-                [
-                    self.trees_log_prob(
-                        prompts[g],
-                        None if preference is None else preference[g.start * each : g.stop * each],
-                        responses[g],
-                        width,
-                    )
-                    for g in groups
-                ]
-            )
-        shape = (len(prompts), len(responses[0]), len(prompts[0]), width)  # B, n, C, T
+        each = len(prompts[0])  # C
         gate = None if preference is None else self.gate_of(preference)  # (B C, R)
+        groups = [slice(0, len(prompts))]
+        if not torch.is_grad_enabled():  # what needs a gradient, its caller divides
+            groups = self._passes(prompts, responses, share=gate is None)
+        return torch.cat(
+            [
+                self._pass_log_prob(
+                    prompts[g], None if gate is None else gate[g.start * each : g.stop * each], responses[g], width
+                )
+                for g in groups
+            ]
+        )
+
+    def _pass_log_prob(
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        gate: Tensor | None,
+        responses: Sequence[Sequence[Sequence[int]]],
+        width: int,
+    ) -> Tensor:
+        shape = (len(prompts), len(responses[0]), len(prompts[0]), width)  # B, n, C, T
         if not self.plain_attention:
             return self._padded_log_prob(prompts, gate, responses, shape)
         packed = pack(prompts, responses, width, gate is None, self.weight_dtype, self.device)

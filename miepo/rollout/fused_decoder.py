@@ -150,11 +150,12 @@ class FusedDecoder:
             ).last_hidden_state  # (B, P, D)
         self.first = hidden[:, -1].repeat_interleave(count, 0)  # (N, D)
         self.time = width = prompts.ids.shape[1]
+        rows = len(self.first)  # N
         self.keys: list[Tensor] = []  # (N, groups, size, P + T) each
         self.values: list[Tensor] = []  # (N, groups, P + T, size)
         layers: Any = cache.layers
         for layer in layers:
-            rows, size = len(self.first), layer.keys.shape[-1]
+            size = layer.keys.shape[-1]
             keys = layer.keys.new_empty(rows, self.groups, size, width + max_new_tokens)
             values = layer.keys.new_empty(rows, self.groups, width + max_new_tokens, size)
             keys[..., :width] = layer.keys.transpose(-1, -2).repeat_interleave(count, 0)
@@ -164,10 +165,10 @@ class FusedDecoder:
             layer.keys = layer.values = None  # both caches of all layers would be too much
         del cache
         gate = policy.gate_of(preference.repeat_interleave(count, 0))  # (N, R)
-        self.layers = [_layer(layer, gate, len(self.first)) for layer in body.layers]
+        self.layers = [_layer(layer, gate, rows) for layer in body.layers]
         head = policy.causal_lm.get_output_embeddings()
         packs = orders_weights(head.weight) and head.bias is None
-        self.head = _packed(head.weight, len(self.first)) if packs else None
+        self.head = _packed(head.weight, rows) if packs else None
         dtype = self.embedding.dtype
         positions = lengths.repeat_interleave(count).unsqueeze(1) + torch.arange(max_new_tokens, device=lengths.device)
         cos, sin = body.rotary_emb(self.first.to(dtype), positions)  # (N, T, size)

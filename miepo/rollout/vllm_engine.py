@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class VLLMEngine(RolloutEngine):
             raise UserError(f"VLLMEngine.memory is a share of the card, above 0 and at most 1, got {memory}")
         self.adapters, self.memory, self.options = adapters, memory, dict(options or {})
         self.llm: Any = None
+        self.folder = Path(tempfile.mkdtemp(prefix="miepo_adapters_"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.loaded = 0  # adapters so far; each has a number of its own, by which vLLM knows it
         self.known: dict[bytes, tuple[int, Path]] = {}  # gate -> number and folder of the adapter as it is now
         self.version: tuple[int, ...] = ()
@@ -112,14 +114,14 @@ class VLLMEngine(RolloutEngine):
         version = tuple(p._version for p in policy.adapter_parameters().values())
         if version != self.version:
             for _, folder in self.known.values():
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder)
             self.known, self.version = {}, version
         gate = policy.gate_of(preference)
         key = b"" if gate is None else gate.cpu().numpy().tobytes()
         if key not in self.known:
             self.loaded += 1
-            folder = Path(tempfile.mkdtemp(prefix="miepo_adapter_"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            folder = self.folder / str(self.loaded)
+            folder.mkdir()
             save_adapter(policy, folder, gate)
             self.known[key] = (self.loaded, folder)
         return self.known[key]

@@ -74,4 +74,4 @@ def test_nothing_is_left_to_fill_in() -> None:
 
 def test_yaml_examples_parse() -> None:
     for block in blocks("yaml"):
-        assert yaml.safe_load(block).keys() <= {"objectives", "data", "model", "trainer"}
+        assert [*yaml.safe_load(block)] in (["objectives"], ["data"])

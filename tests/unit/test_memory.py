@@ -115,6 +115,7 @@ def test_measured(model: Path, tmp_path: Path) -> None:
             "--objectives=[{class_path: tests.helpers.tiny.Length}]", "--data.prompts=[a, b b b b, c]",
             "--data.validation_prompts=[d]", "--data.batch_size=2", "--data.max_new_tokens=8", "--data.normalise_on=2",
             "--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false",
+            f"--trainer.default_root_dir={tmp_path}",
         ],
     )  # fmt: skip
     _, watch = memory.measure(cli)
