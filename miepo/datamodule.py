@@ -17,6 +17,7 @@ from miepo.callbacks.reporting import run_folder
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import Split
 from miepo.errors import UserError
+from miepo.exploration import draw_anchors, read_under
 from miepo.feedback import Feedback, feedback_counts, pairwise_labels, scalarised_labels
 from miepo.normalisation import (
     OfflineResponses,
@@ -247,6 +248,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             self.preferences, self.seed, batch.epochs, batch.positions,
             exploration.num_counterfactuals if exploration.active else 0, len(module.names), exploration.candidates,
         )  # fmt: skip
+        anchors = draw_anchors(exploration.anchors, self.seed, batch.epochs, batch.positions)  # (B, 2)
         uniform = [
             generator(Stream.ROUTING, self.seed, e, p).random()
             for e, p in zip(batch.epochs, batch.positions, strict=True)
@@ -261,7 +263,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
         # an objective of weight 0 is not asked, unless the exploration term wants to know what it would say
         asked = torch.ones_like(routing, dtype=torch.bool) if needs_feedback else routing > 0
         scored = start_scoring(module.objectives, batch.prompts, responses.texts, asked)
-        reference, counterfactual_reference = self._reference(batch.prompts, preference, counterfactual, responses)
+        reference, counterfactual_reference = self._reference(
+            batch.prompts, preference, counterfactual, responses, anchors
+        )
         synchronise()  # so that the time below is that of the work and not of its launch
         referred = perf_counter()
         raw = scored()
@@ -275,6 +279,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             prompts=batch.prompts,
             preference=preference.to(device),
             counterfactual=counterfactual.to(device),
+            anchors=anchors.to(device),
             routing=routing.to(device),
             responses=responses,
             scores=scores.to(device),
@@ -296,15 +301,16 @@ class OnlinePreferenceDataModule(LightningDataModule):
         return pairwise_labels(scores, empty)
 
     def _reference(
-        self, prompts: Sequence[str], preference: Tensor, counterfactual: Tensor, responses: Responses
+        self, prompts: Sequence[str], preference: Tensor, counterfactual: Tensor, responses: Responses, anchors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``log pi_ref`` under w+ ``(B, 2, T)`` and under each w- ``(B, 2, C, T)``."""
+        """``log pi_ref`` under w+ ``(B, 2, T)`` and of the anchors under each w- ``(B, 2, C, T)``."""
         policy, own, count = self._policy, preference.unsqueeze(1), counterfactual.shape[1]
         if not policy.reference_depends_on_preference:  # the adapter alone reads w
             log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens)
             return log_prob[:, :, 0], log_prob.expand(-1, -1, count, -1)
         both = torch.cat([own, counterfactual], 1)  # (B, 1 + C, K)
-        log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens)  # (B, 2, 1 + C, T)
+        wanted = read_under(anchors.to(policy.device), count)  # (B, 2, 1 + C)
+        log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens, wanted)  # (B, 2, 1 + C, T)
         return log_prob[:, :, 0], log_prob[:, :, 1:]
 
     def evaluation(self, batch: PromptBatch) -> EvaluationBatch:

@@ -7,6 +7,7 @@ weight 0, where MI-EPO is MO-ODPO exactly. ``configs/studies/README.md`` compare
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from miepo.errors import UserError
 from miepo.losses import alignment_loss
 from miepo.metrics.information import infonce_bound
+from miepo.preferences import Stream, generator
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,37 @@ class Contrast:
     lengths: Tensor  # (B, 2) response tokens
     labels: Tensor  # (B, K) feedback
     counterfactual_labels: Tensor  # (B, C, K) feedback as it would be under each w-
-    anchors: Tensor  # (B, 2) True where a response may be learnt from: it is not empty
+    anchors: Tensor  # (B, 2) True where a response may be learnt from: it was read under w- and is not empty
     beta_c: float  # scale of the alignment logits
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------
+
+
+def draw_anchors(count: int, seed: int, epochs: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """Which responses are read under w-, too: both, or with ``count`` 1 either, equally likely.
+
+    The term of one of them, drawn at random, has the mean over both as its expectation, and so has its gradient.
+
+    Args:
+        count: 1 or 2.
+        seed: Of the draw, which is a function of it and of the place in the run.
+        epochs: Epoch of each prompt.
+        positions: Index of each prompt in its epoch.
+
+    Returns:
+        ``(B, 2)`` bool.
+    """
+    if count == 2:
+        return torch.ones(len(epochs), 2, dtype=torch.bool)
+    first = [bool(generator(Stream.ANCHOR, seed, e, p).integers(2)) for e, p in zip(epochs, positions, strict=True)]
+    return torch.tensor([[one, not one] for one in first])
+
+
+def read_under(anchors: Tensor, counterfactuals: int) -> Tensor:
+    """Which responses are read under which of w+ and ``C`` w-: ``(B, 2) -> (B, 2, 1 + C)`` bool."""
+    under = anchors.unsqueeze(-1).expand(-1, -1, counterfactuals)
+    return torch.cat([torch.ones_like(anchors).unsqueeze(-1), under], -1)
 
 
 def infonce_loss(reward: Tensor, counterfactual_reward: Tensor, beta_w: float) -> Tensor:
@@ -137,6 +165,7 @@ class Exploration(ABC):
 
     needs_gradient = True  # of the log-probabilities under w-
     needs_feedback = False  # of every objective on every pair
+    anchors = 2  # responses of a pair that are read under w-
 
     def __init__(
         self, weight: float = 1.0, num_counterfactuals: int = 1, candidates: int = 1, warmup: float = 0.0
@@ -174,6 +203,8 @@ class InfoNCE(Exploration):
         num_counterfactuals: Preference vectors w- per prompt (paper: 1). More give the full InfoNCE bound.
         per_token: Divide the implicit rewards by the response's length, so that length alone is no signal.
         clip: Drop a response whose likelihood under every w- is already this many nats below that under w+.
+        anchors: 2 as in the paper, or 1: one of the two responses, drawn at random, stands for both. The same gradient
+            in expectation with half of the work under w-, and more noise.
         candidates: See :class:`Exploration`.
         warmup: See :class:`Exploration`.
     """
@@ -184,13 +215,16 @@ class InfoNCE(Exploration):
         num_counterfactuals: int = 1,
         per_token: bool = False,
         clip: float | None = None,
+        anchors: int = 2,
         candidates: int = 1,
         warmup: float = 0.0,
     ) -> None:
         if beta_w < 0:
             raise UserError(f"beta_w must not be negative, got {beta_w}")
+        if anchors not in (1, 2):
+            raise UserError(f"InfoNCE.anchors must be 1 or 2, got {anchors}")
         super().__init__(1.0, num_counterfactuals, candidates, warmup)
-        self.beta_w, self.per_token, self.clip = beta_w, per_token, clip
+        self.beta_w, self.per_token, self.clip, self.anchors = beta_w, per_token, clip, anchors
 
     @property
     def active(self) -> bool:
@@ -205,7 +239,7 @@ class InfoNCE(Exploration):
         if self.clip is not None:
             gap = contrast.log_prob - contrast.counterfactual_log_prob.amax(-1)  # (B, 2)
             keep = keep & (gap.detach() < self.clip)
-        return torch.where(keep, loss, 0.0).mean(-1)
+        return torch.where(keep, loss, 0.0).sum(-1) / self.anchors
 
 
 class PairwiseInformation(Exploration):

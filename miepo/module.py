@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from miepo.errors import UserError
-from miepo.exploration import Contrast, Exploration, InfoNCE
+from miepo.exploration import Contrast, Exploration, InfoNCE, read_under
 from miepo.losses import alignment_loss, implicit_reward, mean_distance, total_loss
 from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.parts import part_by_part
@@ -28,7 +28,7 @@ class Terms:
     reward: Tensor  # (B, 2) implicit, under w+
     alignment: Tensor  # (B, K)
     exploration: Tensor | None  # (B,)
-    bound: Tensor | None  # (B, 2) of the information between preference and response, in nats
+    bound: Tensor | None  # (B, 2) of the information between preference and response, in nats; NaN if no anchor
     gap: Tensor | None  # (B, 2) mean distance from the engine's log-probabilities, in nats per token
 
     @classmethod
@@ -44,6 +44,7 @@ class Terms:
         bound = gap = None
         if contrast is not None:
             bound = infonce_bound(contrast.log_prob.detach(), contrast.counterfactual_log_prob.detach())
+            bound = torch.where(batch.anchors, bound, torch.nan)
         if batch.responses.log_prob is not None:
             gap = mean_distance(log_prob.detach(), batch.responses.log_prob, batch.responses.tokens.mask)
         exploration = None if exploration is None else exploration.detach()
@@ -91,7 +92,8 @@ class MIEPO(PolicyModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> STEP_OUTPUT:
         """One rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""
         both = torch.cat([batch.preference.unsqueeze(1), batch.counterfactual], 1)  # (B, 1 + C, K)
-        parts = [batch[some] for some in self.policy.passes(batch.prompts, both, batch.responses.tokens)]
+        wanted = read_under(batch.anchors, batch.counterfactual.shape[1])  # (B, 2, 1 + C)
+        parts = [batch[some] for some in self.policy.passes(batch.prompts, both, batch.responses.tokens, wanted)]
         loss, each = part_by_part(self.terms, parts, list(self.policy.adapter_parameters().values()))
         terms = Terms.join(each)
         self._log_step(batch, loss, terms)
@@ -114,14 +116,15 @@ class MIEPO(PolicyModule):
         return loss, Terms.of(batch, log_prob, reward, alignment, exploration, contrast)
 
     def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Token log-probabilities of the pair under w+, ``(B, 2, T)``, and under every w-, ``(B, 2, C, T)``."""
+        """Token log-probabilities of the pair under w+, ``(B, 2, T)``, of the anchors under w-, ``(B, 2, C, T)``."""
         under, tokens = self.policy.response_log_prob, batch.responses.tokens
         own, others = batch.preference.unsqueeze(1), batch.counterfactual  # (B, 1, K), (B, C, K)
+        wanted = read_under(batch.anchors, others.shape[1])  # (B, 2, 1 + C)
         if self.exploration.needs_gradient:
-            both = under(batch.prompts, torch.cat([own, others], 1), tokens)  # (B, 2, 1 + C, T)
+            both = under(batch.prompts, torch.cat([own, others], 1), tokens, wanted)  # (B, 2, 1 + C, T)
             return both[:, :, 0], both[:, :, 1:]
         with torch.no_grad():
-            counterfactual = under(batch.prompts, others, tokens)
+            counterfactual = under(batch.prompts, others, tokens, wanted[..., 1:])
         return under(batch.prompts, own, tokens).squeeze(2), counterfactual
 
     def contrast(self, batch: PreferenceBatch, log_prob: Tensor, counterfactual: Tensor, reward: Tensor) -> Contrast:
@@ -137,7 +140,7 @@ class MIEPO(PolicyModule):
             mask.sum(-1),
             batch.labels,
             batch.counterfactual_labels,
-            anchors=~batch.responses.empty,
+            anchors=batch.anchors & ~batch.responses.empty,
             beta_c=self.beta_c,
         )
 
@@ -156,7 +159,7 @@ class MIEPO(PolicyModule):
             values[f"alignment/{name}"] = torch.where(labelled[:, k], terms.alignment[:, k], torch.nan).nanmean()
             values[f"agreement/{name}"] = agrees[:, k].nanmean()
         if terms.exploration is not None and terms.bound is not None:
-            values |= {"exploration": terms.exploration.mean(), "information/infonce": terms.bound.mean()}
+            values |= {"exploration": terms.exploration.mean(), "information/infonce": terms.bound.nanmean()}
         if terms.gap is not None:
             values["rollout/gap"] = terms.gap.mean()
         values |= {f"count/{key}": torch.tensor(float(value)) for key, value in batch.counts.items()}

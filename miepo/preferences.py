@@ -36,6 +36,7 @@ class Stream(IntEnum):
     EVALUATION = 5
     BOOTSTRAP = 6
     SPLIT = 7
+    ANCHOR = 8
 
 
 def generator(stream: Stream, *position: int) -> np.random.Generator:

@@ -100,13 +100,14 @@ class PreferenceBatch:
     prompts: Sequence[str]
     preference: Tensor  # (B, K) w+, the vector the responses were sampled under
     counterfactual: Tensor  # (B, C, K) w-, C = 0 where the exploration term is off
+    anchors: Tensor  # (B, 2) bool: the responses that are read under w-, too
     routing: Tensor  # (B, K) weights of the objectives, from the router
     responses: Responses  # (B, 2, T)
     scores: Tensor  # (B, 2, K) normalised, higher is better; NaN where not asked or not a number
     labels: Tensor  # (B, K) +1 the first response is preferred, -1 the second, 0 no preference
     counterfactual_labels: Tensor  # (B, C, K) the same feedback as it would be under each w-
     reference_log_prob: Tensor  # (B, 2, T) under w+, adapter off
-    counterfactual_reference_log_prob: Tensor  # (B, 2, C, T) under w-, adapter off
+    counterfactual_reference_log_prob: Tensor  # (B, 2, C, T) of the anchors under w-, adapter off
     counts: dict[str, int] = field(default_factory=dict)  # ties, nan scores, empty responses
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, scoring, reference
 

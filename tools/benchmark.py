@@ -32,8 +32,10 @@ SIDES = {
     "trl": "TRL online DPO",
     "mo_odpo": "miepo MO-ODPO, prompt",
     "miepo": "miepo MI-EPO, prompt",
+    "miepo_anchor": "miepo MI-EPO, prompt, one anchor",
     "mo_odpo_gated": "miepo MO-ODPO, gated",
     "miepo_gated": "miepo MI-EPO, gated",
+    "miepo_gated_anchor": "miepo MI-EPO, gated, one anchor",
 }
 
 
@@ -155,7 +157,7 @@ def policy_of(workload: Workload, gated: bool) -> Any:
     )  # fmt: skip
 
 
-def run_miepo(workload: Workload, beta_w: float, gated: bool) -> None:
+def run_miepo(workload: Workload, beta_w: float, gated: bool, anchors: int) -> None:
     from lightning.pytorch import Callback, Trainer
 
     from miepo import MIEPO, OnlinePreferenceDataModule
@@ -189,7 +191,7 @@ def run_miepo(workload: Workload, beta_w: float, gated: bool) -> None:
         callbacks=[*objectives, Gate()], enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit(MIEPO(policy, exploration=InfoNCE(beta_w, workload.counterfactuals)), data)
+    trainer.fit(MIEPO(policy, exploration=InfoNCE(beta_w, workload.counterfactuals, anchors=anchors)), data)
 
 
 def run_trl(workload: Workload) -> None:
@@ -324,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
             run_trl(workload)
         else:
             beta_w = 0.0 if options.side.startswith("mo_odpo") else 0.01
-            run_miepo(workload, beta_w, options.side.endswith("gated"))
+            run_miepo(workload, beta_w, "gated" in options.side, 1 if options.side.endswith("anchor") else 2)
         return 0
     workload = Workload(
         options.base, options.batch_size, options.prompt_tokens, options.response_tokens, options.rank,

@@ -185,7 +185,8 @@ def _online(plan: Plan, module: PolicyModule, data: OnlinePreferenceDataModule, 
     else:
         c = exploration.num_counterfactuals if exploration.active else 0
         read = 1 + c if policy.reference_depends_on_preference else 1
-        plan.phases["reference"] = peak_of(lambda: _read(policy, n, read, RESPONSES, p, t))
+        anchors = exploration.anchors
+        plan.phases["reference"] = peak_of(lambda: _read(policy, n, read, RESPONSES, p, t, anchors))
         plan.phases["training step"] = peak_of(lambda: _train(policy, exploration, n, c, p, t))
     plan.phases["evaluation: sampling"] = peak_of(lambda: sample(policy, answers, 1, p, t))
     plan.phases["evaluation: information"] = peak_of(lambda: _read(policy, -(-answers // m), m, 1, p, t))
@@ -197,28 +198,34 @@ def _mask(n: int, length: int) -> Tensor:
     return mask
 
 
-def _trees(policy: Policy, prompts: int, preferences: int, responses: int, p: int, t: int) -> tuple[Any, Any]:
-    """Token ids of prompts under preferences, and of responses."""
+def _trees(
+    policy: Policy, prompts: int, preferences: int, responses: int, p: int, t: int, others: int | None = None
+) -> tuple[Any, Any]:
+    """Token ids of prompts under preferences, and of responses; under all but the first only ``others`` are read."""
     written = min(TEXT, p - 1) if policy.reference_depends_on_preference else 0
     under = [[0] * (p - written) + [1 + c] * written for c in range(preferences)]
-    return [under] * prompts, [[[0] * t] * responses] * prompts
+    read = responses if others is None else others
+    rest = [[0] * t] * read + [[]] * (responses - read)
+    return [under] * prompts, [[[[0] * t] * responses, *[rest] * (preferences - 1)]] * prompts
 
 
-def _log_prob(policy: Policy, prompts: int, preferences: int, responses: int, p: int, t: int) -> Tensor:
+def _log_prob(
+    policy: Policy, prompts: int, preferences: int, responses: int, p: int, t: int, others: int | None = None
+) -> Tensor:
     weights = torch.ones(prompts * preferences, len(policy.names))
-    under, answers = _trees(policy, prompts, preferences, responses, p, t)
+    under, answers = _trees(policy, prompts, preferences, responses, p, t, others)
     return policy.trees_log_prob(under, weights, answers, t)
 
 
 def _train(policy: Policy, exploration: Exploration, n: int, counterfactuals: int, p: int, t: int) -> None:
     """The fullest pass, beside the gradients of those before it."""
-    under, answers = _trees(policy, 1, 1 + counterfactuals, RESPONSES, p, t)
+    under, answers = _trees(policy, 1, 1 + counterfactuals, RESPONSES, p, t, exploration.anchors)
     size = tree_size(under[0], answers[0], share=not policy.gated)
     some, kept = min(n, -(-policy.pass_limit // size)), []  # prompts of several lengths fill it better than whole ones
     if some < n:
         kept = [torch.zeros_like(parameter) for parameter in policy.adapter_parameters().values()]
     if exploration.needs_gradient:
-        value = _log_prob(policy, some, 1 + counterfactuals, RESPONSES, p, t)
+        value = _log_prob(policy, some, 1 + counterfactuals, RESPONSES, p, t, exploration.anchors)
     else:
         with torch.no_grad():
             _log_prob(policy, some, counterfactuals, RESPONSES, p, t)
@@ -233,9 +240,9 @@ def _imitate(policy: Policy, n: int, p: int, t: int) -> None:
     policy.log_prob(prompts, weights, responses).sum().backward()
 
 
-def _read(policy: Policy, n: int, preferences: int, responses: int, p: int, t: int) -> None:
+def _read(policy: Policy, n: int, preferences: int, responses: int, p: int, t: int, others: int | None = None) -> None:
     with policy.evaluating():
-        _log_prob(policy, n, preferences, responses, p, t)
+        _log_prob(policy, n, preferences, responses, p, t, others)
 
 
 def _decode(policy: Policy, n: int, count: int, p: int, t: int) -> None:
@@ -245,7 +252,9 @@ def _decode(policy: Policy, n: int, count: int, p: int, t: int) -> None:
     with policy.evaluating():
         decoder = fused_decoder.FusedDecoder(policy, prompts, torch.ones(n, len(policy.names)), count, t)
         draw_tokens(decoder.start(), uniform)
-        decoder.time, decoder.step = p + t - 2, t - 2
+        decoder.end = p + t - 2
+        decoder.place.fill_(p + t - 2)
+        decoder.step.fill_(t - 2)
         draw_tokens(decoder.next(torch.zeros(n * count, dtype=torch.long)), uniform)
 
 

@@ -32,11 +32,11 @@ class Packed:
     where: Tensor  # (n,) where they belong in the flat (B, n, C, T)
 
 
-def tree_size(under: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], share: bool) -> int:
-    """Places that a prompt and its responses take in :func:`pack`."""
+def tree_size(under: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], share: bool) -> int:
+    """Places that a prompt under its preferences, and its responses under each, take in :func:`pack`."""
     common = len(_common(under)) if share else 0
     prompts = common + sum(len(prompt) - common for prompt in under)
-    return prompts + len(under) * sum(max(len(answer) - 1, 0) for answer in answers)
+    return prompts + sum(max(len(answer) - 1, 0) for each in answers for answer in each)
 
 
 def passes(sizes: Sequence[int], limit: int) -> list[slice]:
@@ -81,7 +81,7 @@ class _Trees:
 
 def pack(
     prompts: Sequence[Sequence[Sequence[int]]],
-    responses: Sequence[Sequence[Sequence[int]]],
+    responses: Sequence[Sequence[Sequence[Sequence[int]]]],
     width: int,
     share: bool,
     dtype: torch.dtype,
@@ -91,7 +91,8 @@ def pack(
 
     Args:
         prompts: ``B`` prompts as token ids, each under ``C`` preferences.
-        responses: ``n`` responses to each prompt, token ids without padding.
+        responses: ``n`` responses to each prompt under each preference, token ids without padding; of those that are
+            empty nothing is computed.
         width: ``T``, tokens of the longest response.
         share: Whether a token that two preferences have in common is computed alike under both: the adapter is not
             gated.
@@ -107,12 +108,12 @@ def pack(
             for c in group:
                 owner = b * count + c
                 prompt = trees.add(under[c][len(common) :], root, owner)
-                for i, answer in enumerate(answers):
+                for i, answer in enumerate(answers[c]):
                     place = len(trees.ids)
                     trees.add(answer[:-1], prompt, owner)  # nothing is predicted after its last token
                     trees.before += [prompt[-1], *range(place, len(trees.ids))][: len(answer)]
                     trees.targets += answer
-                    first = ((b * len(answers) + i) * count + c) * width
+                    first = ((b * len(answers[c]) + i) * count + c) * width
                     trees.where += range(first, first + len(answer))
 
     def flat(values: list[int]) -> Tensor:

@@ -361,12 +361,18 @@ class Policy(nn.Module):
 
     # -- several responses and preferences per prompt ------------------------------------------------------------------
 
-    def passes(self, prompts: Sequence[str], preferences: Tensor, responses: Tokens) -> list[slice]:
+    def passes(
+        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
+    ) -> list[slice]:
         """Which prompts go through the network at one time (``tokens_per_pass``); arguments as below."""
-        return self._passes(self._encoded(prompts, preferences), _rows(responses), share=not self.gated)
+        rows = _rows(responses, preferences.shape[1], wanted)
+        return self._passes(self._encoded(prompts, preferences), rows, share=not self.gated)
 
     def _passes(
-        self, prompts: Sequence[Sequence[Sequence[int]]], responses: Sequence[Sequence[Sequence[int]]], share: bool
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        responses: Sequence[Sequence[Sequence[Sequence[int]]]],
+        share: bool,
     ) -> list[slice]:
         sizes = [tree_size(under, answers, share) for under, answers in zip(prompts, responses, strict=True)]
         return passes(sizes, self.pass_limit)
@@ -376,7 +382,9 @@ class Policy(nn.Module):
         """Tokens that go through the network at one time."""
         return self.tokens_per_pass or TOKENS_PER_PASS.get(self.device.type, 2**14)
 
-    def response_log_prob(self, prompts: Sequence[str], preferences: Tensor, responses: Tokens) -> Tensor:
+    def response_log_prob(
+        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
+    ) -> Tensor:
         """Token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
 
         What the sequences have in common is computed once, with gradient (:mod:`miepo.policy.packing`).
@@ -385,17 +393,21 @@ class Policy(nn.Module):
             prompts: ``B`` prompts.
             preferences: ``(B, C, K)``.
             responses: ``(B, n, T)``, padded on the right.
+            wanted: ``(B, n, C)`` True where a response is to be read under a preference; by default all are.
 
         Returns:
-            ``(B, n, C, T)`` float32 in nats, 0 where the response mask is False.
+            ``(B, n, C, T)`` float32 in nats, 0 where the response mask is False or the response not wanted.
         """
+        rows = _rows(responses, preferences.shape[1], wanted)
         return self.trees_log_prob(
-            self._encoded(prompts, preferences), preferences.flatten(0, 1), _rows(responses), responses.ids.shape[-1]
+            self._encoded(prompts, preferences), preferences.flatten(0, 1), rows, responses.ids.shape[-1]
         )
 
-    def reference_response_log_prob(self, prompts: Sequence[str], preferences: Tensor, responses: Tokens) -> Tensor:
+    def reference_response_log_prob(
+        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
+    ) -> Tensor:
         """The same under the reference, adapter off, no gradient: only preferences written in prompts matter."""
-        encoded, rows = self._encoded(prompts, preferences), _rows(responses)
+        encoded, rows = self._encoded(prompts, preferences), _rows(responses, preferences.shape[1], wanted)
         with self.evaluating(), self.model.disable_adapter():
             return self.trees_log_prob(encoded, None, rows, responses.ids.shape[-1])
 
@@ -403,7 +415,7 @@ class Policy(nn.Module):
         self,
         prompts: Sequence[Sequence[Sequence[int]]],
         preference: Tensor | None,
-        responses: Sequence[Sequence[Sequence[int]]],
+        responses: Sequence[Sequence[Sequence[Sequence[int]]]],
         width: int,
     ) -> Tensor:
         """As :meth:`response_log_prob`, of token ids without padding.
@@ -411,7 +423,7 @@ class Policy(nn.Module):
         Args:
             prompts: ``B`` prompts under ``C`` preferences each.
             preference: ``(B C, K)``, what the adapter reads; None while it is off.
-            responses: ``n`` to each prompt.
+            responses: ``n`` to each prompt under each preference, empty where it is not wanted.
             width: ``T``.
         """
         each = len(prompts[0])  # C
@@ -432,10 +444,10 @@ class Policy(nn.Module):
         self,
         prompts: Sequence[Sequence[Sequence[int]]],
         gate: Tensor | None,
-        responses: Sequence[Sequence[Sequence[int]]],
+        responses: Sequence[Sequence[Sequence[Sequence[int]]]],
         width: int,
     ) -> Tensor:
-        shape = (len(prompts), len(responses[0]), len(prompts[0]), width)  # B, n, C, T
+        shape = (len(prompts), len(responses[0][0]), len(prompts[0]), width)  # B, n, C, T
         if not self.plain_attention:
             return self._padded_log_prob(prompts, gate, responses, shape)
         packed = pack(prompts, responses, width, gate is None, self.weight_dtype, self.device)
@@ -453,13 +465,13 @@ class Policy(nn.Module):
         self,
         prompts: Sequence[Sequence[Sequence[int]]],
         gate: Tensor | None,
-        responses: Sequence[Sequence[Sequence[int]]],
+        responses: Sequence[Sequence[Sequence[Sequence[int]]]],
         shape: tuple[int, int, int, int],
     ) -> Tensor:
         """Sequence by sequence: for networks that a tree cannot pass through."""
         b, n, c, t = shape
         each = self._padded([row for under in prompts for row in under]).repeat(n)  # (B C n, P)
-        rows = [answer for answers in responses for _ in range(c) for answer in answers]
+        rows = [answer for under in responses for answers in under for answer in answers]
         pad = [[*row, *[0] * (t - len(row))] for row in rows]
         mask = torch.arange(t) < torch.tensor([[len(row)] for row in rows])
         answers = Tokens(torch.tensor(pad), mask).to(self.device)  # (B C n, T)
@@ -504,10 +516,12 @@ def _attends_to_all(model: Any) -> bool:
     )
 
 
-def _rows(responses: Tokens) -> list[list[list[int]]]:
-    """``(B, n, T)`` as token ids without padding."""
-    lengths = responses.mask.sum(-1).tolist()
+def _rows(responses: Tokens, preferences: int, wanted: Tensor | None) -> list[list[list[list[int]]]]:
+    """``(B, n, T)`` as token ids without padding under each of ``C`` preferences, empty where not wanted."""
+    lengths = responses.mask.sum(-1, keepdim=True).expand(-1, -1, preferences)  # (B, n, C)
+    if wanted is not None:
+        lengths = torch.where(wanted, lengths, 0)
     return [
-        [ids[:length] for ids, length in zip(*row, strict=True)]
-        for row in zip(responses.ids.tolist(), lengths, strict=True)
+        [[row[:length] for row, length in zip(ids, under, strict=True)] for under in each]
+        for ids, each in zip(responses.ids.tolist(), lengths.transpose(1, 2).tolist(), strict=True)
     ]

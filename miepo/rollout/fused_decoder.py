@@ -6,6 +6,9 @@ prompt is computed once for all its responses. How much that saves is in ``tools
 
 On a CPU the weights are copied into the order that its kernels read, for as long as a rollout lasts. Elsewhere the
 network's own weights are laid out so, once, one below the other: no copy of them exists.
+
+With a cache of fixed size every token is the same kernels on the same memory, which a CUDA graph records once and
+replays without Python.
 """
 
 from __future__ import annotations
@@ -120,6 +123,24 @@ def _laid_out(weights: Sequence[nn.Parameter], first: Sequence[Tensor]) -> Calla
     return lambda states: F.linear(states, whole)
 
 
+def recorded(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``function`` as a CUDA graph: it may change tensors in place, must do so alike each time, and never waits."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        function()  # libraries take their workspaces now: within a recording they must not
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
 class FusedDecoder:
     """Decodes ``count`` responses to each of ``B`` prompts, row by row of ``N = B count``.
 
@@ -129,10 +150,22 @@ class FusedDecoder:
         preference: ``(B, K)``.
         count: Responses per prompt.
         max_new_tokens: ``T``.
+        fixed: Attend to a cache of ``P + T`` places from the start, those not yet written hidden, and on a GPU replay
+            each token from a CUDA graph. Otherwise the cache that is read grows with the response.
     """
 
-    def __init__(self, policy: Policy, prompts: Tokens, preference: Tensor, count: int, max_new_tokens: int) -> None:
-        self.policy = policy
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: Tokens,
+        preference: Tensor,
+        count: int,
+        max_new_tokens: int,
+        fixed: bool = False,
+    ) -> None:
+        self.policy, self.fixed = policy, fixed
+        self.records = fixed and policy.device.type == "cuda"
+        self.replay: Callable[[], Tensor] | None = None
         body: Any = policy.body
         config: Any = policy.causal_lm.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
@@ -149,15 +182,15 @@ class FusedDecoder:
                 use_cache=True,
             ).last_hidden_state  # (B, P, D)
         self.first = hidden[:, -1].repeat_interleave(count, 0)  # (N, D)
-        self.time = width = prompts.ids.shape[1]
+        width = prompts.ids.shape[1]
         rows = len(self.first)  # N
         self.keys: list[Tensor] = []  # (N, groups, size, P + T) each
         self.values: list[Tensor] = []  # (N, groups, P + T, size)
         layers: Any = cache.layers
         for layer in layers:
             size = layer.keys.shape[-1]
-            keys = layer.keys.new_empty(rows, self.groups, size, width + max_new_tokens)
-            values = layer.keys.new_empty(rows, self.groups, width + max_new_tokens, size)
+            keys = layer.keys.new_zeros(rows, self.groups, size, width + max_new_tokens)  # what is hidden is a number
+            values = layer.keys.new_zeros(rows, self.groups, width + max_new_tokens, size)
             keys[..., :width] = layer.keys.transpose(-1, -2).repeat_interleave(count, 0)
             values[:, :, :width] = layer.values.repeat_interleave(count, 0)
             self.keys.append(keys)
@@ -173,21 +206,37 @@ class FusedDecoder:
         positions = lengths.repeat_interleave(count).unsqueeze(1) + torch.arange(max_new_tokens, device=lengths.device)
         cos, sin = body.rotary_emb(self.first.to(dtype), positions)  # (N, T, size)
         self.cos, self.sin = cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
-        padding = torch.zeros(prompts.mask.shape, dtype=dtype, device=lengths.device)
-        padding = padding.masked_fill(~prompts.mask, torch.finfo(dtype).min).repeat_interleave(count, 0)
-        self.padding = F.pad(padding, (0, max_new_tokens))[:, None, None]  # (N, 1, 1, P + T)
-        self.step = 0
+        seen = F.pad(prompts.mask, (0, max_new_tokens)).repeat_interleave(count, 0)  # (N, P + T)
+        bias = torch.zeros(seen.shape, dtype=dtype, device=lengths.device)
+        self.bias = bias.masked_fill(~seen, torch.finfo(dtype).min)[:, None, None]  # (N, 1, 1, P + T)
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=lengths.device)
+        self.step = torch.zeros(1, dtype=torch.long, device=lengths.device)  # tensors, so that a recording reads them
+        self.place = self.step + width
+        self.end = width  # places that are written
 
     def start(self) -> Tensor:
         """Logits of the first token of every row, ``(N, V)``."""
         return self._logits(self.first)
 
     def next(self, tokens: Tensor) -> Tensor:
-        """Logits of the token after ``tokens`` ``(N,)``, ``(N, V)``."""
-        states = F.embedding(tokens, self.embedding)  # (N, D)
-        cos, sin = self.cos[:, self.step], self.sin[:, self.step]  # (N, 1, size)
-        heads, groups, end = self.heads, self.groups, self.time + 1
-        padding = self.padding[..., :end]
+        """Logits of the token after ``tokens`` ``(N,)``, ``(N, V)``; valid until the next call."""
+        self.tokens.copy_(tokens)
+        self.end += 1
+        if self.records:
+            self.replay = self.replay or recorded(self._next)
+            logits = self.replay()
+        else:
+            logits = self._next()
+        self.step += 1
+        self.place += 1
+        return logits
+
+    def _next(self) -> Tensor:
+        states = F.embedding(self.tokens, self.embedding)  # (N, D)
+        cos, sin = (x.index_select(1, self.step).squeeze(1) for x in (self.cos, self.sin))  # (N, 1, size)
+        self.bias.index_fill_(-1, self.place, 0)
+        heads, groups, end = self.heads, self.groups, self.bias.shape[-1] if self.fixed else self.end
+        bias = self.bias[..., :end]
         for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
             read = layer["attention"](F.rms_norm(states, states.shape[-1:], layer["norm"], self.eps))
             each = read.unflatten(1, (heads + 2 * groups, -1))  # (N, heads, size)
@@ -203,19 +252,20 @@ class FusedDecoder:
                 )
             half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), -1)
             turned = turned * cos + half * sin
-            keys[..., self.time], values[:, :, self.time] = turned[:, heads:], each[:, heads + groups :]
+            keys.index_copy_(-1, self.place, turned[:, heads:].unsqueeze(-1))
+            values.index_copy_(2, self.place, each[:, heads + groups :].unsqueeze(2))
             queries = turned[:, :heads].unflatten(1, (groups, -1)) * layer["scale"]  # (N, groups, heads / groups, size)
-            weights = (queries @ keys[..., :end] + padding).softmax(-1)
+            weights = (queries @ keys[..., :end] + bias).softmax(-1)
             states = states + layer["output"]((weights @ values[:, :, :end]).flatten(1))
             gate, up = layer["up"](F.rms_norm(states, states.shape[-1:], layer["second_norm"], self.eps)).chunk(2, 1)
             states = states + layer["down"](F.silu(gate) * up)
-        self.time, self.step = end, self.step + 1
         return self._logits(F.rms_norm(states, states.shape[-1:], self.norm, self.eps))
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows ``(n,)`` alone."""
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-        self.cos, self.sin, self.padding = self.cos[rows], self.sin[rows], self.padding[rows]
+        self.cos, self.sin, self.bias = self.cos[rows], self.sin[rows], self.bias[rows]
+        self.tokens, self.replay = self.tokens[rows], None  # a recording is of the memory that was
         for layer in self.layers:
             for name in ("attention", "output", "up", "down"):
                 layer[name] = layer[name].rows(rows)

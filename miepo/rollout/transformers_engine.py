@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import StopStringCriteria
 
+from miepo.errors import UserError
 from miepo.policy import Policy
 from miepo.rollout.engine import RolloutEngine, make_responses
 from miepo.rollout.fused_decoder import FusedDecoder, fits
@@ -25,11 +26,15 @@ class TransformersEngine(RolloutEngine):
         stop: See :class:`~miepo.rollout.engine.RolloutEngine`.
         fused: Decode Llama-like networks with :class:`~miepo.rollout.fused_decoder.FusedDecoder`, about twice as fast.
             Other networks, and all with ``fused: false``, take Transformers' ``generate``.
+        cuda_graph: On a GPU, record a token of the fused decoder as a CUDA graph over a cache of fixed size: no Python
+            between its kernels. Not yet run on a GPU, which is why it is off.
     """
 
-    def __init__(self, stop: Sequence[str] = (), fused: bool = True) -> None:
+    def __init__(self, stop: Sequence[str] = (), fused: bool = True, cuda_graph: bool = False) -> None:
         super().__init__(stop)
-        self.fused = fused
+        if cuda_graph and not fused:
+            raise UserError("engine.cuda_graph records the fused decoder: expected engine.fused true, got false")
+        self.fused, self.cuda_graph = fused, cuda_graph
 
     def sample(
         self, policy: Policy, prompts: Sequence[str], preference: Tensor, count: int, max_new_tokens: int, seed: int
@@ -43,7 +48,8 @@ class TransformersEngine(RolloutEngine):
     def _decode(
         self, policy: Policy, prompts: Tokens, preference: Tensor, count: int, max_new_tokens: int, seed: int
     ) -> Tensor:
-        decoder = FusedDecoder(policy, prompts, preference.to(policy.device), count, max_new_tokens)
+        fixed = self.cuda_graph and policy.device.type == "cuda"
+        decoder = FusedDecoder(policy, prompts, preference.to(policy.device), count, max_new_tokens, fixed)
         stopped = StopStringCriteria(policy.tokenizer, list(self.stop)) if self.stop else None
         # drawn beforehand, so that what a row says does not depend on when others end
         uniform = torch.rand(

@@ -18,9 +18,11 @@ from miepo.exploration import (
     InfoNCE,
     Matching,
     PairwiseInformation,
+    draw_anchors,
     infonce_loss,
     information_labels,
     matching_loss,
+    read_under,
 )
 from miepo.losses import alignment_loss
 
@@ -76,6 +78,28 @@ def test_infonce_is_the_mean_over_the_anchors_that_are_not_empty() -> None:
     anchors[1, 0] = False
     halved = InfoNCE(0.3, 2).loss(replace(pair, anchors=anchors))
     torch.testing.assert_close(halved[1], each[1, 1] / 2)
+
+
+def test_anchors_are_a_function_of_the_place_in_the_run() -> None:
+    assert draw_anchors(2, 0, [0, 0], [0, 1]).all()
+    drawn = draw_anchors(1, 3, [0] * 400, range(400))
+    assert (drawn.sum(1) == 1).all()
+    assert 160 < int(drawn[:, 0].sum()) < 240
+    assert torch.equal(drawn[100:], draw_anchors(1, 3, [0] * 300, range(100, 400)))
+    assert not torch.equal(drawn, draw_anchors(1, 3, [1] * 400, range(400)))
+    assert not torch.equal(drawn, draw_anchors(1, 4, [0] * 400, range(400)))
+    under = read_under(drawn, 3)  # (B, 2, 1 + C)
+    assert under[..., 0].all()
+    assert torch.equal(under[..., 1:], drawn.unsqueeze(-1).expand(-1, -1, 3))
+
+
+def test_one_anchor_stands_for_both() -> None:
+    pair = contrast()
+    each = infonce_loss(pair.reward, pair.counterfactual_reward, 0.3)  # (B, 2)
+    first = torch.tensor([True, False]).expand(5, 2)
+    terms = [InfoNCE(0.3, 2, anchors=1).loss(replace(pair, anchors=a)) for a in (first, ~first)]
+    torch.testing.assert_close(terms, [each[:, 0], each[:, 1]])
+    torch.testing.assert_close((terms[0] + terms[1]) / 2, InfoNCE(0.3, 2).loss(pair))
 
 
 def test_infonce_per_token_and_clip() -> None:
@@ -215,6 +239,7 @@ def test_weight_and_warm_up(formulation: type[Exploration]) -> None:
     [
         (lambda: InfoNCE(beta_w=-0.1), "beta_w must not be negative, got -0.1"),
         (lambda: InfoNCE(num_counterfactuals=0), r"InfoNCE.num_counterfactuals must be at least 1, got 0"),
+        (lambda: InfoNCE(anchors=3), r"InfoNCE.anchors must be 1 or 2, got 3"),
         (lambda: Matching(beta=0.0), r"Matching.beta must be positive, got 0"),
         (lambda: Matching(candidates=0), r"Matching.candidates must be at least 1, got 0"),
         (lambda: PairwiseInformation(weight=-1.0), "weight of PairwiseInformation must not be negative, got -1"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from miepo.errors import UserError
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.rollout import TransformersEngine
 from miepo.rollout import fused_decoder as decoding
@@ -61,9 +62,9 @@ def expected_logits(policy: Policy, prompts: list[str], w: torch.Tensor, rows: t
 
 @pytest.mark.parametrize("network", ["llama", *NETWORKS])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
-@pytest.mark.parametrize("ordered", [True, False])  # as on a CPU, as elsewhere
+@pytest.mark.parametrize(("ordered", "fixed"), [(True, False), (False, False), (False, True)])  # on a CPU, elsewhere
 def test_logits_are_those_of_the_network(
-    networks: dict[str, Path], monkeypatch: pytest.MonkeyPatch, network: str, targets: Any, ordered: bool
+    networks: dict[str, Path], monkeypatch: pytest.MonkeyPatch, network: str, targets: Any, ordered: bool, fixed: bool
 ) -> None:
     monkeypatch.setattr(decoding, "orders_weights", lambda weight: ordered)
     ways = [GatedConditioning(), PromptConditioning()]
@@ -71,13 +72,41 @@ def test_logits_are_those_of_the_network(
     assert fits(policy)
     rows = torch.randint(5, 100, (4, 5), generator=torch.Generator().manual_seed(0))  # two responses per prompt
     with policy.evaluating():
-        decoder = FusedDecoder(policy, policy.encode(PROMPTS, W), W, 2, 6)
+        decoder = FusedDecoder(policy, policy.encode(PROMPTS, W), W, 2, 6, fixed)
         logits = [decoder.start(), *(decoder.next(rows[:, t]) for t in range(2))]
         decoder.keep(torch.tensor([3, 0]))
         later = [decoder.next(rows[[3, 0], t]) for t in range(2, 4)]
         expected = expected_logits(policy, [p for p in PROMPTS for _ in range(2)], W.repeat_interleave(2, 0), rows)
     torch.testing.assert_close(torch.stack(logits, 1), expected[:, :3], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.stack(later, 1), expected[[3, 0], 3:5], rtol=1e-4, atol=1e-4)
+
+
+def test_a_recording_is_of_one_token_and_made_anew_when_rows_leave(
+    networks: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph demands, with a stand-in: the same function on the same memory, twice for the first token."""
+    functions = []
+
+    def recorded(function: Any) -> Any:
+        functions.append(function)
+        function()  # a graph runs it once before it records, and recording leaves no trace
+        return function
+
+    monkeypatch.setattr(decoding, "recorded", recorded)
+    policy = randomise_adapter(tiny_policy(networks["llama"], [GatedConditioning()]))
+    rows = torch.randint(5, 100, (4, 6), generator=torch.Generator().manual_seed(0))
+    found = []
+    with policy.evaluating():
+        for records in (False, True):
+            decoder = FusedDecoder(policy, policy.encode(PROMPTS, W), W, 2, 7, fixed=True)
+            decoder.records = records
+            memory = [decoder.tokens.data_ptr(), decoder.bias.data_ptr(), *(k.data_ptr() for k in decoder.keys)]
+            logits = [decoder.next(rows[:, t]) for t in range(3)]
+            assert memory == [decoder.tokens.data_ptr(), decoder.bias.data_ptr(), *(k.data_ptr() for k in decoder.keys)]
+            decoder.keep(torch.tensor([3, 0]))
+            found.append([*logits, *(decoder.next(rows[[3, 0], t]) for t in range(3, 6))])
+    torch.testing.assert_close(found[1], found[0])
+    assert len(functions) == 2
 
 
 def test_weights_laid_out_for_decoding_stay_those_of_the_network(
@@ -172,3 +201,8 @@ def test_the_ends_of_the_unit_interval_are_tokens_that_can_come() -> None:
     logits = torch.full((2, 600), -torch.inf)
     logits[:, [10, 270]] = 0.0
     assert draw_tokens(logits, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)).tolist() == [10, 270]
+
+
+def test_a_recording_needs_the_fused_decoder() -> None:
+    with pytest.raises(UserError, match=r"expected engine.fused true, got false"):
+        TransformersEngine(fused=False, cuda_graph=True)

@@ -111,6 +111,28 @@ def test_the_exploration_term_by_a_slow_loop(tiny_model: Path, tmp_path: Path) -
     assert loss.item() - alignment.item() == pytest.approx(total, rel=1e-3)
 
 
+@pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
+def test_the_gradient_of_one_anchor_is_that_of_both_on_average(tiny_model: Path, tmp_path: Path, conditioning) -> None:
+    module, batch, logged = rollout(
+        tiny_model, tmp_path, conditioning=[conditioning], module={"exploration": InfoNCE(0.5, 2, anchors=1)}
+    )
+    assert (batch.anchors.sum(1) == 1).all()
+    assert logged["information/infonce"] <= log(3)
+    y, first = batch.responses.tokens, torch.tensor([[True, False]]).expand(len(batch), 2)
+    reference = module.policy.reference_response_log_prob(batch.prompts, batch.counterfactual, y)  # of both
+    if isinstance(conditioning, PromptConditioning):
+        read = batch.anchors[:, :, None, None] & y.mask.unsqueeze(2)  # no more than that was computed
+        assert torch.equal(batch.counterfactual_reference_log_prob != 0, read.expand_as(reference))
+    batch = replace(batch, counterfactual_reference_log_prob=reference)
+    randomise_adapter(module.policy)
+    losses, gradients = zip(*(step(module, replace(batch, anchors=drawn)) for drawn in (first, ~first)), strict=True)
+    module.exploration.anchors = 2
+    loss, both = step(module, replace(batch, anchors=torch.ones_like(first)))
+    torch.testing.assert_close(sum(losses) / 2, loss)
+    for name, gradient in both.items():
+        torch.testing.assert_close((gradients[0][name] + gradients[1][name]) / 2, gradient, rtol=1e-3, atol=1e-6)
+
+
 def test_the_gradient_of_the_exploration_term_uses_w_minus_only(tiny_model: Path, tmp_path: Path) -> None:
     """With one-hot preferences and separate blocks: w+ = e_0 and w- = e_1 touch different parameters."""
     module, batch, _ = rollout(
@@ -198,7 +220,8 @@ def test_accumulation_1x8_equals_8x1(tiny_model: Path, tmp_path: Path) -> None:
             step(
                 module,
                 PreferenceBatch(
-                    batch.prompts[one], batch.preference[one], batch.counterfactual[one], batch.routing[one],
+                    batch.prompts[one], batch.preference[one], batch.counterfactual[one], batch.anchors[one],
+                    batch.routing[one],
                     Responses(Tokens(y.tokens.ids[one], y.tokens.mask[one]), y.texts[one], y.finished[one]),
                     batch.scores[one], batch.labels[one], batch.counterfactual_labels[one],
                     batch.reference_log_prob[one], batch.counterfactual_reference_log_prob[one],
@@ -445,7 +468,8 @@ def test_training_step_is_short() -> None:
 
 @pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
 @pytest.mark.parametrize(
-    "exploration", [InfoNCE(0.3, num_counterfactuals=2), Matching(), PairwiseInformation(), InfoNCE(0)]
+    "exploration",
+    [InfoNCE(0.3, num_counterfactuals=2), InfoNCE(0.3, anchors=1), Matching(), PairwiseInformation(), InfoNCE(0)],
 )
 def test_prompts_in_several_passes_have_the_same_loss_gradient_and_log(
     tiny_model: Path, tmp_path: Path, conditioning, exploration

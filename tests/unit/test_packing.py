@@ -103,6 +103,9 @@ def test_other_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     if not takes_trees:
         monkeypatch.setattr("miepo.policy.policy.pack", None)
     torch.testing.assert_close(policy.response_log_prob(PROMPTS, W, y), expected, rtol=1e-4, atol=1e-5)
+    wanted = torch.eye(3, 2).bool().expand(3, -1, -1)  # (B, n, C)
+    some = policy.response_log_prob(PROMPTS, W, y, wanted)
+    torch.testing.assert_close(some, torch.where(wanted.unsqueeze(-1), expected, 0.0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("way", "prompts_computed"), [("prompt", 1), ("gated", 2)])
@@ -121,7 +124,7 @@ def test_a_prompt_is_computed_once(tiny_model: Path, way: str, prompts_computed:
 
 def test_every_place_sees_its_path_and_nothing_else() -> None:
     prompts = [[[1] * 10, [1] * 8 + [2]], [[3] * 3, [3] * 3]]
-    packed = pack(prompts, [[[5, 6, 7], [8]]] * 2, 3, True, torch.float32)
+    packed = pack(prompts, [[[[5, 6, 7], [8]]] * 2] * 2, 3, True, torch.float32)
     length = 8 + (2 + 2) + (1 + 2) + 3 + 2 * 2  # no filling; a last token predicts nothing
     assert packed.ids.shape == (1, length)
     sees = torch.zeros(length, length, dtype=torch.bool)
@@ -144,7 +147,7 @@ def test_every_place_sees_its_path_and_nothing_else() -> None:
 
 def test_sizes_and_passes() -> None:
     prompts = [[[1] * 10, [1] * 8 + [2]], [[3] * 3, [3] * 3]]
-    answers = [[5, 6, 7], [8]]
+    answers = [[[5, 6, 7], [8]], [[5, 6, 7], []]]  # the second response is not read under the second preference
     for share in (True, False):
         sizes = [tree_size(under, answers, share) for under in prompts]
         assert sum(sizes) == pack(prompts, [answers] * 2, 3, share, torch.float32).ids.shape[1]
@@ -165,6 +168,22 @@ def test_without_gradient_prompts_go_in_several_passes(tiny_model: Path, way: st
         torch.testing.assert_close(policy.response_log_prob(PROMPTS, W, some_responses()), whole)
     assert len(lengths) == 4
     assert sum(lengths[1:]) == lengths[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_not_wanted_is_not_computed(tiny_model: Path, way: str) -> None:
+    policy = randomise_adapter(tiny_policy(tiny_model, WAYS[way]))
+    y, places = some_responses(), []
+    policy.body.register_forward_pre_hook(
+        lambda _, args, kwargs: places.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    wanted = torch.rand(3, 3, 2, generator=torch.Generator().manual_seed(2)) < 0.5
+    whole, some = (policy.response_log_prob(PROMPTS, W, y, w) for w in (None, wanted))
+    torch.testing.assert_close(some, torch.where(wanted.unsqueeze(-1), whole, 0.0), rtol=1e-4, atol=1e-5)
+    tokens = (y.mask.sum(-1, keepdim=True) - 1).expand(-1, -1, 2)  # the last one predicts nothing
+    assert places[0] - places[1] == int(tokens[~wanted].sum())
+    reference = [policy.reference_response_log_prob(PROMPTS, W, y, w) for w in (None, wanted)]
+    torch.testing.assert_close(reference[1], torch.where(wanted.unsqueeze(-1), reference[0], 0.0), rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_that_of_training(tiny_model: Path) -> None:
