@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from miepo.callbacks import ResponseWriter
+from miepo.callbacks import ResponseWriter, RunCheckpoint
+from miepo.callbacks.run_checkpoint import loggers_of
 from miepo.datamodule import OnlinePreferenceDataModule
 from miepo.errors import UserError, first_line
 from miepo.module import MIEPO
@@ -38,6 +40,8 @@ class LogConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
+        own = {key: value for key, value in config.items() if key not in ("ckpt_path", "weights_only")}
+        pl_module.config = own | {"trainer": {k: v for k, v in config["trainer"].items() if k != "logger"}}
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
 
@@ -62,34 +66,93 @@ class MiepoCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--objectives", type=list[Objective], default=[], help="The objectives, in column order.")
         parser.add_lightning_class_args(ResponseWriter, "writer")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         defaults = {"model": MIEPO, "data": OnlinePreferenceDataModule}
         parser.set_defaults({key: {"class_path": f"miepo.{value.__name__}"} for key, value in defaults.items()})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
 
     def _parse_ckpt_path(self) -> None:
-        """Checks the checkpoint before anything is built, and leaves the configuration as it is."""
-        options = self.config[self.config.subcommand] if self.config.get("subcommand") else {}
+        """Finds and checks the checkpoint before anything is built; nothing in it changes the configuration.
+
+        ``last`` is the newest run's, which ``fit`` continues where it logs.
+        """
+        options: Any = self.config[self.config.subcommand] if self.config.get("subcommand") else {}
+        last = options.get("ckpt_path") == "last"
+        if last:
+            options["ckpt_path"] = last_checkpoint(options.trainer)
         path = options.get("ckpt_path")
         if "weights_only" in options:
             options["weights_only"] = True  # a checkpoint is data: nothing in it is executed
         if options and path is None:
-            if self.config.subcommand == "predict":
+            if last and self.config.subcommand == "fit":  # so that a job's script may always ask for it
+                rank_zero_info("No run to continue yet: a new one begins")
+            elif last:
+                raise UserError("--ckpt_path last: expected a run with a checkpoint, got none")
+            elif self.config.subcommand == "predict":
                 raise UserError("predict answers with a trained policy: expected --ckpt_path, got none")
-            if self.config.subcommand in ("validate", "test"):
+            elif self.config.subcommand in ("validate", "test"):
                 rank_zero_warn("without --ckpt_path the untrained policy is evaluated")
-        elif path not in (None, "best", "last", "hpc"):
+        elif path not in (None, "best", "hpc"):
             if not Path(path).is_file():
                 raise UserError(f"expected a checkpoint at '{path}': there is none")
             try:
-                torch.load(path, weights_only=True, map_location="meta")
+                saved = torch.load(path, weights_only=True, map_location="meta")
             except Exception as error:  # torch raises many kinds, all of them about this file
                 reason = first_line(error)
                 raise UserError(f"expected a checkpoint at '{path}', got a file that is none: {reason}") from None
+            if last and self.config.subcommand == "fit":
+                continue_logs(options.trainer.logger, loggers_of(saved))
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        given = config.get("callbacks") or []
+        own = [c for c in (given if isinstance(given, list) else [given]) if isinstance(c, RunCheckpoint)]
+        if config.get("enable_checkpointing") is False or config.get("fast_dev_run") or own:
+            callbacks = [c for c in callbacks if not isinstance(c, RunCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.extend(self._get(self.config_init, "objectives") or [])  # type: ignore[attr-defined]
         return trainer
+
+
+def last_checkpoint(trainer: Any) -> str | None:
+    """The newest ``checkpoints/last.ckpt`` among the runs where this configuration's first logger has its own."""
+    entry = _loggers(trainer.logger)[:1]
+    if trainer.logger is False:
+        runs = [Path(trainer.default_root_dir or ".")]
+    elif not entry:
+        raise UserError("--ckpt_path last looks where the first logger writes: expected trainer.logger, got none")
+    else:
+        options = entry[0].get("init_args") or {}
+        name = options.get("project") if entry[0].class_path.endswith("WandbLogger") else options.get("name")
+        folder = Path(options.get("save_dir") or trainer.default_root_dir or ".") / str(name or "")
+        version = options.get("version")
+        runs = list(
+            folder.glob("*" if version is None else f"version_{version}" if isinstance(version, int) else version)
+        )
+    found = [path for run in runs if (path := run / "checkpoints" / "last.ckpt").is_file()]
+    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
+
+
+def continue_logs(loggers: Any, versions: Sequence[dict[str, Any]]) -> None:
+    """Sets the loggers of a configuration to go on where those of a run, by class and version, were."""
+    for entry in _loggers(loggers):
+        kind = entry.class_path.rpartition(".")[2]
+        version = next((v["version"] for v in versions if v["class"] == kind), None)
+        if version is None:
+            continue
+        entry.init_args = entry.get("init_args") or Namespace()
+        if kind == "WandbLogger":
+            entry.init_args.update({"id": version, "resume": "allow"})
+        else:
+            entry.init_args["version"] = version
+        if kind == "CSVLogger":
+            entry.class_path = "miepo.loggers.CSVLogger"
+
+
+def _loggers(entries: Any) -> list[Any]:
+    return [e for e in (entries if isinstance(entries, list) else [entries]) if hasattr(e, "class_path")]
 
 
 def normalise(args: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from miepo.callbacks.reporting import run_folder
+from miepo.callbacks.run_checkpoint import begin_step
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import Split
 from miepo.errors import UserError
@@ -37,9 +39,18 @@ from miepo.preferences import (
     generator,
     parse_preference,
     simplex_rows,
-    torch_seed,
+    torch_seeds,
 )
-from miepo.prompts import GridPrompts, OnlinePrompts, load_prompts, split_rows
+from miepo.prompts import (
+    GridPrompts,
+    GridShare,
+    OnlinePrompts,
+    RunLoader,
+    RunPositions,
+    load_prompts,
+    place_in_run,
+    split_rows,
+)
 from miepo.rollout import RolloutEngine, TransformersEngine
 from miepo.router import SampleRouter
 from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses
@@ -179,8 +190,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
         return load_prompts(source, self.prompt_field)
 
     def train_dataloader(self) -> DataLoader:
-        prompts = OnlinePrompts(self._fitting(self.train_set), self.seed, lambda: self._trainer.current_epoch)
-        return DataLoader(prompts, batch_size=self.batch_size, collate_fn=prompts.collate)
+        trainer, prompts = self._trainer, OnlinePrompts(self._fitting(self.train_set), self.seed)
+        positions = RunPositions(
+            len(prompts), self.batch_size, lambda: place_in_run(trainer), trainer.global_rank, trainer.world_size
+        )
+        return RunLoader(prompts, batch_size=self.batch_size, sampler=positions, collate_fn=prompts.collate)
 
     def val_dataloader(self) -> DataLoader:
         return self._grid_loader(self.validation_set, self.grid)
@@ -192,8 +206,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
         return self._grid_loader(self.answer_set, self.answer_grid)
 
     def _grid_loader(self, prompts: Sequence[str], grid: Tensor) -> DataLoader:
-        pairs = GridPrompts(self._fitting(prompts), grid)
-        return DataLoader(pairs, batch_size=self.evaluation_batch_size, collate_fn=pairs.collate)
+        trainer, pairs = self._trainer, GridPrompts(self._fitting(prompts), grid)
+        share = GridShare(len(pairs), trainer.global_rank, trainer.world_size)
+        return DataLoader(pairs, batch_size=self.evaluation_batch_size, sampler=share, collate_fn=pairs.collate)
 
     def _fitting(self, prompts: Sequence[str]) -> list[str]:
         """The prompts that fit the context together with a response; others are dropped or an error."""
@@ -230,6 +245,10 @@ class OnlinePreferenceDataModule(LightningDataModule):
     def _policy(self) -> Policy:
         return self._module.policy
 
+    def on_before_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:
+        begin_step(self._trainer)
+        return batch
+
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
         return batch  # text; the tensors are made on the device
 
@@ -257,8 +276,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
 
         synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         start = perf_counter()
-        seed = torch_seed(Stream.SAMPLING, self.seed, batch.epochs[0], batch.positions[0])
-        responses = self.engine.sample(policy, batch.prompts, preference, RESPONSES, self.max_new_tokens, seed)
+        seeds = torch_seeds(Stream.SAMPLING, self.seed, batch.epochs, batch.positions)
+        responses = self.engine.sample(policy, batch.prompts, preference, RESPONSES, self.max_new_tokens, seeds)
         sampled = perf_counter()
         # an objective of weight 0 is not asked, unless the exploration term wants to know what it would say
         asked = torch.ones_like(routing, dtype=torch.bool) if needs_feedback else routing > 0
@@ -317,11 +336,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
         """One response per (prompt, preference vector) pair, scored unless predicting."""
         module = self._module
         assert batch.preference is not None and batch.grid_index is not None
-        seed = torch_seed(Stream.EVALUATION, self.seed, batch.positions[0], int(batch.grid_index[0]))
+        seeds = torch_seeds(Stream.EVALUATION, self.seed, batch.positions, batch.grid_index.tolist())
         predicting = self._trainer.predicting
         if not predicting:
             self.ensure_normalised()
-        responses = self.engine.sample(self._policy, batch.prompts, batch.preference, 1, self.max_new_tokens, seed)
+        responses = self.engine.sample(self._policy, batch.prompts, batch.preference, 1, self.max_new_tokens, seeds)
         scores = None
         if not predicting:
             scores = normalise_rewards(
@@ -368,10 +387,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
         size = max(self.evaluation_batch_size // RESPONSES, 1)
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
-            draw = self.preferences.draw(generator(Stream.CALIBRATION, self.seed, start), len(part), k)
-            seed = torch_seed(Stream.CALIBRATION, self.seed, start)
-            preference = torch.from_numpy(draw).float()
-            responses = self.engine.sample(self._policy, part, preference, RESPONSES, self.max_new_tokens, seed)
+            index = range(start, start + len(part))
+            draws = [self.preferences.draw(generator(Stream.CALIBRATION, self.seed, i), 1, k)[0] for i in index]
+            seeds = torch_seeds(Stream.CALIBRATION, self.seed, index)
+            preference = torch.from_numpy(np.stack(draws)).float()
+            responses = self.engine.sample(self._policy, part, preference, RESPONSES, self.max_new_tokens, seeds)
             rewards.append(score_responses(objectives, part, responses.texts))
         return torch.cat(rewards)
 

@@ -165,5 +165,6 @@ class MIEPO(PolicyModule):
         values |= {f"count/{key}": torch.tensor(float(value)) for key, value in batch.counts.items()}
         size = len(batch)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=size)
-        self.log_dict({k: v for k, v in values.items() if not v.isnan()}, batch_size=size)
+        # NaN where no pair had a label: a value left out would be logged as it was the step before
+        self.log_dict(values, batch_size=size)
         self.log("learning_rate", self.lr_schedulers().get_last_lr()[0], batch_size=size)  # type: ignore[union-attr]

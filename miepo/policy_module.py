@@ -5,20 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
+from miepo.checkpoints import DurableCheckpointIO, config_changes
 from miepo.errors import UserError
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.policy import Policy
+from miepo.preferences import Stream, torch_seed
 from miepo.types import EvaluationBatch
 
-SCHEMA = 1
+SCHEMA = 2  # 2: the configuration, and what RunCheckpoint keeps
 
 
 class PolicyModule(LightningModule):
@@ -43,6 +46,7 @@ class PolicyModule(LightningModule):
         self.objectives: list[Objective] = []
         self.metrics = nn.ModuleDict()  # filled by callbacks, so that metrics move and reduce with the module
         self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint checks that it is whole
+        self.config: dict[str, Any] = {}  # of the command, where there is one
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,6 +54,9 @@ class PolicyModule(LightningModule):
         return tuple(o.name for o in self.objectives)
 
     def setup(self, stage: str) -> None:
+        strategy: Any = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = DurableCheckpointIO()
         if self.conditioned:
             self.objectives = objectives_of(self.trainer)
             if not self.policy.conditioning:
@@ -67,6 +74,12 @@ class PolicyModule(LightningModule):
     def progress(self) -> float:
         """Share of the run's optimiser steps that are done."""
         return self.trainer.global_step / max(self.trainer.estimated_stepping_batches, 1)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout, too, is a function of the seed and of the place in the run."""
+        trainer = self.trainer
+        seed = getattr(trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
+        torch.manual_seed(torch_seed(Stream.DROPOUT, seed, trainer.current_epoch, batch_idx, trainer.global_rank))
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -101,12 +114,24 @@ class PolicyModule(LightningModule):
         schedule = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """The learning rate is the configuration's and not the checkpoint's."""
+        for entry in self.trainer.lr_scheduler_configs:
+            schedule = entry.scheduler
+            if not isinstance(schedule, LambdaLR):
+                continue
+            schedule.base_lrs = [self.learning_rate] * len(schedule.base_lrs)
+            for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                group["initial_lr"] = self.learning_rate
+                group["lr"] = self.learning_rate * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the adapter and drops the base weights."""
         keep = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
         checkpoint["miepo"] = {"schema": SCHEMA, "objectives": list(self.names), "base": self.policy.base}
-        checkpoint["miepo"]["policy"] = self.policy.settings()
+        checkpoint["miepo"] |= {"policy": self.policy.settings(), "config": self.config}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of other objectives or another adapter; restores the normalisation for evaluation."""
@@ -121,9 +146,8 @@ class PolicyModule(LightningModule):
                 f"the config lists {list(self.names)}"
             )
         now = self.policy.settings()
-        keys = {**saved["policy"], **now}
-        if changed := [key for key in keys if saved["policy"].get(key) != now.get(key)]:
-            both = "; ".join(f"{key} {saved['policy'].get(key)} and not {now.get(key)}" for key in changed)
+        if changed := config_changes(saved["policy"], now):
+            both = "; ".join(f"{key} {before} and not {after}" for key, (before, after) in changed.items())
             raise UserError(f"the checkpoint's policy has {both}: set the configuration's policy alike")
         if saved["base"] != self.policy.base:
             rank_zero_warn(
@@ -139,6 +163,9 @@ class PolicyModule(LightningModule):
             )
         for objective in self.objectives:  # Lightning restores callbacks for fit alone
             objective.load_state_dict(checkpoint.get("callbacks", {}).get(objective.state_key, {}))
+        if self.trainer.state.fn == "fit" and saved.get("config") and self.config:
+            for key, (before, now) in sorted(config_changes(saved["config"], self.config).items()):
+                rank_zero_info(f"{key}: {before} in the checkpoint, {now} now, which counts")
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -37,6 +37,7 @@ class Stream(IntEnum):
     BOOTSTRAP = 6
     SPLIT = 7
     ANCHOR = 8
+    DROPOUT = 9
 
 
 def generator(stream: Stream, *position: int) -> np.random.Generator:
@@ -47,6 +48,11 @@ def generator(stream: Stream, *position: int) -> np.random.Generator:
 def torch_seed(stream: Stream, *position: int) -> int:
     """A seed for torch's generators, a pure function of its arguments."""
     return int(generator(stream, *position).integers(2**63))
+
+
+def torch_seeds(stream: Stream, seed: int, *positions: Sequence[int]) -> list[int]:
+    """One for each place, given as columns: epochs and positions, say."""
+    return [torch_seed(stream, seed, *place) for place in zip(*positions, strict=True)]
 
 
 class PreferenceSampler(ABC):

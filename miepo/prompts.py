@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from miepo.errors import UserError
 from miepo.preferences import Stream, generator
@@ -50,23 +51,90 @@ def split_rows(rows: Sequence[Row], validation_fraction: float, seed: int) -> tu
     return [rows[i] for i in sorted(order[held_out:])], [rows[i] for i in sorted(order[:held_out])]
 
 
-class OnlinePrompts(Dataset):
-    """Training prompts; item ``i`` is the ``i``-th prompt of the current epoch's shuffle.
+def place_in_run(trainer: Trainer) -> tuple[int, int]:
+    """Epoch with which training goes on, and how many of its batches are done: of a run that was resumed, too."""
+    loop = trainer.fit_loop
+    epoch: Any = loop.epoch_progress.current
+    batches: Any = loop.epoch_loop.batch_progress
+    if epoch.ready == epoch.processed:  # between two epochs
+        return epoch.processed, 0
+    if batches.is_last_batch:  # all batches are done, but the epoch was not closed when the checkpoint was written
+        return epoch.processed + 1, 0
+    return epoch.processed, batches.current.processed
 
-    The shuffle is a function of (seed, epoch) and the position travels with the prompt, so it does not matter who
-    reads which item.
+
+class RunLoader(DataLoader):
+    """A loader whose sampler knows where the run goes on, which Lightning takes on trust from one that has a state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """There is nothing to restore."""
+
+
+class RunPositions(DistributedSampler):
+    """(epoch, position) of the training prompts of one process, from the place that the run has reached.
+
+    The ``r``-th of ``W`` processes takes every ``W``-th position, so that the batches of all processes together are
+    those of one process with a batch ``W`` times as large. Each has as many as the others: fewer than ``W`` prompts at
+    the end of an epoch are left out.
+
+    Args:
+        size: Prompts in all.
+        batch_size: Of one process.
+        place: Epoch and finished batches, :func:`place_in_run`.
+        rank: ``r``.
+        processes: ``W``.
     """
 
-    def __init__(self, prompts: Sequence[str], seed: int, epoch: Callable[[], int]) -> None:
-        self.prompts, self.seed, self.epoch = prompts, seed, epoch
+    def __init__(
+        self, size: int, batch_size: int, place: Callable[[], tuple[int, int]], rank: int = 0, processes: int = 1
+    ) -> None:
+        if size < processes:
+            raise UserError(f"expected at least one prompt for each of {processes} processes, got {size}")
+        super().__init__(range(size), processes, rank, shuffle=False, drop_last=True)  # type: ignore[arg-type]
+        self.mine = range(rank, size // processes * processes, processes)
+        self.batch_size, self.place = batch_size, place
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        epoch, batches = self.place()
+        return ((epoch, position) for position in self.mine[batches * self.batch_size :])
+
+
+class GridShare(DistributedSampler):
+    """Every ``W``-th pair of an evaluation, without the repetitions that would make all shares alike."""
+
+    def __init__(self, size: int, rank: int = 0, processes: int = 1) -> None:
+        super().__init__(range(size), processes, rank, shuffle=False)  # type: ignore[arg-type]
+        self.mine = range(rank, size, processes)
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.mine)
+
+
+class OnlinePrompts(Dataset):
+    """Training prompts; item ``(epoch, i)`` is the ``i``-th prompt of that epoch's shuffle.
+
+    The shuffle is a function of (seed, epoch) and the place travels with the prompt, so it does not matter who reads
+    which item.
+    """
+
+    def __init__(self, prompts: Sequence[str], seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
         self._order: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, position: int) -> tuple[str, int, int]:
-        epoch = self.epoch()
-        return self.at(epoch, position), epoch, position
+    def __getitem__(self, place: tuple[int, int]) -> tuple[str, int, int]:
+        return self.at(*place), *place
 
     def at(self, epoch: int, position: int) -> str:
         """The prompt at ``position`` of the shuffle of ``epoch``."""

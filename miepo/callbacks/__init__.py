@@ -4,6 +4,7 @@ from miepo.callbacks.evaluation_table import EvaluationTable
 from miepo.callbacks.pareto_front import ParetoFront
 from miepo.callbacks.preference_information import PreferenceInformation
 from miepo.callbacks.response_writer import ResponseWriter
+from miepo.callbacks.run_checkpoint import RunCheckpoint
 from miepo.callbacks.sample_table import SampleTable
 from miepo.callbacks.throughput import Throughput
 
@@ -12,6 +13,7 @@ __all__ = [
     "ParetoFront",
     "PreferenceInformation",
     "ResponseWriter",
+    "RunCheckpoint",
     "SampleTable",
     "Throughput",
 ]

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from miepo.callbacks.reporting import log_evaluation, whole_evaluation
+from miepo.callbacks.reporting import gathered, log_evaluation, whole_evaluation
 from miepo.metrics import PreferenceInformationMetric, bootstrap_interval
 from miepo.types import EvaluationBatch, Tokens
 
@@ -26,8 +26,19 @@ class PreferenceInformation(Callback):
 
     def __init__(self) -> None:
         self.pairs: list[Tensor] = []  # (B, K) each
+        self.trainer: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pairs since the last evaluation, of all processes."""
+        pairs = [part for parts in gathered(self.trainer, self.pairs) for part in parts]
+        return {"pairs": torch.cat(pairs) if pairs else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pairs = state_dict["pairs"]
+        self.pairs = [] if pairs is None or not self.trainer.is_global_zero else [pairs]
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.trainer = trainer
         if stage != "predict":
             grid = trainer.datamodule.grid  # type: ignore[attr-defined]
             pl_module.metrics[METRIC] = PreferenceInformationMetric(len(grid))
@@ -60,10 +71,12 @@ class PreferenceInformation(Callback):
         metric = pl_module.metrics[METRIC]
         values = {f"information/{key}": value.float() for key, value in metric.compute().items()}
         metric.reset()
-        if self.pairs:
-            pairs = torch.cat(self.pairs)  # (n, K)
+        pairs = [part for parts in gathered(trainer, self.pairs) for part in parts]
+        if pairs:
+            # in an order that does not tell which process had which
+            each = torch.cat(pairs).sort(0).values  # (n, K)
             for k, name in enumerate(pl_module.names):
-                column = pairs[:, k]
+                column = each[:, k]
                 low, high = bootstrap_interval(column, range(len(column)))
                 key = f"information/feedback/{name}"
                 values |= {key: column.nanmean(), f"{key}_low": torch.tensor(low), f"{key}_high": torch.tensor(high)}

@@ -7,6 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 
@@ -56,3 +57,17 @@ def whole_evaluation(hook: Callable[..., None]) -> Callable[..., None]:
             hook(self, trainer, *args)
 
     return run
+
+
+def gathered(trainer: Trainer, value: Any) -> list[Any]:
+    """What every process has, in the order of their ranks; to be called by all of them."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def log_versions(trainer: Trainer) -> list[dict[str, Any]]:
+    """Class and version of every logger, by which a resumed run logs on where it was."""
+    return [{"class": type(logger).__name__, "version": logger.version} for logger in trainer.loggers]

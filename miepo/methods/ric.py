@@ -31,7 +31,7 @@ from miepo.normalisation import offline_responses
 from miepo.objectives.base import normalise_rewards, score_responses
 from miepo.policy import Conditioning, Policy
 from miepo.policy_module import PolicyModule
-from miepo.preferences import Stream, generator, torch_seed
+from miepo.preferences import Stream, generator, torch_seeds
 from miepo.prompts import OnlinePrompts
 from miepo.types import PromptBatch, SupervisedBatch, Tokens
 
@@ -307,9 +307,9 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
                 for p in positions
             ]
             preference = torch.from_numpy(np.stack(draws)).float()  # (B, K)
-            seed = torch_seed(Stream.SAMPLING, self.seed, epoch, first)
+            seeds = torch_seeds(Stream.SAMPLING, self.seed, [epoch] * len(texts), positions)
             with policy.silent() if stage == 0 else nullcontext():  # the base has not read scores yet
-                responses = self.engine.sample(policy, texts, preference, RESPONSES, self.max_new_tokens, seed)
+                responses = self.engine.sample(policy, texts, preference, RESPONSES, self.max_new_tokens, seeds)
             scores = normalise_rewards(module.objectives, score_responses(module.objectives, texts, responses.texts))
             self.scored_responses += RESPONSES * len(texts)
             usable = (scores.isfinite().all(-1) & ~responses.empty.cpu()).flatten()

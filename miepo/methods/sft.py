@@ -6,7 +6,7 @@ fine-tuned model. An adapter that is trained on top of another adapter has the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from miepo.callbacks.reporting import run_folder
+from miepo.callbacks.run_checkpoint import begin_step
 from miepo.datamodule import check_dialogue
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import Split
@@ -27,7 +28,7 @@ from miepo.losses import supervised_loss
 from miepo.policy import Policy
 from miepo.policy_module import PolicyModule
 from miepo.preferences import Stream, generator
-from miepo.prompts import split_rows
+from miepo.prompts import RunLoader, place_in_run, split_rows
 from miepo.rows import read_rows
 from miepo.types import SupervisedBatch, Tokens
 
@@ -203,11 +204,12 @@ class SupervisedDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rows = self._tokenised(self.train_set)
-        batches = -(-len(rows) // self.batch_size)
-        self.tokens_per_batch = sum(len(ids) for _, ids, _ in rows) / batches  # of responses, on average
+        number = -(-len(rows) // self.batch_size)
+        self.tokens_per_batch = sum(len(ids) for _, ids, _ in rows) / number  # of responses, on average
         lengths = [prompt_length + len(ids) for _, ids, prompt_length in rows]
-        sampler = _Batches(lengths, self.batch_size, self.seed, lambda: self.trainer.current_epoch)  # type: ignore[union-attr]
-        return DataLoader(rows, batch_sampler=sampler, collate_fn=self._collate)  # type: ignore[arg-type]
+        trainer: Any = self.trainer
+        batches = _Batches(lengths, self.batch_size, self.seed, lambda: place_in_run(trainer))
+        return RunLoader(_Examples(rows), batch_size=None, sampler=batches, collate_fn=self._collate)
 
     def val_dataloader(self) -> DataLoader:
         rows = sorted(self._tokenised(self.validation_set), key=lambda row: row[2] + len(row[1]))
@@ -237,21 +239,38 @@ class SupervisedDataModule(LightningDataModule):
         tokens = Tokens.of_rows(ids, self._policy.tokenizer.pad_token_id)
         return SupervisedBatch(prompts, tokens, torch.zeros(len(rows), 0))
 
+    def on_before_batch_transfer(self, batch: SupervisedBatch, dataloader_idx: int) -> SupervisedBatch:
+        begin_step(self.trainer)
+        return batch
+
     def transfer_batch_to_device(
         self, batch: SupervisedBatch, device: torch.device, dataloader_idx: int
     ) -> SupervisedBatch:
         return SupervisedBatch(batch.prompts, batch.responses.to(device), batch.scores.to(device))
 
 
-class _Batches:
-    """The batches of the current epoch, a function of (seed, epoch)."""
+class _Examples(Dataset):
+    """Item ``[i, j, ..]`` is a batch."""
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Any) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
+    def __init__(self, rows: Sequence[tuple[str, list[int], int]]) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: Sequence[int]) -> list[tuple[str, list[int], int]]:
+        return [self.rows[i] for i in index]
+
+
+class _Batches(Sampler):
+    """The batches of an epoch, a function of (seed, epoch), from the place that the run has reached."""
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, place: Callable[[], tuple[int, int]]
+    ) -> None:
+        self.lengths, self.batch_size, self.seed, self.place = lengths, batch_size, seed, place
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rng = generator(Stream.SHUFFLE, self.seed, self.epoch())
-        return iter(length_batches(self.lengths, self.batch_size, rng))
+        epoch, batches = self.place()
+        rng = generator(Stream.SHUFFLE, self.seed, epoch)
+        return iter(length_batches(self.lengths, self.batch_size, rng)[batches:])

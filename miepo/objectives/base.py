@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from miepo.errors import ObjectiveError, UserError
@@ -39,6 +39,7 @@ class Objective(Callback):
     higher_is_better: bool = True
     # asked in a thread of its own, beside other objectives and the reference: for those that wait, for a server say
     concurrent: bool = False
+    given = False  # whether the configuration states the normalisation, which counts more than a checkpoint's then
     identity: Sequence[str] = ("higher_is_better",)  # attributes that make it what it is: with others, other scores
 
     def __init__(self, name: str | None = None, normalisation: dict[str, float] | None = None) -> None:
@@ -46,6 +47,7 @@ class Objective(Callback):
         if not self.name.isprintable() or any(c in self.name for c in "<>/{},:= "):
             raise UserError(f"an objective's name must be one word without <>/{{}},:= , got {self.name!r}")
         self.normalisation: Normalisation | None = None
+        self.given = normalisation is not None
         if normalisation is not None:
             if set(normalisation) != {"mean", "sd"} or not all(isfinite(v) for v in normalisation.values()):
                 raise UserError(f"{self.name}: normalisation needs a finite mean and sd, got {normalisation}")
@@ -118,8 +120,15 @@ class Objective(Callback):
         return {} if n is None else {"mean": n.mean, "sd": n.sd}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            self.normalisation = Normalisation(state_dict["mean"], state_dict["sd"])
+        if not state_dict:
+            return
+        saved = Normalisation(state_dict["mean"], state_dict["sd"])
+        if not self.given:
+            self.normalisation = saved
+        elif saved != self.normalisation:
+            rank_zero_info(
+                f"{self.name}: normalised by {saved} in the checkpoint, by {self.normalisation} now, which counts"
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":

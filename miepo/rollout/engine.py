@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,13 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def sample(
-        self, policy: Policy, prompts: Sequence[str], preference: Tensor, count: int, max_new_tokens: int, seed: int
+        self,
+        policy: Policy,
+        prompts: Sequence[str],
+        preference: Tensor,
+        count: int,
+        max_new_tokens: int,
+        seed: int | Sequence[int],
     ) -> Responses:
         """``count`` responses per prompt, drawn from ``pi_theta(. | x, w)`` itself: nothing truncated or penalised.
 
@@ -42,8 +49,18 @@ class RolloutEngine(ABC):
             preference: ``(N, K)``.
             count: Responses per prompt.
             max_new_tokens: A response is cut after this many tokens.
-            seed: Fixes the draw; the global random state is left as it was.
+            seed: Fixes the draw; the global random state is left as it was. With one for each prompt a prompt's
+                responses do not depend on the others in the batch.
         """
+
+
+def prompt_seeds(seed: int | Sequence[int], prompts: int) -> list[int]:
+    """One seed for each prompt."""
+    if isinstance(seed, int):
+        return [int(s) for s in np.random.SeedSequence(seed).generate_state(prompts, np.uint64) >> np.uint64(2)]
+    if len(seed) != prompts:
+        raise ValueError(f"expected a seed for each of {prompts} prompts, got {len(seed)}")
+    return list(seed)
 
 
 def response_mask(ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,7 +13,7 @@ from transformers import StopStringCriteria
 
 from miepo.errors import UserError
 from miepo.policy import Policy
-from miepo.rollout.engine import RolloutEngine, make_responses
+from miepo.rollout.engine import RolloutEngine, make_responses, prompt_seeds
 from miepo.rollout.fused_decoder import FusedDecoder, fits
 from miepo.types import Responses, Tokens
 
@@ -37,24 +38,32 @@ class TransformersEngine(RolloutEngine):
         self.fused, self.cuda_graph = fused, cuda_graph
 
     def sample(
-        self, policy: Policy, prompts: Sequence[str], preference: Tensor, count: int, max_new_tokens: int, seed: int
+        self,
+        policy: Policy,
+        prompts: Sequence[str],
+        preference: Tensor,
+        count: int,
+        max_new_tokens: int,
+        seed: int | Sequence[int],
     ) -> Responses:
         tokens = policy.encode(prompts, preference)  # (N, P)
         with policy.evaluating():
             draw = self._decode if self.fused and fits(policy) else self._generate
-            sampled = draw(policy, tokens, preference, count, max_new_tokens, seed)  # (N * n, T)
+            sampled = draw(policy, tokens, preference, count, max_new_tokens, prompt_seeds(seed, len(prompts)))
         return make_responses(policy, sampled.unflatten(0, (len(prompts), count)), self.stop)
 
     def _decode(
-        self, policy: Policy, prompts: Tokens, preference: Tensor, count: int, max_new_tokens: int, seed: int
+        self, policy: Policy, prompts: Tokens, preference: Tensor, count: int, max_new_tokens: int, seeds: Sequence[int]
     ) -> Tensor:
         fixed = self.cuda_graph and policy.device.type == "cuda"
         decoder = FusedDecoder(policy, prompts, preference.to(policy.device), count, max_new_tokens, fixed)
         stopped = StopStringCriteria(policy.tokenizer, list(self.stop)) if self.stop else None
         # drawn beforehand, so that what a row says does not depend on when others end
-        uniform = torch.rand(
-            len(prompts.ids) * count, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-        ).to(policy.device)
+        draws = [
+            torch.rand(count, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+        uniform = torch.cat(draws).to(policy.device)  # (N * n, T)
         out = torch.full(uniform.shape, policy.end_id, device=policy.device)
         ends = torch.tensor(policy.end_ids, device=policy.device)
         rows = torch.arange(len(out), device=policy.device)  # of the decoder
@@ -77,12 +86,12 @@ class TransformersEngine(RolloutEngine):
         return out
 
     def _generate(
-        self, policy: Policy, prompts: Tokens, preference: Tensor, count: int, max_new_tokens: int, seed: int
+        self, policy: Policy, prompts: Tokens, preference: Tensor, count: int, max_new_tokens: int, seeds: Sequence[int]
     ) -> Tensor:
         stop: dict[str, Any] = {"stop_strings": list(self.stop), "tokenizer": policy.tokenizer} if self.stop else {}
         devices = [policy.device] if policy.device.type == "cuda" else []
         with torch.random.fork_rng(devices), policy.conditioned(preference.repeat_interleave(count, 0)):
-            torch.manual_seed(seed)
+            torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))  # generate has one for all
             ids = policy.model.generate(
                 input_ids=prompts.ids,
                 attention_mask=prompts.mask.long(),

@@ -18,7 +18,7 @@ from miepo.errors import UserError
 from miepo.policy import Policy
 from miepo.policy.base_model import base_folder
 from miepo.policy.policy import ADAPTER
-from miepo.rollout.engine import RolloutEngine, make_responses
+from miepo.rollout.engine import RolloutEngine, make_responses, prompt_seeds
 from miepo.types import Responses
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has room for
@@ -56,7 +56,13 @@ class VLLMEngine(RolloutEngine):
         self.version: tuple[int, ...] = ()
 
     def sample(
-        self, policy: Policy, prompts: Sequence[str], preference: Tensor, count: int, max_new_tokens: int, seed: int
+        self,
+        policy: Policy,
+        prompts: Sequence[str],
+        preference: Tensor,
+        count: int,
+        max_new_tokens: int,
+        seed: int | Sequence[int],
     ) -> Responses:
         try:
             from vllm import SamplingParams
@@ -71,9 +77,10 @@ class VLLMEngine(RolloutEngine):
             "stop_token_ids": policy.end_ids, "stop": list(self.stop) or None, "detokenize": bool(self.stop),
         }  # fmt: skip
         requests, settings, adapters = [], [], []
+        seeds = prompt_seeds(seed, len(prompts))
         for i, (ids, mask) in enumerate(zip(tokens.ids, tokens.mask, strict=True)):
             requests.append({"prompt_token_ids": ids[mask].tolist()})
-            settings.append(SamplingParams(**sampling, seed=(seed + i * count) % 2**62))
+            settings.append(SamplingParams(**sampling, seed=seeds[i] % 2**62))
             number, folder = self._adapter(policy, preference[i : i + 1])
             adapters.append(LoRARequest(f"adapter-{number}", number, str(folder)))
         outputs = self.llm.generate(requests, settings, lora_request=adapters, use_tqdm=False)

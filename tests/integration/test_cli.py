@@ -35,12 +35,7 @@ def config(model: Path, root: Path, **changes: Any) -> dict:
                     "init_args": {"save_dir": str(root), "name": "run"},
                 }
             ],
-            "callbacks": callbacks(
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {"save_last": True, "save_top_k": 0},
-                }
-            ),
+            "callbacks": callbacks(),
         },
         "objectives": [
             {"class_path": "tests.helpers.tiny.Letters", "init_args": {"letter": "e"}},
@@ -197,9 +192,49 @@ def test_fit_goes_on_from_a_checkpoint(tiny_model: Path, tmp_path: Path) -> None
     values = config(tiny_model, tmp_path, trainer__max_epochs=1)
     run("fit", values, tmp_path)
     values = config(tiny_model, tmp_path, trainer__max_epochs=2)
-    run("fit", values, tmp_path, "--ckpt_path", str(checkpoint(tmp_path)))
+    run("fit", values, tmp_path, "--ckpt_path", str(checkpoint(tmp_path)))  # a folder of its own: a branch
     saved = torch.load(tmp_path / "run/version_1/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 4
+    run("fit", values, tmp_path, "--ckpt_path", "last")  # it is over
+    assert not (tmp_path / "run/version_2").exists()
+
+
+def test_what_differs_from_the_checkpoint_is_said_and_counts(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = config(tiny_model, tmp_path, trainer__max_epochs=1, model__warmup=0.0)
+    run("fit", values, tmp_path)
+    values = config(tiny_model, tmp_path, trainer__max_epochs=2, model__warmup=0.0, model__learning_rate=0.5)
+    values["objectives"][0]["init_args"]["normalisation"] = {"mean": 3.0, "sd": 2.0}
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        run("fit", values, tmp_path, "--ckpt_path", "last")
+    said = caplog.text
+    assert "trainer.max_epochs: 1 in the checkpoint, 2 now, which counts" in said
+    assert "model.init_args.learning_rate: 0.01 in the checkpoint, 0.5 now, which counts" in said
+    assert "letter_e: normalised by Normalisation(mean=" in said
+    assert "ckpt_path" not in said.replace("--ckpt_path", "")
+    saved = torch.load(tmp_path / "run/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
+    assert saved["lr_schedulers"][0]["base_lrs"] == [0.5]
+    assert saved["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.5
+    assert saved["callbacks"]["Objective[letter_e]"] == {"mean": 3.0, "sd": 2.0}
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_the_last_checkpoint_of_no_run(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command: str
+) -> None:
+    """A job's script may always ask to go on; an evaluation of nothing is a mistake."""
+    values = config(tiny_model, tmp_path)
+    if command == "fit":
+        run("fit", values, tmp_path, "--ckpt_path", "last")
+        assert (tmp_path / "run/version_0/checkpoints/last.ckpt").exists()
+        run("validate", values, tmp_path, "--ckpt_path", "last")
+        return
+    with pytest.raises(SystemExit):
+        run(command, values, tmp_path, "--ckpt_path", "last")
+    assert "expected a run with a checkpoint, got none" in capsys.readouterr().err
 
 
 def test_wandb_offline_run_reads_back(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

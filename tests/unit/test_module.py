@@ -337,8 +337,9 @@ def test_sampled_routing_asks_one_objective_per_prompt(tiny_model: Path, tmp_pat
 @pytest.mark.parametrize("feedback", ["per_objective", "scalarised"])
 def test_feedback_under_w_minus(tiny_model: Path, tmp_path: Path, feedback: str) -> None:
     """An objective's own order does not depend on w; the order of the scalarised reward does."""
-    module = {"exploration": Matching(num_counterfactuals=2)}
-    _, batch, _ = rollout(tiny_model, tmp_path, data={"feedback": feedback, "batch_size": 8}, module=module)
+    module, opposed = {"exploration": Matching(num_counterfactuals=2)}, [Length("long"), Length("short", -1)]
+    data = {"feedback": feedback, "batch_size": 8}
+    _, batch, _ = rollout(tiny_model, tmp_path, data=data, module=module, objectives=opposed)
     assert batch.counterfactual_labels.shape == (8, 2, 2)
     if feedback == "per_objective":
         expected = batch.labels.unsqueeze(1).expand(-1, 2, -1)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from miepo.errors import UserError
-from miepo.prompts import GridPrompts, OnlinePrompts, load_prompts, split_rows
+from miepo.prompts import GridPrompts, GridShare, OnlinePrompts, RunPositions, load_prompts, split_rows
 from miepo.resources import locate
 
 
@@ -78,15 +78,33 @@ def test_split_is_seeded_and_whole() -> None:
 
 
 def test_epochs_are_permutations_that_differ() -> None:
-    epoch = 0
-    data = OnlinePrompts([str(i) for i in range(20)], seed=1, epoch=lambda: epoch)
-    first = [data[i] for i in range(20)]
+    data = OnlinePrompts([str(i) for i in range(20)], seed=1)
+    first, second = ([data[epoch, i] for i in range(20)] for epoch in (0, 1))
     assert [row[1:] for row in first] == [(0, i) for i in range(20)]
-    epoch = 1
-    second = [data[i] for i in range(20)]
     assert {row[1] for row in second} == {1}
     assert sorted(row[0] for row in first) == sorted(row[0] for row in second)
     assert [row[0] for row in first] != [row[0] for row in second]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_a_batch_and_an_epoch_goes_on_where_it_was(processes: int) -> None:
+    """Together they take what one process takes with a batch as large as all of theirs."""
+    for done in range(3):
+        each = [list(RunPositions(20, 2, lambda: (4, done), rank, processes)) for rank in range(processes)]  # noqa: B023
+        assert len({len(mine) for mine in each}) == 1
+        step = [[mine[i : i + 2] for mine in each] for i in range(0, len(each[0]), 2)]
+        together = [sorted(place for part in parts for place in part) for parts in step]
+        first = done * 2 * processes
+        whole = 20 // processes * processes
+        assert [place for batch in together for place in batch] == [(4, p) for p in range(first, whole)]
+    assert len(RunPositions(20, 2, lambda: (0, 0), 0, processes)) == 20 // processes
+    shares = [list(GridShare(7, rank, processes)) for rank in range(processes)]
+    assert sorted(i for share in shares for i in share) == list(range(7))  # none is left out, none comes twice
+
+
+def test_every_process_needs_a_prompt() -> None:
+    with pytest.raises(UserError, match="at least one prompt for each of 3 processes, got 2"):
+        RunPositions(2, 1, lambda: (0, 0), 0, 3)
 
 
 def test_grid_pairs_every_prompt_with_every_preference() -> None:

@@ -1,0 +1,175 @@
+"""The checkpoint a run goes on from, and what happens when it is asked to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from miepo.callbacks.reporting import log_versions, run_folder
+from miepo.errors import UserError
+from miepo.loggers import CSVLogger
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; the end of a job; what SLURM sends before it, if it is asked to
+
+
+class Interrupted(SystemExit):
+    """The process was asked to stop, and did so with a checkpoint; its exit status is 128 plus the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+
+
+class RunCheckpoint(Checkpoint):
+    """Keeps ``checkpoints/last.ckpt`` in the run's folder, from which the run goes on as if it had not stopped.
+
+    It is written between two steps: the update is done, its figures are with the loggers, an evaluation that was due
+    is over. ``miepo fit --ckpt_path last`` finds it.
+
+    SIGTERM, SIGUSR1 and Ctrl-C end the run at the next such moment, with a checkpoint; during an evaluation at its next
+    batch, and the run goes on with the whole evaluation. A second Ctrl-C stops at once, without one.
+
+    Args:
+        every_n_steps: Optimiser steps between two checkpoints. The end of training writes one in any case.
+    """
+
+    def __init__(self, every_n_steps: int = 25) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.last_model_path = ""
+        self._saved_step = 0
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._evaluating = self._evaluation_due = self._resumed = False
+        self._loggers: list[dict[str, Any]] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self.path = Path(trainer.strategy.broadcast(str(run_folder(trainer) / "checkpoints" / "last.ckpt")))
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluation_due": self._evaluating, "loggers": self._loggers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._evaluation_due, self._resumed = state_dict["evaluation_due"], True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        loops = checkpoint["loops"]["fit_loop"]
+        batches = loops["epoch_loop.batch_progress"]  # between two steps Lightning has already looked at the next batch
+        batches["is_last_batch"] = batches["current"]["ready"] >= trainer.num_training_batches
+        if self._evaluating:  # what of it is done is in no checkpoint: it is repeated as a whole
+            progress = loops["epoch_loop.val_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts.update(dict.fromkeys(counts, 0))
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._loggers = log_versions(trainer)
+        self._saved_step = trainer.global_step
+        self._listen()
+        if self._resumed:
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    logger.forget_from(trainer.global_step)
+        if self._evaluation_due:
+            self._evaluation_due = False
+            loop = trainer.fit_loop.epoch_loop
+            trainer.validating = True
+            loop.val_loop.restarting = False
+            loop.val_loop.run()
+            trainer.training = True
+
+    # -- moments -------------------------------------------------------------------------------------------------------
+
+    def between_steps(self, trainer: Trainer) -> None:
+        """The next step is about to begin, and nothing of it has."""
+        if self._resumed:  # Lightning counts logged steps once too often where an evaluation had followed
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self._resumed = False
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
+            return  # gradients wait for more, and are in no checkpoint
+        stepped, stopping = trainer.global_step > self._saved_step, self._asked(trainer)
+        if stepped and (stopping or trainer.global_step % self.every_n_steps == 0):
+            self.save(trainer)
+        if stopping:
+            self._stop(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._evaluating = trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.state.fn == "fit" and self._asked(trainer):
+            if self._evaluating:
+                self.save(trainer)
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._evaluating = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        # an epoch of which nothing was left but its evaluation has no step in which Lightning would note that the
+        # restart is over, and no next epoch would begin
+        trainer.fit_loop.epoch_loop.restarting = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_step > self._saved_step or not self.last_model_path:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Writes the checkpoint; what was logged before it is on the disk by then."""
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.save_checkpoint(self.path)
+        self._saved_step, self.last_model_path = trainer.global_step, str(self.path)
+
+    # -- signals -------------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # no one else may
+        for name in SIGNALS:
+            if (number := getattr(signal, name, None)) is not None and number not in self._handlers:
+                self._handlers[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+        rank_zero_info(f"\n{signal.Signals(number).name}: this step is finished and kept, then the run stops")
+
+    def _asked(self, trainer: Trainer) -> bool:
+        """Whether any process was asked to stop; all of them learn it at the same moment."""
+        return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+
+    def _stop(self, trainer: Trainer) -> None:
+        number = self._signal or signal.SIGTERM  # another process was asked
+        kept = f"checkpoint: {self.last_model_path}" if self.last_model_path else "no step was finished"
+        rank_zero_info(f"Stopped by {signal.Signals(number).name} after {trainer.global_step} steps; {kept}")
+        raise Interrupted(number)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+def begin_step(trainer: Any) -> None:
+    """What a datamodule calls when a batch comes from its loader: all of the last step is done then."""
+    if trainer.training:
+        for callback in trainer.callbacks:
+            if isinstance(callback, RunCheckpoint):
+                callback.between_steps(trainer)
+
+
+def loggers_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Class and version of the loggers of the run that wrote a checkpoint."""
+    states = [v for k, v in checkpoint.get("callbacks", {}).items() if k.startswith(RunCheckpoint.__name__)]
+    return states[0]["loggers"] if states else []

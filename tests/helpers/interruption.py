@@ -1,0 +1,63 @@
+"""Runs that are stopped, and what two runs have in common."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback
+
+TIMES = ("time/", "tokens_per_second/", "memory/")  # the only figures that may differ
+
+
+class StopAt(Callback):
+    """Sends this process a signal at a moment of the run that a test chooses."""
+
+    moment: ClassVar[tuple[str, int, int] | None] = None  # hook, optimiser steps by then, number of the signal
+
+    def _at(self, hook: str, trainer: Any) -> None:
+        if StopAt.moment is not None and StopAt.moment[:2] == (hook, trainer.global_step):
+            number, StopAt.moment = StopAt.moment[2], None
+            os.kill(os.getpid(), number)
+
+    def on_train_batch_start(self, trainer, *_: Any) -> None:
+        self._at("on_train_batch_start", trainer)
+
+    def on_train_batch_end(self, trainer, *_: Any) -> None:
+        self._at("on_train_batch_end", trainer)
+
+    def on_validation_batch_end(self, trainer, *_: Any) -> None:
+        self._at("on_validation_batch_end", trainer)
+
+
+def logged(run: Path) -> list[dict[str, str]]:
+    """Rows of the CSV log, without times and without cells that are empty."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if v and not k.startswith(TIMES)} for row in csv.DictReader(file)]
+    return [row for row in rows if row.keys() - {"step", "epoch"}]
+
+
+def kept(run: Path) -> dict[str, Any]:
+    """What a run's last checkpoint holds, but for where it lies."""
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    saved["callbacks"] = {k: v for k, v in saved["callbacks"].items() if not k.startswith("RunCheckpoint")}
+    del saved["loops"], saved["miepo"]
+    return saved
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b) or (a != a and b != b)
+
+
+SIGTERM, SIGINT = signal.SIGTERM, signal.SIGINT

@@ -1,0 +1,78 @@
+"""A run that was stopped and goes on equals one that was not, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.interruption import SIGINT, SIGTERM, StopAt, kept, logged, same
+from tests.integration.test_cli import callbacks, config, run
+
+PROMPTS = ["the garden", "people like rain", "food", "in spring", "a good place", "when rain comes", "grow food"]
+PROMPTS += ["it is good", "rain in spring", "people grow food"]
+WAYS = {
+    "an evaluation after every epoch": {},
+    "evaluations within an epoch": {"val_check_interval": 2},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "a number of steps": {"max_epochs": -1, "max_steps": 12},
+    "a part of every epoch": {"limit_train_batches": 3},
+}
+
+
+def values_of(model: Path, root: Path, way: str) -> dict:
+    """Three epochs of five batches with dropout, sampling, clipping, a warm-up and evaluations."""
+    values = config(model, root)
+    values["trainer"] |= {"max_epochs": 3, "gradient_clip_val": 1.0} | WAYS[way]
+    values["trainer"]["callbacks"] = callbacks({"class_path": "tests.helpers.interruption.StopAt"})
+    values["data"] |= {"prompts": PROMPTS, "validation_prompts": ["the rain", "a garden"], "batch_size": 2}
+    values["model"]["policy"]["init_args"]["lora_dropout"] = 0.2
+    values["checkpoint"] = {"every_n_steps": 2}
+    return values
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One undisturbed run for each way, made when it is first asked for."""
+
+    class Runs(dict):
+        def __missing__(self, way: str) -> Path:
+            root = tmp_path_factory.mktemp("straight")
+            run("fit", values_of(tiny_model, root, way), root)
+            self[way] = root / "run" / "version_0"
+            return self[way]
+
+    return Runs()
+
+
+def stopped(hook: str, step: int, number: int, values: dict, root: Path) -> None:
+    StopAt.moment = (hook, step, number)
+    with pytest.raises(SystemExit) as error:
+        run("fit", values, root)
+    assert error.value.code == 128 + number
+    assert StopAt.moment is None
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("hook", "step", "number"),
+    [
+        ("on_train_batch_start", 1, SIGTERM),
+        ("on_train_batch_end", 3, SIGINT),
+        ("on_train_batch_end", 5, SIGTERM),
+        ("on_validation_batch_end", None, SIGTERM),
+    ],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tiny_model: Path, tmp_path: Path, straight: dict[str, Path], way: str, hook: str, step: int | None, number: int
+) -> None:
+    """Whatever the moment: in the middle of an epoch, at its end, in an evaluation."""
+    values = values_of(tiny_model, tmp_path, way)
+    whole = logged(straight[way])
+    if step is None:  # the second evaluation after training began
+        step = [int(row["step"]) + 1 for row in whole[1:] if "front/hv" in row][1]
+    stopped(hook, step, number, values, tmp_path)
+    run("fit", values, tmp_path, "--ckpt_path", "last")
+    (version,) = (tmp_path / "run").iterdir()  # the same folder
+    assert logged(version) == whole
+    assert same(kept(version), kept(straight[way]))
