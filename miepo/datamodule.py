@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from miepo.callbacks.reporting import run_folder
+from miepo.callbacks.reporting import run_folder, together
 from miepo.callbacks.run_checkpoint import begin_step
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import Split
@@ -287,8 +287,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
         )
         synchronise()  # so that the time below is that of the work and not of its launch
         referred = perf_counter()
-        raw = scored()
-        self.scored_responses += RESPONSES * len(batch)
+        raw = together(self._trainer, scored)
+        self.scored_responses += RESPONSES * len(batch) * self._trainer.world_size
         scores = normalise_rewards(module.objectives, raw)  # (B, 2, K)
         empty = responses.empty.cpu()
         labels = self._labels(scores, routing, empty)  # (B, K)
@@ -343,9 +343,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
         responses = self.engine.sample(self._policy, batch.prompts, batch.preference, 1, self.max_new_tokens, seeds)
         scores = None
         if not predicting:
-            scores = normalise_rewards(
-                module.objectives, score_responses(module.objectives, batch.prompts, responses.texts)
-            )[:, 0]
+            raw = score_responses(module.objectives, batch.prompts, responses.texts)
+            scores = normalise_rewards(module.objectives, raw)[:, 0]
         return EvaluationBatch(
             batch.prompts,
             batch.positions,

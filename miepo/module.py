@@ -13,6 +13,7 @@ from torch import Tensor
 from miepo.errors import UserError
 from miepo.exploration import Contrast, Exploration, InfoNCE, read_under
 from miepo.losses import alignment_loss, implicit_reward, mean_distance, total_loss
+from miepo.callbacks.reporting import over_processes
 from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.parts import part_by_part
 from miepo.policy import Policy
@@ -145,26 +146,26 @@ class MIEPO(PolicyModule):
         )
 
     def _log_step(self, batch: PreferenceBatch, loss: Tensor, terms: Terms) -> None:
-        lengths = batch.responses.tokens.mask.sum(-1).float()  # (B, 2)
         values = {
             # on the policy's own samples the mean implicit reward estimates KL(policy || reference)
-            "kl": terms.reward.mean(),
-            "response/tokens": lengths.mean(),
-            "response/finished": batch.responses.finished.float().mean(),
+            "kl": terms.reward,
+            "response/tokens": batch.responses.tokens.mask.sum(-1).float(),  # (B, 2)
+            "response/finished": batch.responses.finished.float(),
         }
         labelled, margin = batch.labels != 0, terms.reward[:, :1] - terms.reward[:, 1:]
         agrees = torch.where(labelled, (torch.sign(margin) == batch.labels).float(), torch.nan)
         for k, name in enumerate(self.names):
-            values[f"reward/{name}"] = batch.scores[..., k].nanmean()
-            values[f"alignment/{name}"] = torch.where(labelled[:, k], terms.alignment[:, k], torch.nan).nanmean()
-            values[f"agreement/{name}"] = agrees[:, k].nanmean()
+            values[f"reward/{name}"] = batch.scores[..., k]
+            values[f"alignment/{name}"] = torch.where(labelled[:, k], terms.alignment[:, k], torch.nan)
+            values[f"agreement/{name}"] = agrees[:, k]
         if terms.exploration is not None and terms.bound is not None:
-            values |= {"exploration": terms.exploration.mean(), "information/infonce": terms.bound.nanmean()}
+            values |= {"exploration": terms.exploration, "information/infonce": terms.bound}
         if terms.gap is not None:
-            values["rollout/gap"] = terms.gap.mean()
-        values |= {f"count/{key}": torch.tensor(float(value)) for key, value in batch.counts.items()}
+            values["rollout/gap"] = terms.gap
+        counts = {f"count/{key}": float(value) for key, value in batch.counts.items()}
         size = len(batch)
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=size)
         # NaN where no pair had a label: a value left out would be logged as it was the step before
-        self.log_dict(values, batch_size=size)
+        means, sums = over_processes(self.trainer.strategy, {"loss": loss.detach()} | values, counts)
+        self.log("loss", means.pop("loss"), prog_bar=True, batch_size=size)
+        self.log_dict(means | sums, batch_size=size)
         self.log("learning_rate", self.lr_schedulers().get_last_lr()[0], batch_size=size)  # type: ignore[union-attr]

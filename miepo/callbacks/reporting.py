@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
+
+from miepo.errors import ObjectiveError
+
+T = TypeVar("T")
 
 
 def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) -> None:
@@ -38,11 +43,13 @@ def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of the run's files, the same on all processes."""
-    logger = trainer.logger
-    if logger is not None and logger.save_dir is not None and not hasattr(logger, "log_dir"):
-        return Path(logger.save_dir) / str(logger.name) / str(logger.version)  # W&B: one folder for all its runs
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The folder of the run's files, as the first process knows it; no process waits for another here."""
+    logger: Any = trainer.logger
+    if logger is None or logger.save_dir is None:
+        return Path(trainer.default_root_dir)
+    if hasattr(logger, "log_dir"):
+        return Path(logger.log_dir)
+    return Path(logger.save_dir) / str(logger.name) / str(logger.version)  # W&B: one folder for all its runs
 
 
 def whole_evaluation(hook: Callable[..., None]) -> Callable[..., None]:
@@ -66,6 +73,41 @@ def gathered(trainer: Trainer, value: Any) -> list[Any]:
     values: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def together(trainer: Trainer, function: Callable[[], T]) -> T:
+    """Calls ``function`` on every process; what is raised on one is raised on all, so that none waits for the others."""
+    error: Exception | None = None
+    try:
+        value = function()
+    except Exception as caught:
+        error = caught
+    found = [e for e in gathered(trainer, None if error is None else str(error)) if e is not None]
+    if error is not None:
+        raise error
+    if found:
+        raise ObjectiveError(f"another process ended: {found[0]}")
+    return value
+
+
+def over_processes(
+    strategy: Any, values: Mapping[str, Tensor], counts: Mapping[str, float]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Means of what all processes have seen together, NaN left out, and sums of their counts; one exchange for all.
+
+    Args:
+        strategy: Of the trainer.
+        values: Any number of values under each name; the names are the same on all processes.
+        counts: One number under each name.
+    """
+    device = strategy.root_device
+    sums = [value.to(device).double().nansum() for value in values.values()]
+    seen = [(~value.isnan()).sum().to(device).double() for value in values.values()]
+    rest = [torch.tensor(count, dtype=torch.float64, device=device) for count in counts.values()]
+    total = strategy.reduce(torch.stack([*sums, *seen, *rest]), reduce_op="sum")
+    n = len(values)
+    means = (total[:n] / total[n : 2 * n]).float()  # 0 / 0 is NaN
+    return dict(zip(values, means, strict=True)), dict(zip(counts, total[2 * n :].float(), strict=True))
 
 
 def log_versions(trainer: Trainer) -> list[dict[str, Any]]:

@@ -32,8 +32,8 @@ class RunCheckpoint(Checkpoint):
     It is written between two steps: the update is done, its figures are with the loggers, an evaluation that was due
     is over. ``miepo fit --ckpt_path last`` finds it.
 
-    SIGTERM, SIGUSR1 and Ctrl-C end the run at the next such moment, with a checkpoint; during an evaluation at its next
-    batch, and the run goes on with the whole evaluation. A second Ctrl-C stops at once, without one.
+    SIGTERM, SIGUSR1 and Ctrl-C end the run at the next such moment, with a checkpoint; during an evaluation of one
+    process at its next batch, and the run goes on with the whole evaluation. A second Ctrl-C stops at once, without one.
 
     Args:
         every_n_steps: Optimiser steps between two checkpoints. The end of training writes one in any case.
@@ -106,7 +106,8 @@ class RunCheckpoint(Checkpoint):
         self._evaluating = trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.state.fn == "fit" and self._asked(trainer):
+        # the shares of several processes may be uneven, so that they cannot agree here
+        if trainer.state.fn == "fit" and trainer.world_size == 1 and self._signal is not None:
             if self._evaluating:
                 self.save(trainer)
             self._stop(trainer)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback
+
+from miepo.objectives import Objective
 
 TIMES = ("time/", "tokens_per_second/", "memory/")  # the only figures that may differ
 
@@ -32,6 +35,20 @@ class StopAt(Callback):
 
     def on_validation_batch_end(self, trainer, *_: Any) -> None:
         self._at("on_validation_batch_end", trainer)
+
+
+class FailsOnOne(Objective):
+    """Raises on the second process, in the second rollout."""
+
+    def __init__(self) -> None:
+        super().__init__("unlucky", {"mean": 0.0, "sd": 1.0})
+        self.calls = 0
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        self.calls += len(prompts) > 2  # the trial when it is loaded is of two
+        if self.calls == 2 and os.environ.get("RANK") == "1":
+            raise ValueError("the reward server is on fire")
+        return [float(len(r)) for r in responses]
 
 
 def logged(run: Path) -> list[dict[str, str]]:
