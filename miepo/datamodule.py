@@ -28,7 +28,13 @@ from miepo.normalisation import (
     read_normalisation,
     write_normalisation,
 )
-from miepo.objectives.base import normalise_rewards, objectives_of, score_responses, start_scoring
+from miepo.objectives.base import (
+    normalise_rewards,
+    objectives_of,
+    score_responses,
+    start_scoring,
+    take_failures,
+)
 from miepo.policy import Policy
 from miepo.preferences import (
     DirichletPreferences,
@@ -306,7 +312,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             counterfactual_labels=counterfactual_labels.to(device),
             reference_log_prob=reference,
             counterfactual_reference_log_prob=counterfactual_reference,
-            counts=feedback_counts(labels, scores, asked, empty),
+            counts=feedback_counts(labels, scores, asked, empty) | take_failures(module.objectives),
             seconds={
                 "sampling": sampled - start,
                 "reference": referred - sampled,

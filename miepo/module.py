@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from miepo.callbacks.reporting import over_processes
 from miepo.errors import UserError
 from miepo.exploration import Contrast, Exploration, InfoNCE, read_under
 from miepo.losses import alignment_loss, implicit_reward, mean_distance, total_loss
-from miepo.callbacks.reporting import over_processes
 from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.parts import part_by_part
 from miepo.policy import Policy

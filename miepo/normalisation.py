@@ -6,13 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import fingerprint_of
 from miepo.errors import UserError
 from miepo.objectives import Objective
-from miepo.objectives.base import Normalisation, score_responses
+from miepo.objectives.base import Normalisation, identity_of, score_responses
 from miepo.rows import read_rows
 
 SCHEMA = 1
@@ -38,12 +37,6 @@ def offline_responses(source: PreferenceDataset | str) -> OfflineResponses:
         pairs, name = [(row["prompt"], row["response"]) for row in rows], f"'{Path(source).name}'"
     prompts, responses = zip(*pairs, strict=True)
     return OfflineResponses(prompts, responses, name, fingerprint_of(pairs))
-
-
-def identity_of(objective: Objective) -> dict[str, Any]:
-    """What a normalisation belongs to: with another model, label or sign it would be another."""
-    kind = type(objective)
-    return {"class": f"{kind.__module__}.{kind.__qualname__}"} | {k: getattr(objective, k) for k in objective.identity}
 
 
 def calibrate(objectives: Sequence[Objective], offline: OfflineResponses) -> None:

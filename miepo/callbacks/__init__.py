@@ -1,5 +1,6 @@
 """What a run shows: the Pareto front, the information, samples, throughput, the table at the end, answers to a file."""
 
+from miepo.callbacks.collapse_guard import CollapseGuard
 from miepo.callbacks.evaluation_table import EvaluationTable
 from miepo.callbacks.pareto_front import ParetoFront
 from miepo.callbacks.preference_information import PreferenceInformation
@@ -9,6 +10,7 @@ from miepo.callbacks.sample_table import SampleTable
 from miepo.callbacks.throughput import Throughput
 
 __all__ = [
+    "CollapseGuard",
     "EvaluationTable",
     "ParetoFront",
     "PreferenceInformation",

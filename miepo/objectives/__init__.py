@@ -4,6 +4,7 @@ from miepo.objectives.base import Objective
 from miepo.objectives.brevity import Brevity
 from miepo.objectives.cheerfulness import Cheerfulness
 from miepo.objectives.harmlessness import Harmlessness
+from miepo.objectives.patient import Patient
 from miepo.objectives.python_objective import PythonObjective
 from miepo.objectives.relevance import Relevance
 from miepo.objectives.reward_model import ModelObjective, RewardModel, ScoreModel
@@ -14,6 +15,7 @@ __all__ = [
     "Harmlessness",
     "ModelObjective",
     "Objective",
+    "Patient",
     "PythonObjective",
     "Relevance",
     "RewardModel",

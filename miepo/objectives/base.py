@@ -39,6 +39,7 @@ class Objective(Callback):
     higher_is_better: bool = True
     # asked in a thread of its own, beside other objectives and the reference: for those that wait, for a server say
     concurrent: bool = False
+    failures = 0  # calls given up since they were last counted
     given = False  # whether the configuration states the normalisation, which counts more than a checkpoint's then
     identity: Sequence[str] = ("higher_is_better",)  # attributes that make it what it is: with others, other scores
 
@@ -71,7 +72,7 @@ class Objective(Callback):
     # -- what the framework calls --------------------------------------------------------------------------------------
 
     def reward(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Raw scores turned so that higher is better, ``(N,)`` float32 on the CPU.
+        """Raw scores turned so that higher is better, ``(N,)`` float32 on the CPU; NaN where one is not finite.
 
         Raises:
             ObjectiveError: the objective raised, or returned something else than N numbers.
@@ -90,6 +91,7 @@ class Objective(Callback):
                 f"objective {self.name}: expected scores of shape ({len(prompts)},), one per response, "
                 f"got {tuple(scores.shape)}"
             )
+        scores = torch.where(scores.isfinite(), scores, torch.nan)  # an infinite score is none
         return scores if self.higher_is_better else -scores
 
     def normalise(self, rewards: Tensor) -> Tensor:
@@ -150,6 +152,21 @@ class Objective(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.unload()
+
+
+def identity_of(objective: Objective) -> dict[str, Any]:
+    """What a normalisation belongs to: with another model, label or sign it would be another."""
+    kind = type(objective)
+    return {"class": f"{kind.__module__}.{kind.__qualname__}"} | {k: getattr(objective, k) for k in objective.identity}
+
+
+def take_failures(objectives: Sequence[Objective]) -> dict[str, int]:
+    """``failed/NAME``: calls that objectives gave up since this was last asked, of those that may."""
+    found = {}
+    for objective in objectives:
+        if hasattr(objective, "on_failure"):
+            found[f"failed/{objective.name}"], objective.failures = objective.failures, 0
+    return found
 
 
 def objectives_of(trainer: Trainer) -> list[Objective]:

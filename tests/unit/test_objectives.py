@@ -24,6 +24,7 @@ from miepo.objectives import (
     Harmlessness,
     ModelObjective,
     Objective,
+    Patient,
     PythonObjective,
     Relevance,
     RewardModel,
@@ -65,6 +66,7 @@ def everyone(classifier: Path, scorer: Path) -> list[Objective]:
         RewardModel(str(classifier), "reward", label=0),
         ScoreModel(str(scorer), "score", batch_size=2),
         PythonObjective("tests.unit.test_objectives.word_count", "words"),
+        Patient(PythonObjective("tests.unit.test_objectives.word_count", "asked")),
     ]
 
 

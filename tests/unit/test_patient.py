@@ -1,0 +1,113 @@
+"""Objectives that fail now and then."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from miepo.errors import ObjectiveError, UserError
+from miepo.objectives import Objective, Patient
+from miepo.objectives.base import identity_of
+from tests.helpers.tiny import Broken, Length, Letters
+from tests.unit.test_module import rollout, step
+
+
+class Moody(Objective):
+    """Does what a list says, call by call; then it answers."""
+
+    higher_is_better = False
+
+    def __init__(self, moods: Sequence[Callable[[], Any]], name: str = "moody") -> None:
+        super().__init__(name, {"mean": 0.0, "sd": 1.0})
+        self.moods, self.calls = list(moods), 0
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
+        self.calls += 1
+        if self.moods and (made := self.moods.pop(0)()) is not None:
+            return made
+        return [float(len(r)) for r in responses]
+
+
+def fails() -> None:
+    raise ConnectionError("the server is down")
+
+
+def ask(objective: Patient, *texts: str) -> list[float]:
+    return objective.reward(["x"] * len(texts), texts).tolist()
+
+
+def test_it_asks_again_and_has_the_scores_of_the_other() -> None:
+    inner = Moody([fails, lambda: [1.0], fails])  # down, a wrong shape, down
+    objective = Patient(inner, retries=3, backoff=0.0)
+    assert ask(objective, "ab", "c") == [-2.0, -1.0]
+    assert inner.calls == 4
+    assert (objective.name, objective.normalisation, objective.given) == ("moody", inner.normalisation, True)
+    assert identity_of(objective)["of"] == identity_of(inner)
+
+
+def test_it_waits_twice_as_long_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("miepo.objectives.patient.sleep", waited.append)
+    with pytest.raises(ObjectiveError, match="After 4 attempts: objective moody failed to score: ConnectionError: the"):
+        ask(Patient(Moody([fails] * 9), retries=3, backoff=0.5), "a")
+    assert waited == [0.5, 1.0, 2.0]
+
+
+def test_no_answer_in_time_is_a_failure() -> None:
+    never = threading.Event()
+    objective = Patient(Moody([never.wait]), timeout=0.1, retries=0)
+    with pytest.raises(ObjectiveError, match=r"objective moody: no answer in 0.1 s"):
+        ask(objective, "a")
+    assert ask(Patient(Moody([]), timeout=20.0), "abc") == [-3.0]
+    with pytest.raises(ObjectiveError, match="server is down"):
+        ask(Patient(Moody([fails]), timeout=20.0, retries=0), "a")
+    never.set()
+
+
+def test_a_server_that_was_never_there_is_a_mistake() -> None:
+    objective = Patient(Moody([fails]), retries=5, on_failure="skip")
+    with pytest.raises(ObjectiveError, match="moody failed to score"):
+        objective.load_checked(torch.device("cpu"))
+
+
+def test_a_run_goes_on_without_it_and_counts(tiny_model: Path, tmp_path: Path) -> None:
+    """Its pairs have no label; the others' have."""
+    inner = Moody([lambda: None] * 2 + [fails] * 2)  # loaded, then down for the first rollout
+    objectives = [Patient(inner, retries=1, backoff=0.0, on_failure="skip"), Length()]
+    with pytest.warns(UserWarning, match="moody is left out of a batch, after 2 attempts"):
+        module, batch, logged = rollout(tiny_model, tmp_path, objectives=objectives, trainer={"max_steps": 2})
+    assert logged["count/failed/moody"] == 1
+    assert batch.scores[..., 0].isnan().all()
+    assert (batch.labels[:, 0] == 0).all()
+    assert (batch.labels[:, 1] != 0).any()
+    loss, gradients = step(module, batch)
+    assert loss.isfinite()
+    assert any(g.abs().sum() > 0 for g in gradients.values())
+
+
+def test_infinite_scores_are_none(tiny_model: Path, tmp_path: Path) -> None:
+    inner = Moody([lambda: None, lambda: [float("inf"), -float("inf")] * 4])
+    _, batch, logged = rollout(
+        tiny_model, tmp_path, objectives=[inner, Letters("e", normalisation={"mean": 0.0, "sd": 1.0})]
+    )
+    assert batch.scores[..., 0].isnan().all()
+    assert logged["count/not_a_number"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timeout": 0.0}, "broken: timeout must be positive, got 0"),
+        ({"retries": -1}, "broken: retries must not be negative, got -1"),
+        ({"backoff": -0.5}, "broken: backoff must not be negative"),
+        ({"on_failure": "ignore"}, "broken: on_failure must be error or skip, got 'ignore'"),
+    ],
+)
+def test_bad_settings(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Patient(Broken(), **settings)
