@@ -23,7 +23,7 @@ def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) ->
     validation set is the evaluation before training, which is half of every comparison.
     """
     module.log_dict(dict(metrics), on_step=False, on_epoch=True)
-    if trainer.sanity_checking:
+    if trainer.sanity_checking and trainer.global_step == 0:  # before a run that goes on there is nothing new
         for logger in trainer.loggers:
             logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=trainer.global_step)
 
@@ -76,7 +76,7 @@ def gathered(trainer: Trainer, value: Any) -> list[Any]:
 
 
 def together(trainer: Trainer, function: Callable[[], T]) -> T:
-    """Calls ``function`` on every process; what is raised on one is raised on all, so that none waits for the others."""
+    """Calls ``function`` on every process; what one raises all raise, so that none waits for the others."""
     error: Exception | None = None
     try:
         value = function()

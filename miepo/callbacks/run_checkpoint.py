@@ -32,8 +32,8 @@ class RunCheckpoint(Checkpoint):
     It is written between two steps: the update is done, its figures are with the loggers, an evaluation that was due
     is over. ``miepo fit --ckpt_path last`` finds it.
 
-    SIGTERM, SIGUSR1 and Ctrl-C end the run at the next such moment, with a checkpoint; during an evaluation of one
-    process at its next batch, and the run goes on with the whole evaluation. A second Ctrl-C stops at once, without one.
+    SIGTERM, SIGUSR1 and Ctrl-C end the run at the next such moment, with a checkpoint; a run of one process during an
+    evaluation, too, at its next batch, to go on with the whole evaluation. A second Ctrl-C stops at once, without one.
 
     Args:
         every_n_steps: Optimiser steps between two checkpoints. The end of training writes one in any case.

@@ -76,3 +76,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     (version,) = (tmp_path / "run").iterdir()  # the same folder
     assert logged(version) == whole
     assert same(kept(version), kept(straight[way]))
+    run("fit", values, tmp_path, "--ckpt_path", "last")  # it is over, and stays as it is
+    assert logged(version) == whole
+    assert same(kept(version), kept(straight[way]))

@@ -1,0 +1,94 @@
+"""Checkpoint files: whole or not there, small, of every schema there was."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from miepo.callbacks import RunCheckpoint
+from miepo.checkpoints import DurableCheckpointIO, config_changes
+from miepo.errors import UserError
+from tests.helpers.fit import tiny_run
+
+FIXTURES = sorted((Path(__file__).parents[1] / "fixtures").glob("checkpoint_schema_*.ckpt"))
+
+
+def test_a_write_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io, path = DurableCheckpointIO(), tmp_path / "deep" / "last.ckpt"
+    io.save_checkpoint({"a": torch.ones(3)}, path)
+
+    def half(content: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        io.save_checkpoint({"a": torch.zeros(3)}, path)
+    monkeypatch.undo()
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3))
+    io.save_checkpoint({"a": torch.zeros(3)}, path)  # and the next one goes through
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.zeros(3))
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("sync"), sync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda *a: (events.append("rename"), replace(*a))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, to: os.replace(self, to))
+    DurableCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
+    assert events == ["sync", "rename", "sync"]
+
+
+def checkpoint(model: Path, root: Path, **settings: Any) -> tuple[Any, Path]:
+    trainer, module, data = tiny_run(
+        model, root, trainer={"enable_checkpointing": True, "callbacks": [RunCheckpoint()]}, **settings
+    )
+    trainer.fit(module, data)
+    return module, root / "checkpoints" / "last.ckpt"
+
+
+def test_it_is_as_large_as_the_adapter_and_its_optimiser(tiny_model: Path, tmp_path: Path) -> None:
+    """Base weights, which would be many times as much, are not in it."""
+    module, path = checkpoint(tiny_model, tmp_path, policy={"lora_rank": 512})
+    adapter = sum(p.numel() * p.element_size() for p in module.policy.adapter_parameters().values())
+    assert path.stat().st_size < 1.05 * 3 * adapter  # and two moments of Adam
+
+
+def test_there_is_a_fixture_of_every_schema_before_this_one() -> None:
+    from miepo.policy_module import SCHEMA
+
+    assert [int(f.stem.rpartition("_")[2]) for f in FIXTURES] == list(range(1, SCHEMA))
+
+
+@pytest.mark.parametrize("file", FIXTURES, ids=lambda f: f.stem)
+def test_checkpoints_of_every_schema_stay_loadable(tiny_model: Path, tmp_path: Path, file: Path) -> None:
+    """Training goes on from them: with their adapter, optimiser, normalisation and place."""
+    saved = torch.load(file, weights_only=True)
+    trainer, module, data = tiny_run(tiny_model, tmp_path, trainer={"max_steps": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of another folder of the base, and of Lightning's callback that is not there
+        trainer.fit(module, data, ckpt_path=file)
+    assert trainer.global_step == 3
+    for objective in module.objectives:
+        state = saved["callbacks"][objective.state_key]
+        assert objective.state_dict() == state
+
+
+def test_a_schema_of_the_future_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    module, path = checkpoint(tiny_model, tmp_path)
+    saved = torch.load(path, weights_only=True)
+    saved["miepo"]["schema"] += 1
+    with pytest.raises(UserError, match=r"of schema \d or older, got \d: update miepo"):
+        module.on_load_checkpoint(saved)
+
+
+def test_what_two_configurations_differ_in() -> None:
+    before = {"a": {"b": 1, "c": [1]}, "d": None, "e": {"f": 1}}
+    now = {"a": {"b": 2, "c": [1]}, "e": 3, "g": {"h": 1}}
+    assert config_changes(before, now) == {"a.b": (1, 2), "e": ({"f": 1}, 3), "g": (None, {"h": 1})}
