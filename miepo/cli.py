@@ -9,10 +9,12 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -28,6 +30,7 @@ from miepo.normalisation import calibrate, write_normalisation
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.policy_module import PolicyModule
+from miepo.resources import is_file
 
 DESCRIPTION = (
     "Train and use a policy for every trade-off between objectives. Beside the subcommands below: miepo normalise, "
@@ -52,6 +55,8 @@ class MiepoCLI(LightningCLI):
     ``model`` and ``data`` may name a ``class_path``, for a method that brings its own; without one their settings are
     those of MIEPO and OnlinePreferenceDataModule.
     """
+
+    began = False  # whether everything was built: what goes wrong before is the configuration's
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -93,7 +98,7 @@ class MiepoCLI(LightningCLI):
             elif self.config.subcommand in ("validate", "test"):
                 rank_zero_warn("without --ckpt_path the untrained policy is evaluated")
         elif path not in (None, "best", "hpc"):
-            if not Path(path).is_file():
+            if not is_file(Path(path)):
                 raise UserError(f"expected a checkpoint at '{path}': there is none")
             try:
                 saved = torch.load(path, weights_only=True, map_location="meta")
@@ -102,6 +107,10 @@ class MiepoCLI(LightningCLI):
                 raise UserError(f"expected a checkpoint at '{path}', got a file that is none: {reason}") from None
             if last and self.config.subcommand == "fit":
                 continue_logs(options.trainer.logger, loggers_of(saved))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        type(self).began = True
+        super()._run_subcommand(subcommand)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         given = config.get("callbacks") or []
@@ -200,7 +209,10 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # prompts are in memory
     warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")  # peft, not ours
     given = sys.argv[1:] if args is None else args
+    MiepoCLI.began = False
     try:
+        if isinstance(given, list):
+            refuse_loops(given)
         if isinstance(given, list) and given[:1] == ["normalise"]:
             normalise(given[1:])
             return
@@ -212,11 +224,38 @@ def main(args: ArgsType = None) -> None:
             args=args,
         )
     except Exception as error:
-        mistake = user_error(error)
+        mistake: object = user_error(error)
+        if mistake is None and not MiepoCLI.began:
+            mistake = f"expected a configuration that can be built, got {type(error).__name__}: {first_line(error)}"
         if mistake is None or os.environ.get("MIEPO_TRACEBACK"):
             raise
         print(f"miepo: error: {mistake}", file=sys.stderr)
         sys.exit(2)
+
+
+def refuse_loops(args: Sequence[str]) -> None:
+    """Refuses a configuration file in which something contains itself: whoever walks through it does not come back."""
+    files = [b for a, b in pairwise(args) if a == "--config"]
+    files += [a.removeprefix("--config=") for a in args if a.startswith("--config=")]
+    for file in files:
+        try:
+            root = yaml.compose(Path(file).read_text())
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            continue  # the parser says what it is
+        open_nodes: set[int] = set()
+        closed: set[int] = set()  # what is referred to many times is looked at once
+        walk = [(root, False)]
+        while walk:
+            node, left = walk.pop()
+            if left:
+                open_nodes.discard(id(node))
+                closed.add(id(node))
+            elif id(node) in open_nodes:
+                raise UserError(f"expected a configuration in '{file}', got one in which something contains itself")
+            elif isinstance(node, yaml.CollectionNode) and id(node) not in closed:
+                open_nodes.add(id(node))
+                inside = [n for pair in node.value for n in (pair if isinstance(pair, tuple) else (pair,))]
+                walk += [(node, True), *((n, False) for n in inside)]
 
 
 def user_error(error: BaseException | None) -> BaseException | None:

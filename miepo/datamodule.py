@@ -61,6 +61,7 @@ from miepo.rollout import RolloutEngine, TransformersEngine
 from miepo.router import SampleRouter
 from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses
 
+MOST_VECTORS = 10_000
 RESPONSES = 2  # the pair that every objective judges
 
 
@@ -127,8 +128,10 @@ class OnlinePreferenceDataModule(LightningDataModule):
             raise UserError(f"data.validation_fraction must lie between 0 and 1, got {validation_fraction}")
         if isinstance(normalise_on, int) and normalise_on < 2:
             raise UserError(f"data.normalise_on must be at least 2 prompts, got {normalise_on}")
-        if grid is not None and (grid if isinstance(grid, int) else len(grid)) < 2:
-            raise UserError(f"data.grid needs at least 2 preference vectors, got {grid}")
+        if not isinstance(normalise_on, (int, str)):
+            raise UserError(f"data.normalise_on is a number of prompts, offline or a file, got {normalise_on}")
+        if grid is not None and not 2 <= (grid if isinstance(grid, int) else len(grid)) <= MOST_VECTORS:
+            raise UserError(f"data.grid takes 2 to {MOST_VECTORS} preference vectors, got {str(grid)[:80]}")
         self.prompts, self.validation_prompts, self.prompt_field = prompts, validation_prompts, prompt_field
         self.validation_fraction, self.validation_limit = validation_fraction, validation_limit
         self.batch_size, self.evaluation_batch_size = batch_size, evaluation_batch_size or 2 * batch_size

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import fingerprint_of
 from miepo.errors import UserError
 from miepo.objectives import Objective
 from miepo.objectives.base import Normalisation, identity_of, score_responses
+from miepo.resources import is_file
 from miepo.rows import read_rows
 
 SCHEMA = 1
@@ -62,19 +65,31 @@ def write_normalisation(path: Path, objectives: Sequence[Objective], offline: Of
     part.replace(path)
 
 
+def checked_normalisation(mean: Any, sd: Any) -> Normalisation:
+    """Raises ValueError where these are no finite numbers, or the standard deviation is not positive."""
+    for value in (mean, sd):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+            raise ValueError(f"not a finite number: {value!r}")
+    if sd <= 0:
+        raise ValueError(f"not positive: {sd!r}")
+    return Normalisation(mean, sd)
+
+
 def read_normalisation(path: Path, objectives: Sequence[Objective], offline: OfflineResponses | None) -> None:
     """Gives ``objectives`` without a normalisation what :func:`write_normalisation` wrote.
 
     Raises:
         UserError: there is no such file, it is of other objectives, or it was measured on other data than ``offline``.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"expected a normalisation at '{path}', there is none: miepo normalise writes it")
     try:
         content = json.loads(path.read_text())
-        values = {name: Normalisation(n["mean"], n["sd"]) for name, n in content["objectives"].items()}
+        values = {name: checked_normalisation(n["mean"], n["sd"]) for name, n in content["objectives"].items()}
         of, measured = {name: n["of"] for name, n in content["objectives"].items()}, content["data"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if measured is not None:
+            measured = {key: measured[key] for key in ("responses", "source", "fingerprint")}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(
             f"expected a normalisation at '{path}', got a file that miepo normalise did not write"
         ) from None

@@ -156,7 +156,11 @@ def _lattice(objectives: int, divisions: int) -> np.ndarray:
 def simplex_rows(rows: Sequence[Sequence[float]], objectives: int, where: str) -> Tensor:
     """Preference vectors given as lists of numbers, checked and normalised, ``(M, K)``."""
     names = [str(k) for k in range(objectives)]
+    if not rows:
+        raise UserError(f"{where}: expected at least one preference vector, got none")
     for row in rows:
+        if not isinstance(row, (list, tuple)):
+            raise UserError(f"{where}: a preference vector is a list of {objectives} weights, got {_short(row)}")
         if len(row) != objectives:
             raise UserError(f"{where}: a preference vector needs {objectives} weights, got {list(row)}")
     return torch.stack([parse_preference(dict(zip(names, row, strict=True)), names, where) for row in rows])
@@ -172,10 +176,13 @@ def parse_preference(weights: Mapping[str, float], names: Sequence[str], where: 
     """
     unknown = [name for name in weights if name not in names]
     if unknown:
-        raise UserError(f"{where}: unknown objective {', '.join(unknown)}; the objectives are {', '.join(names)}")
+        raise UserError(
+            f"{where}: unknown objective {', '.join(map(str, unknown))}; the objectives are {', '.join(names)}"
+        )
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
-            raise UserError(f"{where}: the weight of {name} must be a number, got {weight!r}")
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not -1e9 <= weight <= 1e9:  # NaN lies between nothing
+            raise UserError(f"{where}: the weight of {name} must be a number, got {_short(weight)}")
         if weight < 0:
             raise UserError(f"{where}: the weight of {name} must not be negative, got {weight}")
     total = sum(weights.values())
@@ -183,7 +190,17 @@ def parse_preference(weights: Mapping[str, float], names: Sequence[str], where: 
         raise UserError(f"{where}: at least one weight must be positive, got {dict(weights)}")
     if abs(total - 1) > 1e-6:
         warnings.warn(f"{where}: the weights sum to {total:g}, not 1; they are normalised", stacklevel=2)
-    return torch.tensor([weights.get(name, 0.0) / total for name in names], dtype=torch.float32)
+    shares = [weights.get(name, 0.0) / total + 0.0 for name in names]  # without a minus before a zero
+    return torch.tensor(shares, dtype=torch.float32)
+
+
+def _short(value: object) -> str:
+    """For a message: a number of thousands of digits, too."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of very many digits"
+    return text if len(text) <= 80 else f"{text[:80]}.."
 
 
 def format_preference(preference: Tensor, names: Sequence[str]) -> str:

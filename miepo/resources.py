@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,14 @@ from miepo.errors import UserError
 def cache_folder() -> Path:
     """Where downloaded and converted files are kept; ``MIEPO_CACHE`` overrides it."""
     return Path(os.environ.get("MIEPO_CACHE") or platformdirs.user_cache_dir("miepo"))
+
+
+def is_file(path: Path) -> bool:
+    """As ``path.is_file()``, also of a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def is_packaged(source: str) -> bool:
@@ -41,27 +50,31 @@ def locate(source: str) -> Path:
         name, _, file = source.removeprefix("package:").partition("/")
         spec = util.find_spec(name) if name.isidentifier() else None
         for folder in (spec.submodule_search_locations or []) if spec else []:
-            if (path := Path(folder) / file).is_file():
+            if is_file(path := Path(folder) / file):
                 return path
         raise UserError(f"expected the file '{file}' in an installed package '{name}' (from '{source}'): not found")
     if source.startswith("pypi:"):
         return _from_pypi(source)
-    return Path(source).expanduser()
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        raise UserError(f"expected a path, got '{source}' of a user who has no folder here") from None
 
 
 def _from_pypi(source: str) -> Path:
     requirement, _, file = source.removeprefix("pypi:").partition("/")
     name, _, version = requirement.partition("==")
-    if not (name and version and file):
+    plain = all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", part) for part in (name, version))
+    if not (plain and file) or Path(file).is_absolute() or ".." in Path(file).parts:
         raise UserError(f"expected 'pypi:NAME==VERSION/FILE', got '{source}'")
     try:
         installed = metadata.distribution(name)
-        if installed.version == version and (path := Path(str(installed.locate_file(file)))).is_file():
+        if installed.version == version and is_file(path := Path(str(installed.locate_file(file)))):
             return path
     except metadata.PackageNotFoundError:
         pass
     cached = cache_folder() / f"{name}-{version}" / file
-    if not cached.is_file():
+    if not is_file(cached):
         _download(name, version, file, cached)
     return cached
 

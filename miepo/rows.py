@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from miepo.errors import UserError, first_line, needs
-from miepo.resources import is_packaged, locate
+from miepo.resources import is_file, is_packaged, locate
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 Located = Iterable[tuple[str, Any]]  # where a row stands, and the row
@@ -42,13 +42,13 @@ def read_rows(
     if is_packaged(source) or kinds & {".jsonl", ".json"}:
         return _checked(_of_jsonl(path), fields, blank, str(path))
     if path.suffix in {".txt", ".csv", ".tsv", *OPENERS}:
-        what = "a file of another kind" if path.is_file() else "no file"
+        what = "a file of another kind" if is_file(path) else "no file"
         raise UserError(f"expected a .jsonl or .parquet file, got {what} at '{path}'")
     return _checked(_of_dataset(_load_dataset(source, path, split), fields, source), fields, blank, source)
 
 
 def _of_jsonl(path: Path) -> Located:
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"expected a file at '{path}': there is none")
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
@@ -80,7 +80,7 @@ def _of_parquet(path: Path, fields: Mapping[str, type]) -> Located:
         import pyarrow.parquet
     except ImportError:
         raise needs("datasets", f"the Parquet file '{path.name}'") from None
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"expected a file at '{path}': there is none")
     try:
         file = pyarrow.parquet.ParquetFile(path)
@@ -145,5 +145,14 @@ def check_text(value: str, where: str, what: str, blank_ok: bool = False) -> Non
     """Refuses text that no model can read."""
     if not value.strip() and not blank_ok:
         raise UserError(f"{where}: expected a {what}, got empty text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if not is_unicode(value):
         raise UserError(f"{where}: expected Unicode text, got half a character (a lone surrogate)")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether text is whole: without lone surrogates, which JSON can spell and no encoding knows."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

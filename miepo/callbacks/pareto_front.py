@@ -96,6 +96,7 @@ def draw_front(
     """
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
+    names = [name.replace("$", r"\$") for name in names]  # or matplotlib reads mathematics
     pairs = list(combinations(range(len(names)), 2)) or [(0, 0)]
     in_space = len(names) == 3
     across = 2 if in_space else min(len(pairs), 3)

@@ -31,15 +31,16 @@ class ResponseWriter(BasePredictionWriter):
             return
         rank = trainer.global_rank
         self.target = self.path.with_stem(f"{self.path.stem}_{rank}") if rank else self.path
-        if self.target.exists() and not self.overwrite:
-            raise UserError(
-                f"expected a new file for the answers, got '{self.target}', which exists (writer.overwrite: true)"
-            )
         try:
+            if self.target.exists() and not self.overwrite:
+                raise UserError(
+                    f"expected a new file for the answers, got '{self.target}', which exists (writer.overwrite: true)"
+                )
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.target.write_text("", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write the answers to '{self.target}': {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot write the answers to {str(self.target)[:200]!r}: {reason}") from None
 
     def write_on_batch_end(
         self,

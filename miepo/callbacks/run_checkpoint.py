@@ -40,7 +40,7 @@ class RunCheckpoint(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int = 25) -> None:
-        if every_n_steps < 1:
+        if not every_n_steps or every_n_steps < 1:
             raise UserError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.last_model_path = ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from miepo.dialogue import ASSISTANT, HUMAN, split_turns
 from miepo.errors import UserError
+from miepo.rows import is_unicode
 
 # Section "Prompt construction" of the paper; the preference text brings its own leading space.
 PAPER_TEMPLATE = "Human: {prompt}{preference} Assistant: {response}"
@@ -136,12 +137,20 @@ class PromptTemplate:
     def _user_text(self, prompt: str) -> str:
         if self._defuse is None:
             return prompt
-        return self._defuse.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", prompt)
+        text = self._defuse.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", prompt)
+        normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        # it may turn other characters into those of a marker
+        seen = "" if normalizer is None or not is_unicode(text) else normalizer.normalize_str(text)
+        if found := self._defuse.search(seen):
+            raise UserError(f"expected plain text, got {prompt[:80]!r}, in which this tokenizer reads '{found[0]}'")
+        return text
 
     def _control_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def _plain_ids(self, text: str) -> list[int]:
+        if not is_unicode(text):
+            raise UserError(f"expected Unicode text, got half a character (a lone surrogate) in {text[:80]!r}")
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
         # never trust the flag alone: a tokenizer that ignores it would hand the user its control tokens
         if found := self._control.intersection(ids):
