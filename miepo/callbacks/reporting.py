@@ -47,7 +47,7 @@ def run_folder(trainer: Trainer) -> Path:
     logger: Any = trainer.logger
     if logger is None or logger.save_dir is None:
         return Path(trainer.default_root_dir)
-    if hasattr(logger, "log_dir"):
+    if getattr(logger, "log_dir", None) is not None:
         return Path(logger.log_dir)
     return Path(logger.save_dir) / str(logger.name) / str(logger.version)  # W&B: one folder for all its runs
 

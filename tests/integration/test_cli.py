@@ -300,7 +300,7 @@ MISTAKES: dict[str, tuple[dict, str]] = {
         "DirichletPreferences.alpha must be positive, got -1",
     ),
     "bad grid": ({"data__grid": [[0.5, 0.5], [-1.0, 2.0]]}, "data.grid: the weight of 0 must not be negative"),
-    "empty grid": ({"data__grid": []}, "data.grid needs at least 2 preference vectors, got []"),
+    "empty grid": ({"data__grid": []}, "data.grid takes 2 to 10000 preference vectors, got []"),
     "alpha of another length": (
         {
             "data__preferences": {
