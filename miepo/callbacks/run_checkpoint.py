@@ -128,7 +128,7 @@ class RunCheckpoint(Checkpoint):
         """Writes the checkpoint; what was logged before it is on the disk by then."""
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)  # optimiser and places, too
         self._saved_step, self.last_model_path = trainer.global_step, str(self.path)
 
     # -- signals -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     run("fit", values, tmp_path, "--ckpt_path", "last")  # it is over, and stays as it is
     assert logged(version) == whole
     assert same(kept(version), kept(straight[way]))
+
+
+def test_the_same_seed_gives_the_same_run_without_a_network(
+    tiny_model: Path, tmp_path: Path, straight: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And another seed another run."""
+
+    def refuse(self: socket.socket, address: object) -> None:
+        raise AssertionError(f"something reached for the network: {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    way = "an evaluation after every epoch"
+    for name, seed in (("same", "0"), ("other", "1")):
+        (tmp_path / name).mkdir()
+        values = values_of(tiny_model, tmp_path / name, way)
+        run("fit", values, tmp_path / name, "--seed_everything", seed)
+        version = tmp_path / name / "run" / "version_0"
+        assert (logged(version) == logged(straight[way])) == (name == "same")
+        assert same(kept(version), kept(straight[way])) == (name == "same")
