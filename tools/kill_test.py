@@ -154,8 +154,8 @@ def configuration(model: Path, root: Path, seed: int) -> Path:
 
 def start(file: Path, moment: str = "") -> subprocess.Popen:
     command = [sys.executable, "-m", "miepo", "fit", "--config", str(file), "--ckpt_path", "last"]
-    log = (file.parent / "log").open("a")
-    return subprocess.Popen(command, env=os.environ | {"KILL_AT": moment}, stdout=log, stderr=log)
+    with (file.parent / "log").open("a") as log:
+        return subprocess.Popen(command, env=os.environ | {"KILL_AT": moment}, stdout=log, stderr=log)
 
 
 def check(root: Path) -> str | None:

@@ -50,11 +50,12 @@ def assert_alike(two: Path, one: Path) -> None:
     rows, expected = logged(two), logged(one)
     assert [r.keys() for r in rows] == [r.keys() for r in expected]
     for row, other in zip(rows, expected, strict=True):
+        first = row["step"] == "0"  # rounding, which sums in another order differ by, grows from step to step
         for key in row:
-            assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-4, abs=2e-5, nan_ok=True), (
-                key,
-                row["step"],
+            value = pytest.approx(
+                float(other[key]), rel=1e-5 if first else 1e-3, abs=1e-5 if first else 1e-3, nan_ok=True
             )
+            assert float(row[key]) == value, (key, row["step"])
     a, b = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (two, one))
     for name, weight in b["state_dict"].items():
         torch.testing.assert_close(a["state_dict"][name], weight, rtol=1e-3, atol=1e-5)
