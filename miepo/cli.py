@@ -153,7 +153,7 @@ def continue_logs(loggers: Any, versions: Sequence[dict[str, Any]]) -> None:
             continue
         entry.init_args = entry.get("init_args") or Namespace()
         if kind == "WandbLogger":
-            entry.init_args.update({"id": version, "resume": "allow"})
+            entry.init_args["id"], entry.init_args["resume"] = version, "allow"
         else:
             entry.init_args["version"] = version
         if kind == "CSVLogger":

@@ -99,3 +99,23 @@ def test_the_same_seed_gives_the_same_run_without_a_network(
         version = tmp_path / name / "run" / "version_0"
         assert (logged(version) == logged(straight[way])) == (name == "same")
         assert same(kept(version), kept(straight[way])) == (name == "same")
+
+
+def test_wandb_goes_on_with_the_same_run(
+    tiny_model: Path, tmp_path: Path, straight: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, each process leaves a file of its own; all are of one run, and so is the folder of the checkpoint."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    way = "an evaluation after every epoch"
+    values = values_of(tiny_model, tmp_path, way)
+    options = {"project": "miepo", "save_dir": str(tmp_path), "offline": True}
+    values["trainer"]["logger"] = [{"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": options}]
+    stopped("on_train_batch_end", 3, SIGTERM, values, tmp_path)
+    wandb.finish()
+    run("fit", values, tmp_path, "--ckpt_path", "last")
+    wandb.finish()
+    (folder,) = (tmp_path / "miepo").iterdir()
+    assert [p.name.rpartition("-")[2] for p in (tmp_path / "wandb").glob("offline-run-*")] == [folder.name] * 2
+    assert same(kept(folder), kept(straight[way]))
