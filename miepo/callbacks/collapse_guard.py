@@ -68,8 +68,8 @@ class CollapseGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Called before clipping, which would make NaN of every gradient."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = all(bool(g.isfinite().all()) for g in gradients)  # of several processes each has the same sum
-        if finite:
+        # of several processes each has the same sum; asked once, since a device is waited for at every answer
+        if not gradients or torch.stack([g.isfinite().all() for g in gradients]).all():
             self.in_a_row = 0
             return
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1

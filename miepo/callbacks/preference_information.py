@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from miepo.callbacks.reporting import gathered, log_evaluation, whole_evaluation
+from miepo.callbacks.reporting import gathered_rows, log_evaluation, whole_evaluation
 from miepo.metrics import PreferenceInformationMetric, bootstrap_interval
 from miepo.types import EvaluationBatch, Tokens
 
@@ -30,7 +30,7 @@ class PreferenceInformation(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The pairs since the last evaluation, of all processes."""
-        pairs = [part for parts in gathered(self.trainer, self.pairs) for part in parts]
+        pairs = gathered_rows(self.trainer, self.pairs)
         return {"pairs": torch.cat(pairs) if pairs else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ class PreferenceInformation(Callback):
         metric = pl_module.metrics[METRIC]
         values = {f"information/{key}": value.float() for key, value in metric.compute().items()}
         metric.reset()
-        pairs = [part for parts in gathered(trainer, self.pairs) for part in parts]
+        pairs = gathered_rows(trainer, self.pairs)
         if pairs:
             # in an order that does not tell which process had which
             each = torch.cat(pairs).sort(0).values  # (n, K)

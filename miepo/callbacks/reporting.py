@@ -75,6 +75,11 @@ def gathered(trainer: Trainer, value: Any) -> list[Any]:
     return values
 
 
+def gathered_rows(trainer: Trainer, rows: Sequence[T]) -> list[T]:
+    """The rows of all processes, one after the other."""
+    return [row for part in gathered(trainer, rows) for row in part]
+
+
 def together(trainer: Trainer, function: Callable[[], T]) -> T:
     """Calls ``function`` on every process; what one raises all raise, so that none waits for the others."""
     error: Exception | None = None

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from miepo.callbacks.reporting import gathered, log_table, whole_evaluation
+from miepo.callbacks.reporting import gathered_rows, log_table, whole_evaluation
 from miepo.preferences import format_preference
 from miepo.types import EvaluationBatch
 
@@ -38,8 +38,7 @@ class SampleTable(Callback):
 
     @whole_evaluation
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        every = [row for rows in gathered(trainer, self.rows) for row in rows]
-        self.last, self.rows = sorted(every, key=lambda row: row[:2]), []
+        self.last, self.rows = sorted(gathered_rows(trainer, self.rows), key=lambda row: row[:2]), []
         table = [
             (trainer.global_step, prompt, format_preference(w, pl_module.names), text, *scores)
             for _, _, prompt, w, text, scores in self.last
