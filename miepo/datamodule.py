@@ -48,8 +48,8 @@ from miepo.preferences import (
     torch_seeds,
 )
 from miepo.prompts import (
+    EvaluationShare,
     GridPrompts,
-    GridShare,
     OnlinePrompts,
     RunLoader,
     RunPositions,
@@ -216,8 +216,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
 
     def _grid_loader(self, prompts: Sequence[str], grid: Tensor) -> DataLoader:
         trainer, pairs = self._trainer, GridPrompts(self._fitting(prompts), grid)
-        share = GridShare(len(pairs), trainer.global_rank, trainer.world_size)
-        return DataLoader(pairs, batch_size=self.evaluation_batch_size, sampler=share, collate_fn=pairs.collate)
+        share = EvaluationShare(len(pairs), self.evaluation_batch_size, trainer.global_rank, trainer.world_size)
+        return DataLoader(pairs, batch_size=None, sampler=share)
 
     def _fitting(self, prompts: Sequence[str]) -> list[str]:
         """The prompts that fit the context together with a response; others are dropped or an error."""

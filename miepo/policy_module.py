@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -19,8 +20,10 @@ from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.policy import Policy
 from miepo.preferences import Stream, torch_seed
+from miepo.strategies import ShardedStrategy
 from miepo.types import EvaluationBatch
 
+SPLITTING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 SCHEMA = 2  # 2: the configuration, and what RunCheckpoint keeps
 
 
@@ -55,6 +58,11 @@ class PolicyModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         strategy: Any = self.trainer.strategy
+        if isinstance(strategy, SPLITTING) and not isinstance(strategy, ShardedStrategy):
+            raise UserError(
+                "expected trainer.strategy ddp, or sharded for a base that does not fit one device, got "
+                f"{type(strategy).__name__}"
+            )
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = DurableCheckpointIO()
         if self.conditioned:
@@ -69,6 +77,8 @@ class PolicyModule(LightningModule):
 
     def configure_model(self) -> None:
         self.policy.build(self.names)
+        if isinstance(self.trainer.strategy, ShardedStrategy) and self.policy.shards is None:
+            self.trainer.strategy.shard(self.policy)
 
     @property
     def progress(self) -> float:

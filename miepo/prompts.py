@@ -105,18 +105,38 @@ class RunPositions(DistributedSampler):
         return ((epoch, position) for position in self.mine[batches * self.batch_size :])
 
 
-class GridShare(DistributedSampler):
-    """Every ``W``-th pair of an evaluation, without the repetitions that would make all shares alike."""
+class EvaluationShare(DistributedSampler):
+    """Batches of every ``W``-th row of an evaluation, without the repetitions that would make all shares alike.
 
-    def __init__(self, size: int, rank: int = 0, processes: int = 1) -> None:
+    Every process has the same number of batches, since with a sharded network they compute together.
+
+    Args:
+        size: Rows in all.
+        batch_size: Of one process; a process with fewer rows than others fills its batches less.
+        rank: Of this process.
+        processes: ``W``.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int = 0, processes: int = 1) -> None:
+        if size < processes:
+            raise UserError(f"expected an evaluation of at least one row for each of {processes} processes, got {size}")
         super().__init__(range(size), processes, rank, shuffle=False)  # type: ignore[arg-type]
         self.mine = range(rank, size, processes)
+        self.batch_size = batch_size
+        # batches of one row cannot be filled less: where shares differ, there is one batch fewer
+        fullest = -(-size // processes)
+        self.count = min(-(-fullest // batch_size), size // processes)
 
     def __len__(self) -> int:
-        return len(self.mine)
+        return self.count
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.mine)
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+        start = 0
+        for left in range(self.count - 1, -1, -1):  # batches after this one, with at least one row each
+            rows = len(self.mine) - start
+            size = min(self.batch_size, rows - left) if left else rows
+            yield list(self.mine[start : start + size])
+            start += size
 
 
 class OnlinePrompts(Dataset):
@@ -149,7 +169,8 @@ class OnlinePrompts(Dataset):
 
 
 class GridPrompts(Dataset):
-    """Every (prompt, preference vector) pair, prompt by prompt, for evaluation and prediction."""
+    """Every (prompt, preference vector) pair, prompt by prompt, for evaluation and prediction; item ``[i, j, ..]`` is a
+    batch."""
 
     def __init__(self, prompts: Sequence[str], grid: Tensor) -> None:
         self.prompts, self.grid = prompts, grid  # (M, K)
@@ -157,14 +178,7 @@ class GridPrompts(Dataset):
     def __len__(self) -> int:
         return len(self.prompts) * len(self.grid)
 
-    def __getitem__(self, index: int) -> tuple[str, int, int]:
-        position, grid_index = divmod(index, len(self.grid))
-        return self.prompts[position], position, grid_index
-
-    def __iter__(self) -> Iterator[tuple[str, int, int]]:
-        return (self[i] for i in range(len(self)))
-
-    def collate(self, rows: Sequence[tuple[str, int, int]]) -> PromptBatch:
-        prompts, positions, indices = zip(*rows, strict=True)
+    def __getitem__(self, rows: Sequence[int]) -> PromptBatch:
+        positions, indices = zip(*(divmod(row, len(self.grid)) for row in rows), strict=True)
         index = torch.tensor(indices)
-        return PromptBatch(prompts, [0] * len(rows), positions, index, self.grid[index])
+        return PromptBatch([self.prompts[p] for p in positions], [0] * len(rows), positions, index, self.grid[index])

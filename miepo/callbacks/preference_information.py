@@ -10,7 +10,8 @@ from torch import Tensor
 
 from miepo.callbacks.reporting import gathered_rows, log_evaluation, whole_evaluation
 from miepo.metrics import PreferenceInformationMetric, bootstrap_interval
-from miepo.types import EvaluationBatch, Tokens
+from miepo.policy import Policy
+from miepo.types import EvaluationBatch
 
 METRIC = "preference_information"
 
@@ -52,18 +53,11 @@ class PreferenceInformation(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
     ) -> None:
         grid = trainer.datamodule.grid  # type: ignore[attr-defined]
-        policy, tokens = pl_module.policy, batch.responses.tokens
-        size = -(-len(batch) // len(grid))  # so that a pass has as many sequences as the batch
+        policy: Policy = pl_module.policy
         with policy.evaluating():
-            parts = [
-                policy.response_log_prob(
-                    batch.prompts[start : start + size],
-                    grid.expand(len(batch.prompts[start : start + size]), -1, -1),
-                    Tokens(tokens.ids[start : start + size], tokens.mask[start : start + size]),
-                )
-                for start in range(0, len(batch), size)
-            ]  # (n, 1, M, T) each
-        log_prob = torch.cat(parts).squeeze(1).sum(-1)  # (N, M)
+            every = grid.expand(len(batch), -1, -1)  # (N, M, K)
+            log_prob = policy.response_log_prob(batch.prompts, every, batch.responses.tokens)  # (N, 1, M, T)
+        log_prob = log_prob.squeeze(1).sum(-1)  # (N, M)
         pl_module.metrics[METRIC].update(log_prob, batch.grid_index, torch.tensor(batch.positions))
 
     @whole_evaluation

@@ -16,9 +16,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from miepo.callbacks.reporting import run_folder
+from miepo.callbacks.reporting import over_processes, run_folder
 from miepo.callbacks.run_checkpoint import begin_step
 from miepo.datamodule import check_dialogue
 from miepo.datasets import PreferenceDataset
@@ -28,8 +28,9 @@ from miepo.losses import supervised_loss
 from miepo.policy import Policy
 from miepo.policy_module import PolicyModule
 from miepo.preferences import Stream, generator
-from miepo.prompts import RunLoader, place_in_run, split_rows
+from miepo.prompts import EvaluationShare, RunLoader, place_in_run, split_rows
 from miepo.rows import read_rows
+from miepo.strategies import ShardedStrategy
 from miepo.types import SupervisedBatch, Tokens
 
 VALIDATION = 0.05  # share of a file of examples that is held out
@@ -88,8 +89,8 @@ class SupervisedFineTuning(PolicyModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.trainer.world_size > 1:
-            raise UserError(f"SupervisedFineTuning runs in one process, got {self.trainer.world_size}")
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            raise UserError("SupervisedFineTuning merges whole weights: expected trainer.strategy ddp, got sharded")
         if not isinstance(data, SupervisedDataModule):
             raise UserError(f"SupervisedFineTuning needs data SupervisedDataModule, got {type(data).__name__}")
         if stage == "fit":
@@ -101,7 +102,8 @@ class SupervisedFineTuning(PolicyModule):
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> STEP_OUTPUT:
         log_prob, mask = self._log_prob(batch), batch.responses.mask  # (N, T)
-        self.log("loss", supervised_loss(log_prob.detach(), mask), prog_bar=True, batch_size=len(batch))
+        means, _ = over_processes(self.trainer.strategy, {"loss": -log_prob.detach()[mask]}, {})  # over tokens
+        self.log("loss", means["loss"], prog_bar=True, batch_size=len(batch))
         # by what a batch has on average and not by what this one has: batches are of like length, and each token of a
         # step counts the same
         return {"loss": supervised_loss(log_prob, mask, self.trainer.datamodule.tokens_per_batch)}  # type: ignore[attr-defined]
@@ -110,7 +112,7 @@ class SupervisedFineTuning(PolicyModule):
         with self.policy.evaluating():
             loss = supervised_loss(self._log_prob(batch), batch.responses.mask)
         tokens = int(batch.responses.mask.sum())  # so that the mean over batches is that over tokens
-        self.log("validation/loss", loss, prog_bar=True, batch_size=tokens)
+        self.log("validation/loss", loss, prog_bar=True, batch_size=tokens, sync_dist=True)
 
     test_step = validation_step  # type: ignore[assignment]
 
@@ -204,16 +206,20 @@ class SupervisedDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rows = self._tokenised(self.train_set)
-        number = -(-len(rows) // self.batch_size)
-        self.tokens_per_batch = sum(len(ids) for _, ids, _ in rows) / number  # of responses, on average
-        lengths = [prompt_length + len(ids) for _, ids, prompt_length in rows]
         trainer: Any = self.trainer
-        batches = _Batches(lengths, self.batch_size, self.seed, lambda: place_in_run(trainer))
+        lengths = [prompt_length + len(ids) for _, ids, prompt_length in rows]
+        batches = _Batches(
+            lengths, self.batch_size, self.seed, lambda: place_in_run(trainer), trainer.global_rank, trainer.world_size
+        )
+        # of responses, on average, in one process
+        self.tokens_per_batch = sum(len(ids) for _, ids, _ in rows) / len(batches) / trainer.world_size
         return RunLoader(_Examples(rows), batch_size=None, sampler=batches, collate_fn=self._collate)
 
     def val_dataloader(self) -> DataLoader:
+        trainer: Any = self.trainer
         rows = sorted(self._tokenised(self.validation_set), key=lambda row: row[2] + len(row[1]))
-        return DataLoader(rows, batch_size=self.batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
+        share = EvaluationShare(len(rows), self.batch_size, trainer.global_rank, trainer.world_size)
+        return DataLoader(_Examples(rows), batch_size=None, sampler=share, collate_fn=self._collate)
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()
@@ -259,18 +265,34 @@ class _Examples(Dataset):
         return [self.rows[i] for i in index]
 
 
-class _Batches(Sampler):
-    """The batches of an epoch, a function of (seed, epoch), from the place that the run has reached."""
+class _Batches(DistributedSampler):
+    """The batches of an epoch, a function of (seed, epoch), from the place that the run has reached.
+
+    Of ``W`` processes each takes every ``W``-th row of batches that are ``W`` times as large; fewer than ``W`` rows at
+    the end are left out.
+    """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, place: Callable[[], tuple[int, int]]
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        place: Callable[[], tuple[int, int]],
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
-        self.lengths, self.batch_size, self.seed, self.place = lengths, batch_size, seed, place
+        super().__init__(range(len(lengths)), processes, rank, shuffle=False)  # type: ignore[arg-type]
+        self.lengths, self.seed, self.place = lengths, seed, place
+        self.whole, self.mine = batch_size * processes, slice(rank, None, processes)
+        self.count = -(-len(lengths) // self.whole) - (0 < len(lengths) % self.whole < processes)
+        if not self.count:
+            raise UserError(f"expected at least one example for each of {processes} processes, got {len(lengths)}")
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        return self.count
 
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, batches = self.place()
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+        epoch, done = self.place()
         rng = generator(Stream.SHUFFLE, self.seed, epoch)
-        return iter(length_batches(self.lengths, self.batch_size, rng)[batches:])
+        batches = length_batches(self.lengths, self.whole, rng)
+        return (batch[self.mine] for batch in [b for b in batches if len(b) >= self.num_replicas][done:])

@@ -39,15 +39,28 @@ def tree_size(under: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequenc
     return prompts + sum(max(len(answer) - 1, 0) for each in answers for answer in each)
 
 
-def passes(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Trees of these sizes, in this order, in groups of at most ``limit`` places, or of one tree that is larger."""
+def passes(sizes: Sequence[int], limit: int, count: int = 1) -> list[slice]:
+    """Trees of these sizes, in this order, in groups of at most ``limit`` places, or of one tree that is larger.
+
+    Args:
+        sizes: In places.
+        limit: Of places in a group.
+        count: Make at least so many groups; where there are fewer trees, the last is in several.
+    """
     groups, start, room = [], 0, limit
     for i, size in enumerate(sizes):
         if size > room and i > start:
             groups.append(slice(start, i))
             start, room = i, limit
         room -= size
-    return [*groups, slice(start, len(sizes))]
+    groups.append(slice(start, len(sizes)))
+    while len(groups) < count:
+        longest = max(groups, key=lambda g: g.stop - g.start)
+        if longest.stop - longest.start == 1:
+            return groups + [groups[-1]] * (count - len(groups))
+        i, middle = groups.index(longest), (longest.start + longest.stop) // 2
+        groups[i : i + 1] = [slice(longest.start, middle), slice(middle, longest.stop)]
+    return groups
 
 
 def _common(rows: Sequence[Sequence[int]]) -> list[int]:

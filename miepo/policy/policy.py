@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from miepo.errors import UserError
@@ -19,6 +20,7 @@ from miepo.policy.base_model import load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
 from miepo.policy.packing import pack, passes, tree_size
+from miepo.policy.sharding import Shards
 from miepo.policy.template import HH, PromptTemplate
 from miepo.types import Tokens
 
@@ -116,6 +118,7 @@ class Policy(nn.Module):
         self._built = False
         self._gate = _Gate()
         self._silent = False
+        self.shards: Shards | None = None  # where the base is spread over several processes
 
     # -- construction --------------------------------------------------------------------------------------------------
 
@@ -172,6 +175,10 @@ class Policy(nn.Module):
             )
         self.model.train(self.training)  # from_pretrained leaves the network in evaluation mode
         self.names = tuple(names)
+
+    def shard(self, mesh: DeviceMesh, gather_for_rollout: bool) -> None:
+        """Spreads the base over processes; all of them then take log-probabilities the same number of times."""
+        self.shards = Shards(self.causal_lm, mesh, self.adapter_parameters().values(), gather_for_rollout)
 
     @property
     def causal_lm(self) -> Any:
@@ -375,7 +382,8 @@ class Policy(nn.Module):
         share: bool,
     ) -> list[slice]:
         sizes = [tree_size(under, answers, share) for under, answers in zip(prompts, responses, strict=True)]
-        return passes(sizes, self.pass_limit)
+        groups = passes(sizes, self.pass_limit)
+        return groups if self.shards is None else passes(sizes, self.pass_limit, self.shards.most(len(groups)))
 
     @property
     def pass_limit(self) -> int:
@@ -431,14 +439,13 @@ class Policy(nn.Module):
         groups = [slice(0, len(prompts))]
         if not torch.is_grad_enabled():  # what needs a gradient, its caller divides
             groups = self._passes(prompts, responses, share=gate is None)
-        return torch.cat(
-            [
-                self._pass_log_prob(
-                    prompts[g], None if gate is None else gate[g.start * each : g.stop * each], responses[g], width
-                )
-                for g in groups
-            ]
-        )
+        parts = [
+            self._pass_log_prob(
+                prompts[g], None if gate is None else gate[g.start * each : g.stop * each], responses[g], width
+            )
+            for g in groups
+        ]
+        return torch.cat(parts)[: len(prompts)]
 
     def _pass_log_prob(
         self,

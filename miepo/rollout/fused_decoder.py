@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -56,8 +57,8 @@ class _Projection:
     gate: Tensor | None  # (N, R)
 
     @classmethod
-    def of(cls, layers: list[Any], gate: Tensor | None, rows: int) -> _Projection:
-        """For ``rows`` states at a time."""
+    def of(cls, layers: list[Any], gate: Tensor | None, rows: int, lasting: bool) -> _Projection:
+        """For ``rows`` states at a time, of weights that last or of such as are gathered for a rollout."""
         adapted = [isinstance(layer, LoraLayer) for layer in layers]
         plain: list[Any] = [layer.base_layer if a else layer for layer, a in zip(layers, adapted, strict=True)]
         weights: list[nn.Parameter] = [layer.weight for layer in plain]
@@ -75,8 +76,12 @@ class _Projection:
             bias = torch.cat(
                 [w.new_zeros(len(w)) if p.bias is None else p.bias for p, w in zip(plain, weights, strict=True)]
             )
+        if orders_weights(weights[0]):
+            product = _packed(torch.cat([*weights, *first]), rows)
+        else:
+            product = _laid_out(weights, first) if lasting else partial(F.linear, weight=torch.cat([*weights, *first]))
         return cls(
-            _packed(torch.cat([*weights, *first]), rows) if orders_weights(weights[0]) else _laid_out(weights, first),
+            product,
             torch.block_diag(*second) if first else None,
             bias,
             None if gate is None or not first else gate.to(dtype).repeat(1, len(first)),
@@ -198,7 +203,7 @@ class FusedDecoder:
             layer.keys = layer.values = None  # both caches of all layers would be too much
         del cache
         gate = policy.gate_of(preference.repeat_interleave(count, 0))  # (N, R)
-        self.layers = [_layer(layer, gate, rows) for layer in body.layers]
+        self.layers = [_layer(layer, gate, rows, policy.shards is None) for layer in body.layers]
         head = policy.causal_lm.get_output_embeddings()
         packs = orders_weights(head.weight) and head.bias is None
         self.head = _packed(head.weight, rows) if packs else None
@@ -275,17 +280,18 @@ class FusedDecoder:
             return self.policy.project(states, self.head).float()
 
 
-def _layer(layer: Any, gate: Tensor | None, rows: int) -> dict[str, Any]:
+def _layer(layer: Any, gate: Tensor | None, rows: int, lasting: bool) -> dict[str, Any]:
     attention, mlp = layer.self_attn, layer.mlp
     norms = [getattr(attention, f"{name}_norm", None) for name in "qk"]
+    projection = partial(_Projection.of, gate=gate, rows=rows, lasting=lasting)
     return {
         "norm": layer.input_layernorm.weight,
         "second_norm": layer.post_attention_layernorm.weight,
         "query_norm": None if norms[0] is None else norms[0].weight,
         "key_norm": None if norms[1] is None else norms[1].weight,
         "scale": attention.scaling,
-        "attention": _Projection.of([attention.q_proj, attention.k_proj, attention.v_proj], gate, rows),
-        "output": _Projection.of([attention.o_proj], gate, rows),
-        "up": _Projection.of([mlp.gate_proj, mlp.up_proj], gate, rows),
-        "down": _Projection.of([mlp.down_proj], gate, rows),
+        "attention": projection([attention.q_proj, attention.k_proj, attention.v_proj]),
+        "output": projection([attention.o_proj]),
+        "up": projection([mlp.gate_proj, mlp.up_proj]),
+        "down": projection([mlp.down_proj]),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,11 @@ class TransformersEngine(RolloutEngine):
         seed: int | Sequence[int],
     ) -> Responses:
         tokens = policy.encode(prompts, preference)  # (N, P)
-        with policy.evaluating():
-            draw = self._decode if self.fused and fits(policy) else self._generate
+        shards = policy.shards
+        gathered = shards.gathered() if shards is not None and shards.gathers else nullcontext()
+        whole = shards is None or shards.gathers
+        with policy.evaluating(), gathered:
+            draw = self._decode if self.fused and whole and fits(policy) else self._generate
             sampled = draw(policy, tokens, preference, count, max_new_tokens, prompt_seeds(seed, len(prompts)))
         return make_responses(policy, sampled.unflatten(0, (len(prompts), count)), self.stop)
 
@@ -97,6 +101,7 @@ class TransformersEngine(RolloutEngine):
                 attention_mask=prompts.mask.long(),
                 num_return_sequences=count,
                 max_new_tokens=max_new_tokens,
+                synced_gpus=policy.shards is not None and not policy.shards.gathers,
                 **stop,
             )  # (N * n, P + T)
         return ids[:, prompts.ids.shape[1] :]

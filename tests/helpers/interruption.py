@@ -37,6 +37,14 @@ class StopAt(Callback):
         self._at("on_validation_batch_end", trainer)
 
 
+class StopsOnOne(Callback):
+    """Sends the second process SIGTERM after the first step."""
+
+    def on_train_batch_end(self, trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class FailsOnOne(Objective):
     """Raises on the second process, in the second rollout."""
 

@@ -153,6 +153,10 @@ def test_sizes_and_passes() -> None:
         assert sum(sizes) == pack(prompts, [answers] * 2, 3, share, torch.float32).ids.shape[1]
     assert passes([3, 3, 3, 9, 1], 6) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
     assert passes([3, 3], 10) == [slice(0, 2)]
+    # as many as another process needs
+    assert passes([3, 3, 3, 9, 1], 6, 5) == [slice(i, i + 1) for i in range(5)]
+    assert passes([1, 1, 1], 10, 2) == [slice(0, 1), slice(1, 3)]
+    assert passes([3, 3], 10, 4) == [slice(0, 1), slice(1, 2), slice(1, 2), slice(1, 2)]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from miepo.errors import UserError
-from miepo.prompts import GridPrompts, GridShare, OnlinePrompts, RunPositions, load_prompts, split_rows
+from miepo.prompts import EvaluationShare, GridPrompts, OnlinePrompts, RunPositions, load_prompts, split_rows
 from miepo.resources import locate
 
 
@@ -98,8 +100,23 @@ def test_processes_share_a_batch_and_an_epoch_goes_on_where_it_was(processes: in
         whole = 20 // processes * processes
         assert [place for batch in together for place in batch] == [(4, p) for p in range(first, whole)]
     assert len(RunPositions(20, 2, lambda: (0, 0), 0, processes)) == 20 // processes
-    shares = [list(GridShare(7, rank, processes)) for rank in range(processes)]
-    assert sorted(i for share in shares for i in share) == list(range(7))  # none is left out, none comes twice
+
+
+@given(size=st.integers(1, 40), batch_size=st.integers(1, 9), processes=st.integers(1, 5))
+def test_an_evaluation_is_shared_out_in_as_many_batches_each(size: int, batch_size: int, processes: int) -> None:
+    if size < processes:
+        with pytest.raises(UserError, match=f"at least one row for each of {processes} processes, got {size}"):
+            EvaluationShare(size, batch_size, 0, processes)
+        return
+    shares = [EvaluationShare(size, batch_size, rank, processes) for rank in range(processes)]
+    each = [list(share) for share in shares]
+    assert {len(batches) for batches in each} == {len(shares[0])}
+    assert sorted(row for batches in each for batch in batches for row in batch) == list(range(size))
+    sizes = [len(batch) for batches in each for batch in batches]
+    assert min(sizes) >= 1
+    assert max(sizes) <= max(batch_size, 2)
+    if processes == 1:
+        assert each[0] == [list(range(i, min(i + batch_size, size))) for i in range(0, size, batch_size)]
 
 
 def test_every_process_needs_a_prompt() -> None:
@@ -110,8 +127,8 @@ def test_every_process_needs_a_prompt() -> None:
 def test_grid_pairs_every_prompt_with_every_preference() -> None:
     grid = torch.eye(3)
     pairs = GridPrompts(["a", "b"], grid)
-    batch = pairs.collate(list(pairs))
-    assert batch.prompts == ("a", "a", "a", "b", "b", "b")
+    batch = pairs[range(len(pairs))]
+    assert batch.prompts == ["a", "a", "a", "b", "b", "b"]
     assert list(batch.positions) == [0, 0, 0, 1, 1, 1]
     assert batch.grid_index.tolist() == [0, 1, 2, 0, 1, 2]
     assert torch.equal(batch.preference, torch.cat([grid, grid]))
