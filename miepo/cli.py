@@ -21,7 +21,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from miepo.callbacks import ResponseWriter, RunCheckpoint
+from miepo.callbacks import EvaluationRecord, ResponseWriter, RunCheckpoint
 from miepo.callbacks.run_checkpoint import loggers_of
 from miepo.datamodule import OnlinePreferenceDataModule
 from miepo.errors import UserError, first_line
@@ -72,6 +72,7 @@ class MiepoCLI(LightningCLI):
         parser.add_argument("--objectives", type=list[Objective], default=[], help="The objectives, in column order.")
         parser.add_lightning_class_args(ResponseWriter, "writer")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(EvaluationRecord, "record")
         defaults = {"model": MIEPO, "data": OnlinePreferenceDataModule}
         parser.set_defaults({key: {"class_path": f"miepo.{value.__name__}"} for key, value in defaults.items()})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
@@ -117,6 +118,8 @@ class MiepoCLI(LightningCLI):
         own = [c for c in (given if isinstance(given, list) else [given]) if isinstance(c, RunCheckpoint)]
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run") or own:
             callbacks = [c for c in callbacks if not isinstance(c, RunCheckpoint)]
+        if config.get("fast_dev_run"):
+            callbacks = [c for c in callbacks if not isinstance(c, EvaluationRecord)]
         return super()._instantiate_trainer(config, callbacks)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -1,6 +1,7 @@
-"""What a run shows: the Pareto front, the information, samples, throughput, the table at the end, answers to a file."""
+"""What a run shows and keeps: the Pareto front, the information, samples, throughput, the table at the end, answers."""
 
 from miepo.callbacks.collapse_guard import CollapseGuard
+from miepo.callbacks.evaluation_record import EvaluationRecord
 from miepo.callbacks.evaluation_table import EvaluationTable
 from miepo.callbacks.pareto_front import ParetoFront
 from miepo.callbacks.preference_information import PreferenceInformation
@@ -11,6 +12,7 @@ from miepo.callbacks.throughput import Throughput
 
 __all__ = [
     "CollapseGuard",
+    "EvaluationRecord",
     "EvaluationTable",
     "ParetoFront",
     "PreferenceInformation",

@@ -21,7 +21,7 @@ class EvaluationTable(Callback):
         self.last: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first}
+        return {"first": self.first, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.first = state_dict["first"]

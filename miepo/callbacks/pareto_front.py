@@ -35,10 +35,12 @@ class ParetoFront(Callback):
     def __init__(self, reference_point: float = -1.0, draw: bool = True) -> None:
         self.reference_point, self.draw = reference_point, draw
         self.before: list[list[float]] | None = None  # the first front of the run, (M, K)
+        self.after: list[list[float]] | None = None  # the last
+        self.grid: list[list[float]] = []  # (M, K)
         self.picture: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"before": self.before}
+        return {key: getattr(self, key) for key in ("before", "after", "grid", "reference_point")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = state_dict["before"]
@@ -74,8 +76,9 @@ class ParetoFront(Callback):
             self.picture.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(self.picture, dpi=150)
             log_image(trainer, "front/picture", self.picture)
+        self.after, self.grid = means.tolist(), metric.grid.tolist()
         if self.before is None:
-            self.before = means.tolist()
+            self.before = self.after
 
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end

@@ -123,6 +123,23 @@ def test_fit_prints_before_and_after_and_writes_the_picture(fitted: tuple[Path, 
     assert f"Checkpoint: {checkpoint(root)}" in printed
 
 
+def test_every_answer_is_kept_with_the_run(fitted: tuple[Path, dict, str]) -> None:
+    root, values, _ = fitted
+    folder = root / "run/version_0/evaluations"
+    assert sorted(p.name for p in folder.iterdir()) == ["step_000000.jsonl", "step_000002.jsonl"]
+    rows = [json.loads(line) for line in (folder / "step_000002.jsonl").read_text().splitlines()]
+    prompts = values["data"]["validation_prompts"]
+    assert [(row["prompt"], row["position"], row["grid_index"]) for row in rows] == [
+        (prompt, p, m) for p, prompt in enumerate(prompts) for m in range(3)
+    ]
+    assert rows[1]["preference"] == {"letter_e": 0.5, "brevity": 0.5}
+    state = torch.load(checkpoint(root), weights_only=True)["callbacks"]["ParetoFront"]
+    rewards = torch.tensor([list(row["rewards"].values()) for row in rows]).view(3, 3, 2)
+    torch.testing.assert_close(rewards.mean(0), torch.tensor(state["after"]))  # of each preference vector
+    assert state["grid"] == [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
+    assert any(row["response"] for row in rows)
+
+
 def test_everything_numeric_reaches_the_csv(fitted: tuple[Path, dict, str]) -> None:
     import csv
 

@@ -1,0 +1,72 @@
+"""Every answer of every evaluation, kept with the run: what reports, model cards and second looks are made of."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from miepo.callbacks.reporting import gathered_rows, run_folder, whole_evaluation
+from miepo.errors import UserError
+from miepo.types import EvaluationBatch
+
+FOLDER = "evaluations"
+
+
+class EvaluationRecord(Callback):
+    """Writes ``evaluations/step_000016.jsonl`` into the run's folder, a line for each prompt and preference vector.
+
+    A line has ``prompt``, ``position`` (of the prompt in the evaluation set), ``grid_index``, ``preference`` by objective
+    name, ``response`` and ``rewards`` by name, normalised, null where there is none. An evaluation outside of training is
+    ``validate.jsonl`` or ``test.jsonl``.
+
+    Args:
+        prompts: Keep the answers to this many prompts at most; all by default, none with 0.
+    """
+
+    def __init__(self, prompts: int | None = None) -> None:
+        if prompts is not None and prompts < 0:
+            raise UserError(f"record.prompts must not be negative, got {prompts}")
+        self.prompts = prompts
+        self.rows: list[dict[str, Any]] = []
+
+    @whole_evaluation
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        if not isinstance(batch, EvaluationBatch) or batch.scores is None:  # of a stage without preferences
+            return
+        names, scores = pl_module.names, batch.scores
+        for i, position in enumerate(batch.positions):
+            if self.prompts is not None and position >= self.prompts:
+                continue
+            weights = batch.preference[i].double().round(decimals=6).tolist()
+            rewards = [r if r == r else None for r in scores[i].tolist()]  # JSON knows no NaN
+            self.rows.append(
+                {
+                    "prompt": batch.prompts[i],
+                    "position": position,
+                    "grid_index": int(batch.grid_index[i]),
+                    "preference": dict(zip(names, weights, strict=True)),
+                    "response": batch.responses.texts[i][0],
+                    "rewards": dict(zip(names, rewards, strict=True)),
+                }
+            )
+
+    @whole_evaluation
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        rows = gathered_rows(trainer, self.rows)
+        self.rows = []
+        if not trainer.is_global_zero or not rows:
+            return
+        rows.sort(key=lambda row: (row["position"], row["grid_index"]))
+        fit = trainer.state.fn == "fit"
+        target = (
+            run_folder(trainer) / FOLDER / f"{f'step_{trainer.global_step:06d}' if fit else trainer.state.fn}.jsonl"
+        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(target)  # a file of this name is whole
+
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
