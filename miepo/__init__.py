@@ -5,6 +5,7 @@ from miepo.errors import ObjectiveError, UserError
 from miepo.module import MIEPO
 from miepo.objectives import Objective
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
+from miepo.trained import TrainedPolicy, load
 
 __version__ = "0.1.0"
 
@@ -16,5 +17,7 @@ __all__ = [
     "OnlinePreferenceDataModule",
     "Policy",
     "PromptConditioning",
+    "TrainedPolicy",
     "UserError",
+    "load",
 ]

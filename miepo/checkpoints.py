@@ -1,14 +1,21 @@
-"""Checkpoints on disk: a file of this name is whole, or it is not there."""
+"""Checkpoints: a file of this name is whole, or it is not there; an adapter fits the policy, or it is refused."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from miepo.errors import UserError
+
+if TYPE_CHECKING:
+    from miepo.policy import Policy
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -36,6 +43,32 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def check_adapter(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:
+    """Refuses an adapter in which a weight is missing, unknown or of another shape."""
+    shapes = {name: (_shape(expected, name), _shape(came, name)) for name in sorted(expected.keys() | came.keys())}
+    if wrong := [name for name, (wanted, got) in shapes.items() if wanted != got]:
+        wanted, got = shapes[wrong[0]]
+        raise UserError(
+            f"the checkpoint's adapter does not fit the policy: {len(wrong)} of {len(expected)} weights differ, "
+            f"first {wrong[0]}: expected shape {wanted}, got {got}"
+        )
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(weights[name].shape)) if name in weights else "no such weight"
+
+
+def check_base(policy: Policy, base: str, fingerprint: str | None) -> None:
+    """Refuses an adapter of another base model; one that does not know its base's weights is taken by name."""
+    if fingerprint is not None and fingerprint != policy.fingerprint:
+        raise UserError(
+            f"the adapter was trained on another base model: expected the weights of '{base}', "
+            f"got those of '{policy.base}', which are others"
+        )
+    if fingerprint is None and base != policy.base:
+        rank_zero_warn(f"the adapter was trained on the base '{base}', the config has '{policy.base}'")
 
 
 def config_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ DESCRIPTION = (
     "Train and use a policy for every trade-off between objectives. Beside the subcommands below: miepo normalise, "
     "which measures the normalisation of rewards on offline data."
 )
+
+
+COMMANDS = {"export": "miepo.export"}  # loaded when they are asked for
 
 
 class LogConfig(SaveConfigCallback):
@@ -210,6 +214,7 @@ def main(args: ArgsType = None) -> None:
     if (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)  # the user's own objectives, beside the configuration
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # prompts are in memory
+    warnings.filterwarnings("ignore", message=".*infer the batch indices.*")  # whole batches; no one asks which rows
     warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")  # peft, not ours
     given = sys.argv[1:] if args is None else args
     MiepoCLI.began = False
@@ -218,6 +223,9 @@ def main(args: ArgsType = None) -> None:
             refuse_loops(given)
         if isinstance(given, list) and given[:1] == ["normalise"]:
             normalise(given[1:])
+            return
+        if isinstance(given, list) and given[:1] and given[0] in COMMANDS:
+            import_module(COMMANDS[given[0]]).main(given[1:])
             return
         MiepoCLI(
             save_config_callback=LogConfig,

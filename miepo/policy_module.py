@@ -8,13 +8,13 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
-from miepo.checkpoints import DurableCheckpointIO, config_changes
+from miepo.checkpoints import DurableCheckpointIO, check_adapter, check_base, config_changes
 from miepo.errors import UserError
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
@@ -142,6 +142,7 @@ class PolicyModule(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
         checkpoint["miepo"] = {"schema": SCHEMA, "objectives": list(self.names), "base": self.policy.base}
         checkpoint["miepo"] |= {"policy": self.policy.settings(), "config": self.config}
+        checkpoint["miepo"]["fingerprint"] = self.policy.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of other objectives or another adapter; restores the normalisation for evaluation."""
@@ -159,24 +160,10 @@ class PolicyModule(LightningModule):
         if changed := config_changes(saved["policy"], now):
             both = "; ".join(f"{key} {before} and not {after}" for key, (before, after) in changed.items())
             raise UserError(f"the checkpoint's policy has {both}: set the configuration's policy alike")
-        if saved["base"] != self.policy.base:
-            rank_zero_warn(
-                f"the adapter was trained on the base '{saved['base']}', the config has '{self.policy.base}'"
-            )
-        expected = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
-        came = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        if wrong := sorted(name for name in expected.keys() | came.keys() if expected.get(name) != came.get(name)):
-            name = wrong[0]
-            raise UserError(
-                f"the checkpoint's adapter does not fit the policy: {len(wrong)} of {len(expected)} weights differ, "
-                f"first {name}: expected shape {_shape(expected.get(name))}, got {_shape(came.get(name))}"
-            )
+        check_adapter({name: p for name, p in self.named_parameters() if p.requires_grad}, checkpoint["state_dict"])
+        check_base(self.policy, saved["base"], saved.get("fingerprint"))
         for objective in self.objectives:  # Lightning restores callbacks for fit alone
             objective.load_state_dict(checkpoint.get("callbacks", {}).get(objective.state_key, {}))
         if self.trainer.state.fn == "fit" and saved.get("config") and self.config:
             for key, (before, now) in sorted(config_changes(saved["config"], self.config).items()):
                 rank_zero_info(f"{key}: {before} in the checkpoint, {now} now, which counts")
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "no such weight" if shape is None else str(tuple(shape))

@@ -17,9 +17,9 @@ FOLDER = "evaluations"
 class EvaluationRecord(Callback):
     """Writes ``evaluations/step_000016.jsonl`` into the run's folder, a line for each prompt and preference vector.
 
-    A line has ``prompt``, ``position`` (of the prompt in the evaluation set), ``grid_index``, ``preference`` by objective
-    name, ``response`` and ``rewards`` by name, normalised, null where there is none. An evaluation outside of training is
-    ``validate.jsonl`` or ``test.jsonl``.
+    A line has ``prompt``, ``position`` (of the prompt in the evaluation set), ``grid_index``, ``preference`` by
+    objective name, ``response`` and ``rewards`` by name, normalised, null where there is none. An evaluation outside
+    of training is ``validate.jsonl`` or ``test.jsonl``.
 
     Args:
         prompts: Keep the answers to this many prompts at most; all by default, none with 0.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
 
 from miepo.callbacks.reporting import log_evaluation, log_image, log_table, run_folder, whole_evaluation
+from miepo.front import draw_front
 from miepo.metrics import ParetoFrontMetric
 from miepo.preferences import format_preference
 from miepo.types import EvaluationBatch
@@ -82,47 +80,3 @@ class ParetoFront(Callback):
 
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
-
-
-def draw_front(
-    grid: Tensor, means: Tensor, names: Sequence[str], before: Sequence[Sequence[float]] | None, label: str
-) -> Any:
-    """A matplotlib figure of the front: a projection on each pair of objectives, and, of three, a view in space.
-
-    Args:
-        grid: ``(M, K)`` preference vectors; the colour of a point is the weight of the panel's horizontal objective, in
-            space a mixture of red, green and blue by weight.
-        means: ``(M, K)`` mean reward vectors.
-        names: Of the objectives.
-        before: An earlier front to compare with, ``(M, K)``.
-        label: What the front is of.
-    """
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    names = [name.replace("$", r"\$") for name in names]  # or matplotlib reads mathematics
-    pairs = list(combinations(range(len(names)), 2)) or [(0, 0)]
-    in_space = len(names) == 3
-    across = 2 if in_space else min(len(pairs), 3)
-    down = -(-(len(pairs) + in_space) // across)
-    figure = Figure(figsize=(5.2 * across, 4.6 * down), layout="constrained")
-    for panel, (i, j) in enumerate(pairs, 1):
-        axis = figure.add_subplot(down, across, panel)
-        if before is not None:
-            axis.plot(*zip(*[(row[i], row[j]) for row in before], strict=True), "o", color="0.6", ms=5, label="before")
-        if len(names) == 2:
-            axis.plot(means[:, i], means[:, j], "-", color="0.8", zorder=0)
-        points = axis.scatter(
-            means[:, i], means[:, j], c=grid[:, i], cmap="viridis", vmin=0, vmax=1, label=label, zorder=2
-        )
-        figure.colorbar(points, ax=axis, label=f"weight of {names[i]}")
-        axis.set(xlabel=f"{names[i]} (normalised)", ylabel=f"{names[j]} (normalised)")
-        axis.grid(alpha=0.3)
-        axis.legend(loc="best")
-    if in_space:
-        axis = figure.add_subplot(down, across, len(pairs) + 1, projection="3d")
-        if before is not None:
-            axis.plot(*zip(*before, strict=True), "o", color="0.7", ms=4, label="before")
-        axis.scatter(*means.T, c=grid.clamp(0, 1).numpy(), s=40, depthshade=False, label=label)  # type: ignore[misc]
-        axis.set(xlabel=names[0], ylabel=names[1], zlabel=names[2])
-        axis.legend(loc="best")
-    return figure

@@ -123,6 +123,7 @@ class SupervisedFineTuning(PolicyModule):
     def on_fit_end(self) -> None:
         if self.trainer.interrupted or not self.trainer.is_global_zero:
             return
+        self.policy.causal_lm.generation_config = self.policy.generation_config  # of the base, for whoever samples
         kept = self.policy.save_merged(self.folder)
         rank_zero_info(f"Merged model: {self.folder}")
         if abs(kept - 1) > 0.1:

@@ -54,6 +54,16 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     return model, tokenizer
 
 
+@torch.no_grad()
+def fingerprint(model: PreTrainedModel) -> str:
+    """Of the base weights, by the first of each: an adapter belongs to them, whatever type they are loaded in."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        first = weight.flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {tuple(weight.shape)} {first.tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
 def _unmerged(base: str) -> UserError:
     return UserError(
         f"expected a complete model, got an adapter that was not merged at '{base}': the reference would be the model "

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from miepo.errors import UserError
 from miepo.policy.attention import NAME as BRANCHES
-from miepo.policy.base_model import load_base, plain_sampling
+from miepo.policy.base_model import fingerprint, load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
 from miepo.policy.packing import pack, passes, tree_size
@@ -115,6 +115,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.gradient_checkpointing, self.tokens_per_pass = gradient_checkpointing, tokens_per_pass
         self.names: tuple[str, ...] = ()
+        self.fingerprint: str | None = None  # of the base weights
         self._built = False
         self._gate = _Gate()
         self._silent = False
@@ -129,8 +130,9 @@ class Policy(nn.Module):
                 raise UserError(f"the policy was built for the objectives {self.names}, got {tuple(names)}")
             return self
         model, self.tokenizer = load_base(self.base, self.dtype)
+        self.fingerprint = fingerprint(model)
         self.tokenizer.padding_side = "left"
-        self._generation_config = model.generation_config
+        self.generation_config = model.generation_config  # the base's own
         self.end_ids = plain_sampling(model, self.tokenizer, self.temperature)
         markers = [marker for c in self.conditioning for marker in c.markers(names)]
         eos = self.tokenizer.eos_token_id
@@ -234,17 +236,21 @@ class Policy(nn.Module):
         }
 
     @torch.no_grad()
+    def scale_blocks(self, factor: Tensor) -> None:
+        """Multiplies the rank blocks of the adapter for good: ``(R,)``, columns of every B."""
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_B[ADAPTER].weight.mul_(factor)  # type: ignore[operator]
+
+    @torch.no_grad()
     def save_merged(self, folder: Path) -> float:
         """Saves a complete Hugging Face model: base weights plus the adapter's update, tokenizer, generation settings.
 
+        The update is that of all rank blocks as they are: of a gated policy, after :meth:`scale_blocks`.
+
         Returns:
             Share of the update's norm that survives rounding to the type of the weights.
-
-        Raises:
-            UserError: the policy is conditioned, so that its update depends on w.
         """
-        if self.conditioning:
-            raise UserError("a policy that follows preferences has no single update to merge")
         model = self.causal_lm
         state, wanted, got = {}, 0.0, 0.0
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -260,11 +266,7 @@ class Policy(nn.Module):
                 value = whole
             state[f"{name}.{parameter}" if inside else key] = value
         partial = folder.with_name(f"{folder.name}.partial")
-        model.generation_config, plain = self._generation_config, model.generation_config
-        try:
-            model.save_pretrained(partial, state_dict=state)
-        finally:
-            model.generation_config = plain
+        model.save_pretrained(partial, state_dict=state)
         self.tokenizer.save_pretrained(partial)
         if folder.is_dir():
             folder.rmdir()  # empty, or it is an error
@@ -293,9 +295,10 @@ class Policy(nn.Module):
 
     def encode_text(self, prompts: Sequence[str], texts: Sequence[str]) -> Tokens:
         """Prompts, each with the text that conditions it, as left-padded tokens ``(N, P)``."""
-        return self._padded([self.template.encode(prompt, text) for prompt, text in zip(prompts, texts, strict=True)])
+        return self.padded([self.template.encode(prompt, text) for prompt, text in zip(prompts, texts, strict=True)])
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> Tokens:
+    def padded(self, rows: Sequence[Sequence[int]]) -> Tokens:
+        """Inputs as token ids, padded on the left, ``(N, P)``."""
         width = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=self.device)
@@ -477,7 +480,7 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Sequence by sequence: for networks that a tree cannot pass through."""
         b, n, c, t = shape
-        each = self._padded([row for under in prompts for row in under]).repeat(n)  # (B C n, P)
+        each = self.padded([row for under in prompts for row in under]).repeat(n)  # (B C n, P)
         rows = [answer for under in responses for answers in under for answer in answers]
         pad = [[*row, *[0] * (t - len(row))] for row in rows]
         mask = torch.arange(t) < torch.tensor([[len(row)] for row in rows])

@@ -74,7 +74,7 @@ class PromptTemplate:
         turns = [f"{role}:" for role in _ROLES] if self.dialogue else []
         literal = sorted({*roles, *added, *markers, *turns}, key=len, reverse=True)
         self._defuse = re.compile("|".join(map(re.escape, literal)), re.IGNORECASE) if literal else None
-        self._start = self._start_ids(frame)
+        self.start = self._start_ids(frame)
         # an evaluation asks for every input once for each vector of the grid; bounded, for long prompts
         self.encode = lru_cache(maxsize=4096)(self._encode)
 
@@ -86,9 +86,9 @@ class PromptTemplate:
     def _encode(self, prompt: str, preference: str = "") -> list[int]:
         """The whole input as token ids."""
         if not self.has_control_tokens:  # one piece, so that words at the seams are tokenised as in running text
-            return self._start + self._plain_ids(self.text(prompt, preference))
+            return self.start + self._plain_ids(self.text(prompt, preference))
         frames, contents = self._parts(prompt, preference)
-        ids = self._start + self._control_ids(frames[0])
+        ids = self.start + self._control_ids(frames[0])
         for content, frame in zip(contents, frames[1:], strict=True):
             ids += self._plain_ids(content) + self._control_ids(frame)
         return ids
@@ -98,7 +98,7 @@ class PromptTemplate:
         if self.has_control_tokens:
             return self._plain_ids(self.lead + response)
         given = self.encode(prompt, preference)
-        whole = self._start + self._plain_ids(self.text(prompt, preference) + self.lead + response)
+        whole = self.start + self._plain_ids(self.text(prompt, preference) + self.lead + response)
         if whole[: len(given)] == given:
             return whole[len(given) :]
         return self._plain_ids(self.lead + response)  # a token spans the seam, which sampling cannot make

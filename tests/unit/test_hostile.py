@@ -28,11 +28,11 @@ from lightning.pytorch.cli import LightningCLI
 from tokenizers import normalizers
 
 from miepo.callbacks import ResponseWriter
-from miepo.callbacks.pareto_front import draw_front
 from miepo.cli import main
 from miepo.datasets.safe_rlhf import TEMPLATE
 from miepo.dialogue import split_turns
 from miepo.errors import UserError
+from miepo.front import draw_front
 from miepo.normalisation import read_normalisation
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.policy.template import PromptTemplate

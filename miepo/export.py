@@ -1,0 +1,275 @@
+"""``miepo export``: a trained policy as files that Transformers, PEFT and vLLM load without miepo.
+
+For one preference an adapter, or a whole model, that follows it: a gate is multiplied into the columns of B, and text
+that states the preference becomes part of the chat template. For the whole simplex the adapter with a card that says
+how a preference acts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
+
+from miepo.callbacks.evaluation_table import table_rows
+from miepo.errors import UserError
+from miepo.policy import Policy, PromptConditioning
+from miepo.policy.base_model import base_folder
+from miepo.policy.policy import ADAPTER
+from miepo.preferences import format_preference, parse_preference
+from miepo.trained import CARD, Saved, build_policy
+
+# -- the chat template -------------------------------------------------------------------------------------------------
+
+
+def chat_template(policy: Policy, text: str) -> str:
+    """A Jinja chat template that writes what the policy reads.
+
+    Args:
+        policy: Whose prompt template it is.
+        text: A Jinja expression of the text that states the preference, after that of the last message.
+    """
+    template = policy.template
+    if template.chat:
+        original = policy.tokenizer.chat_template
+        thinking = "{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}"
+        return (
+            (thinking if "enable_thinking" in original else "")
+            + "{%- if messages[-1]['role'] == 'user' -%}{%- set messages = messages[:-1] + "
+            f"[dict(messages[-1], content=messages[-1]['content'] + ({text}))] -%}}{{%- endif -%}}{original}"
+        )
+    start = policy.tokenizer.decode(template.start)
+    prefix, suffix = _literal(start + template.prefix), _literal(template.suffix)
+    if template.dialogue:
+        turns = (
+            "{%- for m in messages -%}{{- '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant'}[m['role']] + ': ' + "
+            "m['content'] -}}{%- endfor -%}"
+        )
+        return f"{{{{- {prefix} -}}}}{turns}{{{{- ({text}) + {suffix} -}}}}"
+    one = "{{- raise_exception('this model answers one message at a time') -}}"
+    return (
+        f"{{%- if messages | length != 1 -%}}{one}{{%- endif -%}}"
+        f"{{{{- {prefix} + messages[0]['content'] + ({text}) + {suffix} -}}}}"
+    )
+
+
+def _literal(text: str) -> str:
+    """A Jinja string."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+def preference_expression(policy: Policy) -> str:
+    """The text of any preference as a Jinja expression of ``preference``, weights by name; equal weights without it.
+
+    Raises:
+        UserError: a conditioning writes in a way of its own.
+    """
+    names, parts = policy.names, []
+    for conditioning in policy.conditioning:
+        if type(conditioning) is PromptConditioning:
+            for name in names:
+                weight = f"(preference or {{}}).get({_literal(name)}, 0 if preference else {1 / len(names)!r})"
+                form = f"'%.{conditioning.decimals}f'"
+                parts += [_literal(f" <{name}> "), f"({form} | format({weight} | float))"]
+        elif conditioning.write([1 / len(names)] * len(names), names):
+            raise UserError(
+                f"{type(conditioning).__name__} cannot be written as a template for every preference: "
+                "expected a --preference to export, got none"
+            )
+    return " + ".join(parts) or "''"
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def block_owners(policy: Policy) -> list[str | None]:
+    """The objective of each rank block, None for one that every preference uses."""
+    corners = torch.eye(len(policy.names))
+    owners: list[str | None] = []
+    for conditioning in policy.conditioning:
+        if count := conditioning.blocks(len(policy.names)):
+            gates = conditioning.gate(corners)  # (K, blocks)
+            for block in range(count):
+                column = gates[:, block]
+                matches = [n for k, n in enumerate(policy.names) if torch.equal(column, corners[k])]
+                if not matches and not torch.equal(column, torch.ones_like(column)):
+                    raise UserError(
+                        f"{type(conditioning).__name__} gates in a way of its own: expected a --preference to export"
+                    )
+                owners.append(matches[0] if matches else None)
+    return owners
+
+
+def export(
+    saved: Saved,
+    folder: Path,
+    preference: Mapping[str, float] | None = None,
+    merged: bool = False,
+    trust: bool = False,
+) -> Path:
+    """Writes a trained policy into a new folder.
+
+    Args:
+        saved: From :meth:`Saved.read`.
+        folder: That does not exist, or is empty.
+        preference: Weights by objective name; without them the adapter serves the whole simplex.
+        merged: A complete model in place of an adapter; needs a preference.
+        trust: As of :func:`miepo.load`.
+
+    Raises:
+        UserError: the folder is not empty, or the policy cannot be exported so.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"expected a new or empty folder to export to, got '{folder}'")
+    if merged and preference is None:
+        raise UserError("a merged model follows one preference: expected --preference, got none")
+    vector = None if preference is None else parse_preference(preference, saved.names)
+    policy = build_policy(saved, {}, trust).eval()
+    owners: list[str | None] = []
+    if vector is None:
+        text, owners = preference_expression(policy), block_owners(policy)
+        if owners:  # so that the adapter as it is follows equal weights, and not all of them at once
+            policy.scale_blocks(block_factors(owners, len(saved.names)).repeat_interleave(policy.lora_rank))
+    else:
+        text = _literal(policy.preference_text(vector.tolist()))
+        gate = policy.gate_of(vector.unsqueeze(0))
+        if gate is not None:
+            policy.scale_blocks(gate[0])
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.tokenizer.chat_template = chat_template(policy, text)
+    if merged:
+        policy.save_merged(partial)
+    else:
+        partial.mkdir(parents=True)
+        config: Any = policy.model.peft_config[ADAPTER]
+        config.base_model_name_or_path, config.inference_mode = base_folder(saved.base), True
+        policy.model.save_pretrained(str(partial), save_embedding_layers=False)
+        policy.tokenizer.save_pretrained(partial)
+        policy.causal_lm.generation_config.save_pretrained(partial)
+    if vector is None:
+        _write_card(saved, owners, policy, partial)
+    if saved.front is not None:
+        saved.front.draw().savefig(partial / "front.png", dpi=120)
+    model_card(saved, vector, merged).save(partial / "README.md")
+    if folder.is_dir():
+        folder.rmdir()
+    partial.replace(folder)  # a folder of this name is whole
+    return folder
+
+
+def block_factors(owners: Sequence[str | None], objectives: int) -> Tensor:
+    """What the blocks are multiplied by under equal weights, ``(blocks,)``."""
+    return torch.tensor([1.0 if owner is None else 1 / objectives for owner in owners])
+
+
+def _write_card(saved: Saved, owners: Sequence[str | None], policy: Policy, folder: Path) -> None:
+    rank, k = policy.lora_rank, len(saved.names)
+    card = {key: value for key, value in vars(saved).items() if key not in ("source", "adapter", "config", "front")}
+    card["front"] = None
+    if saved.front is not None:
+        front = saved.front
+        before = None if front.before is None else front.before.tolist()
+        card["front"] = {"grid": front.grid.tolist(), "after": front.means.tolist(), "before": before}
+    card["blocks"] = [
+        {
+            "columns": [i * rank, (i + 1) * rank],
+            "objective": owner,
+            "factor": 1 if owner is None else f"{k} * weight of {owner}",
+        }
+        for i, owner in enumerate(owners)
+    ]
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+SETTINGS = ("learning_rate", "beta_c", "exploration", "router")
+
+
+def model_card(saved: Saved, preference: Tensor | None, merged: bool) -> ModelCard:
+    """What the model is, how it is used, what was measured and how it was trained."""
+    names = ", ".join(saved.names)
+    local = re.match(r"[.~/]|pypi:|package:", saved.base) is not None
+    data = ModelCardData(
+        base_model=None if local else saved.base,
+        library_name="transformers" if merged else "peft",
+        tags=["miepo", "multi-objective", "preference-optimization", *([] if merged else ["lora"])],
+    )
+    follows = "any trade-off" if preference is None else f"the preference {format_preference(preference, saved.names)}"
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# A policy that follows {follows}",
+        f"Objectives: {names}. Trained with miepo (MI-EPO, arXiv 2607.01392) on the base `{saved.base}`.",
+        "## Use",
+        _usage(saved, preference, merged),
+    ]
+    if columns := list(saved.evaluations.values()):
+        head = ["metric", *(f"step {column['step']}" for column in columns)]
+        rows = [head, ["---"] * len(head), *table_rows(columns)]
+        parts += ["## Measured", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+        by = [f"{name} by mean {n['mean']:.4g}, sd {n['sd']:.4g}" for name, n in saved.normalisations.items()]
+        parts.append(f"Rewards are normalised: {'; '.join(by)}. All of the whole simplex, on the run's own prompts.")
+    if saved.front is not None:
+        parts.append("![The measured front](front.png)")
+    model = ((saved.config.get("model") or {}).get("init_args")) or {}
+    settings = {key: model[key] for key in SETTINGS if model.get(key) is not None}
+    settings["policy"] = {k: v for k, v in ((saved.policy or {}).get("init_args") or {}).items() if k != "base"}
+    parts += ["## Settings", f"```json\n{json.dumps(settings, indent=1)}\n```"]
+    return ModelCard("\n\n".join(parts) + "\n")
+
+
+def _usage(saved: Saved, preference: Tensor | None, merged: bool) -> str:
+    if merged:
+        lines = ["model = AutoModelForCausalLM.from_pretrained(FOLDER)"]
+    else:
+        lines = ["model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)"]
+    lines = [*lines, "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
+    option = "" if preference is not None else ", preference={" + ", ".join(f'"{n}": ..' for n in saved.names) + "}"
+    lines.append(f"tokenizer.apply_chat_template([..], add_generation_prompt=True{option})")
+    code = "```python\n" + "\n".join(lines) + "\n```"
+    if preference is not None:
+        return code
+    return (
+        f"{code}\n\nAs it lies here the adapter follows equal weights. For others, `miepo.load(FOLDER)`; or multiply "
+        f"the columns of every B as `{CARD}` says (`blocks`). What a prompt says of the preference, the chat template "
+        "writes."
+    )
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def main(args: Sequence[str]) -> None:
+    """``miepo export --ckpt_path RUN --out FOLDER [--preference JSON] [--merged]``."""
+    parser = ArgumentParser(
+        prog="miepo export",
+        description="Writes a trained policy as a PEFT adapter or a whole model, which need no miepo.",
+    )
+    parser.add_argument("--ckpt_path", required=True, help="a run's folder or a checkpoint")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
+    parser.add_argument("--preference", help="weights by objective name as JSON; without it, the whole simplex")
+    parser.add_argument("--merged", action="store_true", help="a complete model in place of an adapter")
+    parser.add_argument("--trust", action="store_true", help="import code that the checkpoint names and miepo has not")
+    options = parser.parse_args(args)
+    preference = None if options.preference is None else read_preference(options.preference)
+    folder = export(Saved.read(options.ckpt_path), options.out, preference, options.merged, options.trust)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"Exported {size / 1e6:.1f} MB: {folder}")
+
+
+def read_preference(text: str) -> dict[str, float]:
+    """Weights by objective name from a command line's JSON."""
+    try:
+        weights = json.loads(text)
+    except ValueError:
+        weights = None
+    if not isinstance(weights, dict):
+        raise UserError(f'expected a preference such as \'{{"helpful": 0.7, "brief": 0.3}}\', got {text!r}')
+    return weights

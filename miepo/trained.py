@@ -1,0 +1,361 @@
+"""A trained policy to use: ``miepo.load`` reads a run, a checkpoint or an exported folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from miepo.checkpoints import check_adapter, check_base
+from miepo.errors import UserError, first_line
+from miepo.front import Front
+from miepo.objectives import Objective
+from miepo.objectives.base import normalise_rewards, score_responses
+from miepo.policy import Conditioning, Policy
+from miepo.policy.policy import ADAPTER
+from miepo.preferences import parse_preference
+from miepo.rollout.engine import prompt_seeds
+from miepo.rollout.streaming import Question, check_length, stream
+
+CARD = "miepo.json"  # in an exported folder: what the adapter means
+PREFIX = "policy."  # of the policy's weights in a checkpoint
+MOST_AT_ONCE = 16  # responses
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is known of a trained policy without building it."""
+
+    source: str
+    names: tuple[str, ...]
+    base: str
+    fingerprint: str | None  # of the base weights
+    policy: dict[str, Any] | None  # class_path and init_args; None where no configuration was kept
+    objectives: list[dict[str, Any]]  # class_path and init_args of each
+    normalisations: dict[str, dict[str, float]]  # mean and sd by objective
+    adapter: dict[str, Tensor]  # by the names of the policy's parameters
+    max_new_tokens: int = 128  # what it was trained with
+    stop: tuple[str, ...] = ()
+    front: Front | None = None
+    evaluations: dict[str, Any] = field(default_factory=dict)  # first and last: step and metrics
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Saved:
+        """Reads a run's folder, a checkpoint or an exported folder; nothing in it is executed.
+
+        Raises:
+            UserError: there is none of them at ``path``.
+        """
+        path = Path(path)
+        if (path / CARD).is_file():
+            return _read_export(path)
+        if path.is_dir():
+            path = path / "checkpoints" / "last.ckpt"
+        if not path.is_file():
+            raise UserError(f"expected a run's folder, a checkpoint or a folder of miepo export, got '{path}'")
+        return _read_checkpoint(path)
+
+
+def _read_checkpoint(path: Path) -> Saved:
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        saved = checkpoint["miepo"]
+    except Exception as error:  # torch raises many kinds, all of them about this file
+        raise UserError(f"expected a checkpoint of miepo at '{path}', got another file: {first_line(error)}") from None
+    config = saved.get("config") or {}
+    data = (config.get("data") or {}).get("init_args") or {}
+    states = checkpoint.get("callbacks", {})
+    front = states.get("ParetoFront", {})
+    table = states.get("EvaluationTable", {})
+    names = tuple(saved["objectives"])
+    return Saved(
+        source=str(path),
+        names=names,
+        base=saved["base"],
+        fingerprint=saved.get("fingerprint"),
+        policy=(((config.get("model") or {}).get("init_args")) or {}).get("policy"),
+        objectives=config.get("objectives") or [],
+        normalisations={name: states[key] for name in names if states.get(key := f"Objective[{name}]")},
+        adapter={k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items()},
+        max_new_tokens=data.get("max_new_tokens", 128),
+        stop=tuple(((data.get("engine") or {}).get("init_args") or {}).get("stop") or ()),
+        front=_front(names, front) if front.get("after") else None,
+        evaluations={k: v for k, v in table.items() if v},
+        config=config,
+    )
+
+
+def _front(names: Sequence[str], state: Mapping[str, Any]) -> Front:
+    before = None if state.get("before") is None else torch.tensor(state["before"])
+    return Front(tuple(names), torch.tensor(state["grid"]), torch.tensor(state["after"]), before)
+
+
+def _read_export(folder: Path) -> Saved:
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        weights = load_file(folder / "adapter_model.safetensors")
+        front, blocks = card.pop("front"), card.pop("blocks")
+        for name, weight in weights.items():
+            for block in blocks if ".lora_B." in name else []:
+                if block["objective"] is not None:  # as it lies there, the adapter follows equal weights
+                    weight[:, slice(*block["columns"])] *= len(card["names"])
+        card |= {
+            "names": tuple(card["names"]),
+            "stop": tuple(card["stop"]),
+            "source": str(folder),
+            "adapter": {f"model.{k.removesuffix('.weight')}.{ADAPTER}.weight": v for k, v in weights.items()},
+            "front": _front(card["names"], front) if front else None,
+        }
+        return Saved(**card)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"expected a folder of miepo export at '{folder}', got another: {first_line(error)}") from None
+
+
+class TrainedPolicy:
+    """One policy for every trade-off: answers under a preference, and scores answers.
+
+    Attributes:
+        names: Of the objectives.
+        front: What was measured at the last evaluation, or None; renders in a notebook.
+        policy: The network with its adapter, in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        saved: Saved,
+        policy: Policy,
+        device: torch.device,
+        objectives: Sequence[Objective] | None = None,
+        trust: bool = False,
+    ) -> None:
+        self.saved, self.policy, self.names, self.front = saved, policy, saved.names, saved.front
+        self._given, self._device, self._trust = objectives, device, trust
+        self._objectives: list[Objective] = []
+
+    def question(
+        self,
+        prompt: str,
+        preference: Mapping[str, float],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Question:
+        """A prompt under a preference by objective name, checked, for :func:`~miepo.rollout.streaming.stream`.
+
+        Raises:
+            UserError: names the setting that cannot be used.
+        """
+        vector = parse_preference(preference, self.names)
+        temperature = self.policy.temperature if temperature is None else temperature
+        tokens = self.saved.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {tokens}")
+        if not 0 <= temperature <= 100:
+            raise UserError(f"temperature must lie between 0 and 100, got {temperature}")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
+        ids = self.policy.template.encode(prompt, self.policy.preference_text(vector.tolist()))
+        question = Question(ids, vector, tokens, temperature, top_p, (*self.saved.stop, *stop), seed)
+        check_length(self.policy, question)
+        return question
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        preference: Mapping[str, float] | Sequence[Mapping[str, float]],
+        *,
+        seed: int = 0,
+        **settings: Any,
+    ) -> Any:
+        """Answers prompts under a preference, or each under its own.
+
+        Args:
+            prompts: One or several.
+            preference: Weights by objective name; objectives not named weigh nothing. One for all, or one for each.
+            seed: Fixes the draws.
+            settings: ``max_new_tokens`` (that of training by default), ``temperature`` (likewise; 0 takes the most
+                probable tokens), ``top_p``, ``stop``.
+
+        Returns:
+            A response, or a list of them where ``prompts`` is one.
+
+        Raises:
+            UserError: an unknown objective, weights that are none, a prompt that does not fit the context.
+        """
+        one = isinstance(prompts, str)
+        every: list[str] = [prompts] if isinstance(prompts, str) else list(prompts)
+        under = [preference] * len(every) if isinstance(preference, Mapping) else list(preference)
+        if len(under) != len(every):
+            raise UserError(
+                f"expected one preference for all or one for each of {len(every)} prompts, got {len(under)}"
+            )
+        questions = [
+            self.question(prompt, weights, seed=own, **settings)
+            for prompt, weights, own in zip(every, under, prompt_seeds(seed, len(every)), strict=True)
+        ]
+        responses = [""] * len(every)
+        for start in range(0, len(questions), MOST_AT_ONCE):
+            for piece in stream(self.policy, questions[start : start + MOST_AT_ONCE]):
+                responses[start + piece.row] += piece.text
+        return responses[0] if one else responses
+
+    def stream(self, prompt: str, preference: Mapping[str, float], **settings: Any) -> Iterator[str]:
+        """The response to one prompt piece by piece; arguments as for :meth:`generate`."""
+        settings["seed"] = prompt_seeds(settings.get("seed", 0), 1)[0]
+        return (piece.text for piece in stream(self.policy, [self.question(prompt, preference, **settings)]))
+
+    def score(self, prompts: str | Sequence[str], responses: str | Sequence[str]) -> dict[str, Any]:
+        """What every objective says of responses, normalised as in training: higher is better, 0 its mean there.
+
+        Returns:
+            By objective name a number, or a list of them where ``prompts`` is one; NaN where there is none.
+
+        Raises:
+            UserError: an objective cannot be built from what was saved, or fails.
+        """
+        one = isinstance(prompts, str)
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [responses] if isinstance(responses, str) else list(responses)
+        if len(asked) != len(texts):
+            raise UserError(f"expected one response for each of {len(asked)} prompts, got {len(texts)}")
+        objectives = self.objectives
+        raw = score_responses(objectives, asked, [[text] for text in texts])
+        rewards = normalise_rewards(objectives, raw)[:, 0].T.tolist()  # K x N
+        return {name: row[0] if one else row for name, row in zip(self.names, rewards, strict=True)}
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """The objectives, loaded and with the normalisation of training."""
+        if not self._objectives:
+            found = list(self._given or build_objectives(self.saved, self._trust))
+            for objective in found:
+                objective.load_state_dict(self.saved.normalisations.get(objective.name, {}))
+                if objective.normalisation is None:
+                    raise UserError(f"'{self.saved.source}' has no normalisation of {objective.name}")
+                objective.load_checked(self._device)
+            self._objectives = found
+        return self._objectives
+
+    def __repr__(self) -> str:
+        return f"TrainedPolicy({', '.join(self.names)}; base '{self.policy.base}')"
+
+
+def load(
+    path: str | Path,
+    *,
+    objectives: Sequence[Objective] | None = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust: bool = False,
+) -> TrainedPolicy:
+    """A trained policy from a run's folder, a checkpoint or a folder of ``miepo export``.
+
+    Args:
+        path: One of them.
+        objectives: What :meth:`TrainedPolicy.score` asks; by default built as they were in training.
+        base: Where the base model is now, if it has moved.
+        dtype: Of the base weights, if not as in training.
+        device: By default a GPU where there is one.
+        trust: Build classes that are not miepo's own, where the file names them. That imports their code: only for
+            files that you know.
+
+    Raises:
+        UserError: there is none at ``path``, or it does not fit the base model.
+
+    Source: the policy is pi_theta(y | x, w) of arXiv 2607.01392; nothing of it is chosen at load time but w.
+    """
+    saved = Saved.read(path)
+    if not saved.names:
+        raise UserError(f"'{saved.source}' has no objectives: it is of a stage without preferences")
+    if objectives is not None and (given := tuple(o.name for o in objectives)) != saved.names:
+        raise UserError(f"'{saved.source}' has the objectives {list(saved.names)}, in this order, got {list(given)}")
+    policy = build_policy(saved, {"base": base, "dtype": dtype}, trust)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy.to(where).eval()
+    return TrainedPolicy(saved, policy, where, objectives, trust)
+
+
+def build_policy(saved: Saved, changes: Mapping[str, Any], trust: bool = False) -> Policy:
+    """The network with the saved adapter, on the CPU."""
+    if saved.policy is None:
+        raise UserError(f"'{saved.source}' keeps no configuration: expected one written by miepo fit")
+    spec = json.loads(json.dumps(saved.policy))
+    spec["init_args"] |= {key: value for key, value in changes.items() if value is not None}
+    spec["init_args"] |= {"lora_dropout": 0.0, "gradient_checkpointing": False}
+    policy: Policy = _build(spec, Policy, saved.source, trust)
+    policy.build(saved.names)
+    parameters = policy.adapter_parameters()
+    check_adapter(parameters, saved.adapter)
+    check_base(policy, saved.base, saved.fingerprint)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved.adapter[name])
+    return policy.requires_grad_(False)
+
+
+def build_objectives(saved: Saved, trust: bool = False) -> list[Objective]:
+    """The objectives as they were in training, without their models."""
+    if not saved.objectives:
+        raise UserError(f"'{saved.source}' does not say how its objectives are made: give load(.., objectives=[..])")
+    found: list[Objective] = [_build(spec, Objective, saved.source, trust) for spec in saved.objectives]
+    if (names := tuple(o.name for o in found)) != saved.names:
+        raise UserError(f"'{saved.source}' has the objectives {list(saved.names)}, but builds {list(names)}")
+    return found
+
+
+def _build(spec: Any, kind: type, source: str, trust: bool) -> Any:
+    """An object from ``class_path`` and ``init_args``; code of others than miepo only where it is trusted.
+
+    Not by the parser of configurations: it takes any text for the name of a class or of a file where that would fit.
+    """
+    if (foreign := [path for path in _imports(spec) if not path.startswith("miepo.")]) and not trust:
+        raise UserError(
+            f"'{source}' names {', '.join(foreign)}, which is not miepo's own code: trust=True (--trust) imports it"
+        )
+    try:
+        built = _instance(spec)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot build what '{source}' names: {first_line(error)}") from None
+    if not isinstance(built, kind):
+        raise UserError(f"'{source}' names a {type(built).__name__}: expected a {kind.__name__}")
+    return built
+
+
+def _instance(spec: Any) -> Any:
+    if isinstance(spec, list):
+        return [_instance(value) for value in spec]
+    if not isinstance(spec, dict):
+        return spec
+    if "class_path" not in spec:
+        return {key: _instance(value) for key, value in spec.items()}
+    module, _, name = spec["class_path"].rpartition(".")
+    arguments = {**(spec.get("init_args") or {}), **(spec.get("dict_kwargs") or {})}
+    kind = getattr(import_module(module), name)
+    if not (isinstance(kind, type) and issubclass(kind, (Policy, Objective, Conditioning))):
+        raise TypeError(f"{spec['class_path']} is no policy, objective or conditioning")
+    return kind(**{key: _instance(value) for key, value in arguments.items()})
+
+
+def _imports(spec: Any) -> list[str]:
+    """Import paths of code that a specification names."""
+    if isinstance(spec, list):
+        return [path for value in spec for path in _imports(value)]
+    if not isinstance(spec, dict):
+        return []
+    own = [str(spec["class_path"])] if "class_path" in spec else []
+    if own and own[0].endswith(".PythonObjective"):
+        own.append(str((spec.get("init_args") or {}).get("function")))
+    return own + [path for value in spec.values() for path in _imports(value)]

@@ -1,0 +1,48 @@
+"""A trained policy as it is saved, without a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miepo.front import Front
+from miepo.policy import Conditioning, Policy
+from miepo.trained import Saved
+from tests.helpers.tiny import randomise_adapter
+
+NAMES = ("letter_e", "brevity")
+GRID = torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
+OBJECTIVES = [
+    {"class_path": "tests.helpers.tiny.Letters", "init_args": {"letter": "e"}},
+    {"class_path": "miepo.objectives.Brevity", "init_args": {"characters": 30}},
+]
+
+
+def saved_policy(
+    model: Path, conditioning: Sequence[Conditioning], names: tuple[str, ...] = NAMES, **settings: Any
+) -> tuple[Saved, Policy]:
+    """What a checkpoint would hold, and the policy itself."""
+    arguments = {"base": str(model), "lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.1, "dtype": "float32"}
+    arguments |= {"temperature": 0.8} | settings
+    policy = randomise_adapter(Policy(**arguments, conditioning=list(conditioning)).build(names)).eval()
+    specs = [{"class_path": f"miepo.policy.{type(c).__name__}", "init_args": dict(vars(c))} for c in conditioning]
+    saved = Saved(
+        source="somewhere",
+        names=names,
+        base=str(model),
+        fingerprint=policy.fingerprint,
+        policy={"class_path": "miepo.policy.Policy", "init_args": arguments | {"conditioning": specs}},
+        objectives=list(OBJECTIVES),
+        normalisations={name: {"mean": -1.0, "sd": 2.0} for name in names},
+        adapter={name: p.detach().clone() for name, p in policy.adapter_parameters().items()},
+        max_new_tokens=9,
+        front=Front(names, GRID, GRID * 2 - 1, GRID * 0) if len(names) == 2 else None,
+        evaluations={
+            key: {"step": step, "metrics": {"front/hv": 1.0 + step, "front/mip": 0.25 * step}}
+            for key, step in (("first", 0), ("last", 8))
+        },
+    )
+    return saved, policy

@@ -1,0 +1,157 @@
+"""A run of the real command, used from Python: `miepo.load`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import miepo
+from miepo.cli import main
+from miepo.errors import UserError
+from miepo.objectives import Brevity
+from miepo.rollout import TransformersEngine
+from tests.helpers.tiny import Letters, save_tiny_model
+from tests.integration.test_cli import config, run
+
+PROMPTS = ["the rain", "a garden"]
+
+
+@pytest.fixture(scope="module")
+def trained_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("trained")
+    run("fit", config(tiny_model, root), root)
+    return root / "run/version_0"
+
+
+@pytest.fixture(scope="module")
+def policy(trained_run: Path) -> miepo.TrainedPolicy:
+    return miepo.load(trained_run, trust=True)
+
+
+def test_it_answers_as_the_engine_of_training_does(policy: miepo.TrainedPolicy) -> None:
+    w = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
+    expected = TransformersEngine().sample(policy.policy, PROMPTS, w, 1, 5, 3)
+    under = [{"brevity": 1.0}, {"letter_e": 0.5, "brevity": 0.5}]
+    assert policy.generate(PROMPTS, under, seed=3) == [row[0] for row in expected.texts]
+    one = policy.generate(PROMPTS[0], {"brevity": 1.0}, seed=3)
+    assert isinstance(one, str)
+    assert one == "".join(policy.stream(PROMPTS[0], {"brevity": 1.0}, seed=3))
+    many = policy.generate(PROMPTS * 20, {"brevity": 1.0}, temperature=0)
+    assert many == many[:2] * 20
+
+
+def test_it_scores_as_in_training(policy: miepo.TrainedPolicy, trained_run: Path) -> None:
+    rows = [json.loads(line) for line in (trained_run / "evaluations/step_000002.jsonl").read_text().splitlines()]
+    scores = policy.score([row["prompt"] for row in rows], [row["response"] for row in rows])
+    assert list(scores) == ["letter_e", "brevity"]
+    for name, values in scores.items():
+        assert values == pytest.approx([row["rewards"][name] for row in rows])
+    assert policy.score("the rain", rows[0]["response"])["brevity"] == pytest.approx(rows[0]["rewards"]["brevity"])
+
+
+def test_the_front_renders_in_a_notebook(policy: miepo.TrainedPolicy, trained_run: Path) -> None:
+    assert policy.front is not None
+    shown = policy.front._repr_html_()
+    assert shown.count("<tr>") == 1 + 3
+    assert "data:image/png;base64," in shown
+    state = torch.load(trained_run / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["ParetoFront"]
+    torch.testing.assert_close(policy.front.means, torch.tensor(state["after"]))
+    torch.testing.assert_close(policy.front.before, torch.tensor(state["before"]))
+    assert "letter_e, brevity" in repr(policy)
+
+
+def test_an_exported_folder_is_the_same_policy(
+    policy: miepo.TrainedPolicy, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["export", "--ckpt_path", str(trained_run), "--out", str(tmp_path / "out")])
+    assert "Exported" in capsys.readouterr().out
+    again = miepo.load(tmp_path / "out", trust=True)
+    assert again.generate(PROMPTS, {"brevity": 1.0}) == policy.generate(PROMPTS, {"brevity": 1.0})
+    assert again.score("the rain", "e e e") == policy.score("the rain", "e e e")
+    assert again.front is not None
+    assert policy.front is not None
+    torch.testing.assert_close(again.front.means, policy.front.means)
+
+
+def test_mistakes_are_one_sentence(
+    policy: miepo.TrainedPolicy, trained_run: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for settings, said in (
+        ({"preference": {"humour": 1.0}}, "unknown objective humour; the objectives are letter_e, brevity"),
+        ({"preference": {"brevity": -1.0}}, "must not be negative"),
+        ({"preference": {"brevity": 0.0}}, "at least one weight must be positive"),
+        ({"preference": [{"brevity": 1.0}] * 3}, "one preference for all or one for each of 2 prompts, got 3"),
+        ({"max_new_tokens": 5000}, "expected at most 256 together"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must lie between 0 and 100"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+    ):
+        arguments: dict[str, Any] = {"prompts": PROMPTS, "preference": {"brevity": 1.0}} | settings
+        with pytest.raises(UserError, match=said):
+            policy.generate(**arguments)
+    with pytest.raises(UserError, match="one response for each of 2 prompts, got 1"):
+        policy.score(PROMPTS, ["x"])
+    with pytest.raises(UserError, match="expected a run's folder, a checkpoint or a folder of miepo export"):
+        miepo.load(tmp_path / "nothing")
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    with pytest.raises(UserError, match="expected a checkpoint of miepo"):
+        miepo.load(tmp_path / "text.ckpt")
+    other = save_tiny_model(tmp_path / "other", seed=5)  # of the same shapes
+    with pytest.raises(UserError, match="the adapter was trained on another base model"):
+        miepo.load(trained_run, base=str(other))
+    with pytest.raises(UserError, match=r"has the objectives \['letter_e', 'brevity'\], in this order"):
+        miepo.load(trained_run, objectives=[Brevity(), Letters("e")])
+
+
+def test_code_that_is_not_miepos_runs_only_where_it_is_trusted(trained_run: Path, tmp_path: Path) -> None:
+    careful = miepo.load(trained_run)
+    assert careful.generate("the rain", {"brevity": 1.0}) is not None  # objectives are not needed to answer
+    with pytest.raises(UserError, match=r"names tests.helpers.tiny.Letters, which is not miepo's own code"):
+        careful.score("the rain", "x")
+    given = miepo.load(trained_run, objectives=[Letters("e"), Brevity()])
+    assert given.score("the rain", "e").keys() == {"letter_e", "brevity"}
+    checkpoint = torch.load(trained_run / "checkpoints/last.ckpt", weights_only=True)
+    entry = checkpoint["miepo"]["config"]["objectives"][0]
+    for harm in (
+        {"class_path": "miepo.objectives.PythonObjective", "init_args": {"function": "os.system", "name": "letter_e"}},
+        {"class_path": "miepo.objectives.Patient", "init_args": {"objective": {"class_path": "os.system"}}},
+        {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(tmp_path / "ran")]}},
+    ):
+        checkpoint["miepo"]["config"]["objectives"][0] = harm
+        torch.save(checkpoint, tmp_path / "harm.ckpt")
+        with pytest.raises(UserError, match="which is not miepo's own code"):
+            miepo.load(tmp_path / "harm.ckpt").score("the rain", "x")
+    with pytest.raises(UserError, match=r"cannot build what .* names: subprocess.Popen is no policy, objective"):
+        miepo.load(tmp_path / "harm.ckpt", trust=True).score("the rain", "x")
+    assert not (tmp_path / "ran").exists()
+    checkpoint["miepo"]["config"]["objectives"][0] = entry
+    checkpoint["miepo"]["config"]["model"]["init_args"]["policy"]["class_path"] = "tests.helpers.tiny.Policy"
+    torch.save(checkpoint, tmp_path / "harm.ckpt")
+    with pytest.raises(UserError, match="which is not miepo's own code"):
+        miepo.load(tmp_path / "harm.ckpt")
+
+
+def test_a_damaged_folder_is_refused(trained_run: Path, tmp_path: Path) -> None:
+    main(["export", "--ckpt_path", str(trained_run), "--out", str(tmp_path / "out")])
+    weights = load_file(tmp_path / "out/adapter_model.safetensors")
+    name = next(iter(weights))
+    save_file({k: v for k, v in weights.items() if k != name}, tmp_path / "out/adapter_model.safetensors")
+    with pytest.raises(UserError, match="the checkpoint's adapter does not fit the policy: 1 of"):
+        miepo.load(tmp_path / "out")
+    (tmp_path / "out/miepo.json").write_text('{"names": []}')
+    with pytest.raises(UserError, match="expected a folder of miepo export"):
+        miepo.load(tmp_path / "out")
+
+
+def test_a_base_that_changed_is_refused_by_the_command(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_tiny_model(tmp_path / "other", seed=5)
+    with pytest.raises(SystemExit):
+        run("validate", config(other, tmp_path), tmp_path, "--ckpt_path", str(trained_run / "checkpoints/last.ckpt"))
+    assert "the adapter was trained on another base model" in capsys.readouterr().err

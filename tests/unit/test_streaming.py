@@ -1,0 +1,125 @@
+"""Responses token by token are those of the engine, whatever else is answered beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miepo.dialogue import cut_at
+from miepo.errors import UserError
+from miepo.policy import GatedConditioning, Policy, PromptConditioning
+from miepo.rollout import TransformersEngine
+from miepo.rollout.engine import prompt_seeds
+from miepo.rollout.fused_decoder import FusedDecoder
+from miepo.rollout.plain_decoder import PlainDecoder
+from miepo.rollout.streaming import Piece, Question, ResponseText, choose, stream
+from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
+
+PROMPTS = ["the garden", "rain comes in spring and people like it", "food"]
+W = torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.5, 0.5]])
+
+
+@pytest.fixture
+def policy(tiny_model: Path) -> Policy:
+    built = tiny_policy(tiny_model, [GatedConditioning(), PromptConditioning()], temperature=0.8)
+    return randomise_adapter(built).eval()
+
+
+def questions(policy: Policy, **changes) -> list[Question]:
+    seeds = prompt_seeds(7, len(PROMPTS))
+    return [
+        Question(
+            policy.template.encode(prompt, policy.preference_text(w.tolist())), w,
+            **{"max_new_tokens": 12, "temperature": policy.temperature, "seed": seed} | changes,
+        )
+        for prompt, w, seed in zip(PROMPTS, W, seeds, strict=True)
+    ]  # fmt: skip
+
+
+def texts(pieces: list[Piece], count: int = 3) -> list[str]:
+    return ["".join(piece.text for piece in pieces if piece.row == row) for row in range(count)]
+
+
+@pytest.mark.parametrize("stop", [(), ("e",)])
+def test_pieces_are_what_the_engine_samples(policy: Policy, stop: tuple[str, ...]) -> None:
+    expected = TransformersEngine(stop).sample(policy, PROMPTS, W, 1, 12, 7)
+    pieces = list(stream(policy, questions(policy, stop=stop)))
+    assert texts(pieces) == [row[0] for row in expected.texts]
+    last = {piece.row: piece for piece in pieces if piece.finish}
+    assert [last[row].finish == "stop" for row in range(3)] == expected.finished[:, 0].tolist()
+    assert len({len([p for p in pieces if p.row == row and p.text]) for row in range(3)} | {1}) > 1  # it streams
+
+
+def test_a_response_does_not_depend_on_its_neighbours(policy: Policy) -> None:
+    asked = questions(policy)
+    together = texts(list(stream(policy, asked)))
+    assert [texts(list(stream(policy, [question])), 1)[0] for question in asked] == together
+
+
+def test_the_network_as_it_is_gives_the_same(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = texts(list(stream(policy, questions(policy))))
+    monkeypatch.setattr("miepo.rollout.streaming.fits", lambda policy: False)
+    assert texts(list(stream(policy, questions(policy)))) == fused
+
+
+def test_the_plain_decoder_keeps_rows(policy: Policy) -> None:
+    prompts = policy.encode(PROMPTS, W)
+    tokens = torch.tensor([11, 12, 13])
+    with torch.no_grad():
+        plain, fused = PlainDecoder(policy, prompts, W), FusedDecoder(policy, prompts, W, 1, 5)
+        torch.testing.assert_close(plain.start(), fused.start(), rtol=1e-4, atol=1e-4)
+        for decoder in (plain, fused):
+            decoder.next(tokens)
+            decoder.keep(torch.tensor([0, 2]))
+        torch.testing.assert_close(plain.next(tokens[1:]), fused.next(tokens[1:]), rtol=1e-4, atol=1e-4)
+
+
+def test_settings_are_of_each_question(policy: Policy) -> None:
+    greedy, other = questions(policy, temperature=0.0)[0], questions(policy, max_new_tokens=3)[1]
+    pieces = list(stream(policy, [greedy, other, questions(policy, temperature=0.0, seed=99)[0]]))
+    found = texts(pieces)
+    assert found[0] == found[2]  # the most probable tokens, whatever the seed
+    assert [p.tokens for p in pieces if p.row == 1][-1] <= 3
+    assert torch.is_grad_enabled()
+
+
+def test_what_nobody_waits_for_ends(policy: Policy) -> None:
+    seen: list[Piece] = []
+    for piece in stream(policy, questions(policy), cancelled=lambda row: row == 1 and len(seen) > 2):
+        seen.append(piece)
+    assert [p.finish for p in seen if p.row == 1][-1] == "cancelled"
+    assert all(p.finish != "cancelled" for p in seen if p.row != 1)
+
+
+def test_a_question_that_does_not_fit(policy: Policy) -> None:
+    with pytest.raises(UserError, match="the response may have 1000: expected at most 256 together"):
+        list(stream(policy, questions(policy, max_new_tokens=1000)))
+
+
+def test_nucleus() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().repeat(3, 1)
+    uniform = torch.full((3,), 0.9, dtype=torch.float64)
+    chosen = choose(logits, torch.ones(3), torch.tensor([1.0, 0.7, 0.4]), uniform)
+    assert chosen.tolist() == [2, 1, 0]  # of all, of the first two, of the first
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab e\n é😀"), max_size=12),
+    stop=st.lists(st.text(st.sampled_from("abe "), min_size=1, max_size=3), max_size=2),
+)
+def test_text_by_token_is_the_text_of_all_tokens(text: str, stop: list[str]) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    said = ResponseText(tokenizer, stop)
+    shown = ""
+    for token in ids:
+        shown += said.add(token)
+        if said.stopped:
+            break
+    shown += said.end()
+    assert shown == cut_at(tokenizer.decode(ids, skip_special_tokens=True), stop).strip()
