@@ -39,7 +39,7 @@ DESCRIPTION = (
 )
 
 
-COMMANDS = {"export": "miepo.export"}  # loaded when they are asked for
+COMMANDS = {"export": "miepo.export", "serve": "miepo.serving.command"}  # loaded when they are asked for
 
 
 class LogConfig(SaveConfigCallback):

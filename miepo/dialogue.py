@@ -28,6 +28,14 @@ def split_turns(prompt: str) -> list[tuple[str, str]] | None:
     return turns
 
 
+def dialogue_of(messages: Sequence[tuple[str, str]]) -> str:
+    """A prompt of turns from roles (``user``, ``assistant``) and texts; no text can begin a turn of its own."""
+    names = {"user": HUMAN, "assistant": ASSISTANT}
+    plain = re.compile(rf"\b({HUMAN}|{ASSISTANT}):", re.IGNORECASE)
+    turns = [(names[role], plain.sub(r"\1 :", text)) for role, text in messages]
+    return "".join(f"\n\n{name}: {text}" for name, text in turns)
+
+
 def cut_at(text: str, stop: Sequence[str]) -> str:
     """``text`` up to the first of the ``stop`` texts in it."""
     ends = [at for s in stop if (at := text.find(s)) >= 0]

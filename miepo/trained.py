@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from miepo.checkpoints import check_adapter, check_base
+from miepo.dialogue import dialogue_of, split_turns
 from miepo.errors import UserError, first_line
 from miepo.front import Front
 from miepo.objectives import Objective
@@ -139,10 +142,43 @@ class TrainedPolicy:
         self.saved, self.policy, self.names, self.front = saved, policy, saved.names, saved.front
         self._given, self._device, self._trust = objectives, device, trust
         self._objectives: list[Objective] = []
+        # a tokenizer's settings change while it encodes, and must not under one that decodes in another thread
+        tokenizer = copy.deepcopy(policy.tokenizer)
+        self._template = policy.make_template(tokenizer, policy.dialogue)
+        self._turns = policy.make_template(tokenizer, True) if self._template.chat else None
+        self._encoding, self._scoring = threading.Lock(), threading.Lock()
+
+    def encode(self, prompt: str | Sequence[Mapping[str, str]], preference: str) -> list[int]:
+        """A prompt, or messages with ``role`` and ``content``, as token ids.
+
+        One message is a prompt. Several are a dialogue, which a policy with a chat template can read, too, and others
+        where they were trained on dialogues.
+
+        Raises:
+            UserError: roles that do not alternate, or more messages than the policy reads.
+        """
+        template = self._template
+        if not isinstance(prompt, str):
+            turns = [(message["role"], message["content"]) for message in prompt]
+            wanted = [("user", "assistant")[i % 2] for i in range(len(turns))]
+            if len(turns) % 2 == 0 or [role for role, _ in turns] != wanted:
+                raise UserError(
+                    "expected messages of user and assistant in turn, from user to user, "
+                    f"got {', '.join(role for role, _ in turns) or 'none'}"
+                )
+            if len(turns) > 1 and not template.dialogue:
+                if self._turns is None:
+                    raise UserError(f"this policy reads one message: expected one, got {len(turns)}")
+                template = self._turns
+            prompt = dialogue_of(turns) if template.dialogue else turns[0][1]
+        elif template.dialogue and split_turns(prompt) is None:
+            prompt = dialogue_of([("user", prompt)])
+        with self._encoding:
+            return template.encode(prompt, preference)
 
     def question(
         self,
-        prompt: str,
+        prompt: str | Sequence[Mapping[str, str]],
         preference: Mapping[str, float],
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -150,7 +186,7 @@ class TrainedPolicy:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Question:
-        """A prompt under a preference by objective name, checked, for :func:`~miepo.rollout.streaming.stream`.
+        """A prompt, or messages, under a preference by name, checked, for :func:`~miepo.rollout.streaming.stream`.
 
         Raises:
             UserError: names the setting that cannot be used.
@@ -164,7 +200,7 @@ class TrainedPolicy:
             raise UserError(f"temperature must lie between 0 and 100, got {temperature}")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
-        ids = self.policy.template.encode(prompt, self.policy.preference_text(vector.tolist()))
+        ids = self.encode(prompt, self.policy.preference_text(vector.tolist()))
         question = Question(ids, vector, tokens, temperature, top_p, (*self.saved.stop, *stop), seed)
         check_length(self.policy, question)
         return question
@@ -228,8 +264,9 @@ class TrainedPolicy:
         texts = [responses] if isinstance(responses, str) else list(responses)
         if len(asked) != len(texts):
             raise UserError(f"expected one response for each of {len(asked)} prompts, got {len(texts)}")
-        objectives = self.objectives
-        raw = score_responses(objectives, asked, [[text] for text in texts])
+        with self._scoring:  # objectives need not stand being asked by two threads
+            objectives = self.objectives
+            raw = score_responses(objectives, asked, [[text] for text in texts])
         rewards = normalise_rewards(objectives, raw)[:, 0].T.tolist()  # K x N
         return {name: row[0] if one else row for name, row in zip(self.names, rewards, strict=True)}
 

@@ -134,13 +134,17 @@ class Policy(nn.Module):
         self.tokenizer.padding_side = "left"
         self.generation_config = model.generation_config  # the base's own
         self.end_ids = plain_sampling(model, self.tokenizer, self.temperature)
-        markers = [marker for c in self.conditioning for marker in c.markers(names)]
         eos = self.tokenizer.eos_token_id
         self.end_id = self.end_ids[0] if eos is None else eos  # of a response that is given and not sampled
-        self.template = PromptTemplate(self.tokenizer, self.template_spec, markers, self.dialogue)
         self.adapt(model, names)
+        self.template = self.make_template(self.tokenizer, self.dialogue)
         self._built = True
         return self
+
+    def make_template(self, tokenizer: Any, dialogue: bool) -> PromptTemplate:
+        """The policy's own with another tokenizer object, or for dialogues."""
+        markers = [marker for c in self.conditioning for marker in c.markers(self.names)]
+        return PromptTemplate(tokenizer, self.template_spec, markers, dialogue)
 
     def adapt(self, model: PreTrainedModel, names: Sequence[str]) -> None:
         """Attaches the adapter for the objectives ``names`` to a base model: :meth:`build` without files."""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from miepo.front import Front
+from miepo.objectives import Brevity
 from miepo.policy import Conditioning, Policy
-from miepo.trained import Saved
-from tests.helpers.tiny import randomise_adapter
+from miepo.trained import Saved, TrainedPolicy, build_policy
+from tests.helpers.tiny import Letters, randomise_adapter
 
 NAMES = ("letter_e", "brevity")
 GRID = torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
@@ -46,3 +47,9 @@ def saved_policy(
         },
     )
     return saved, policy
+
+
+def trained_policy(model: Path, conditioning: Sequence[Conditioning], **settings: Any) -> TrainedPolicy:
+    saved, _ = saved_policy(model, conditioning, **settings)
+    policy = build_policy(saved, {}).eval()
+    return TrainedPolicy(saved, policy, torch.device("cpu"), [Letters("e"), Brevity(30)])

@@ -1,0 +1,118 @@
+"""``miepo serve``: the command, its address and its key."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from contextlib import closing
+
+from miepo.errors import UserError, needs
+from miepo.trained import load
+
+MOST_CLIENTS = 512  # connections at one time
+NAMES = {"127.0.0.1", "localhost", "::1"}
+
+
+def add_options(parser: ArgumentParser, port: int) -> None:
+    """What every command needs that shows a trained policy at an address."""
+    parser.add_argument("--ckpt_path", required=True, help="a run's folder, a checkpoint or a folder of miepo export")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; beyond this machine a key is needed")
+    parser.add_argument("--port", type=int, default=port)
+    parser.add_argument("--key", help="that a client must give; drawn where --host is not of this machine alone")
+    parser.add_argument("--most_tokens", type=int, default=512, help="of a response")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds after which a response is given up")
+    parser.add_argument("--waiting", type=int, default=64, help="requests that may wait; more are refused")
+    parser.add_argument("--device", help="by default a GPU where there is one")
+    parser.add_argument("--trust", action="store_true", help="import code that the checkpoint names and miepo has not")
+
+
+def check_options(options: Namespace) -> None:
+    """Refuses what cannot be, before a model is loaded."""
+    if not 0 <= options.port < 2**16:
+        raise UserError(f"--port: expected a number from 0 to 65535, got {options.port}")
+    for name in ("most_tokens", "timeout", "waiting"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"--{name} must be positive, got {getattr(options, name)}")
+    if options.key is not None and len(options.key) < 8:
+        raise UserError(f"--key: expected at least 8 characters, got {len(options.key)}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def key_for(options: Namespace) -> str | None:
+    """The key that clients must give, None where none is needed."""
+    if options.key is None and not is_loopback(options.host):
+        return secrets.token_urlsafe(24)
+    key: str | None = options.key
+    return key
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address; taken before a model is loaded, so that a mistake shows at once."""
+    found = None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(128)
+    except OSError as error:
+        if found is not None:
+            found.close()
+        raise UserError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+    return found
+
+
+def address_of(host: str, listening: socket.socket) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listening.getsockname()[1]}"
+
+
+def main(args: Sequence[str]) -> None:
+    """``miepo serve --ckpt_path RUN [--port 8000]``."""
+    parser = ArgumentParser(
+        prog="miepo serve",
+        description="Answers OpenAI's chat requests, which carry a preference: "
+        'extra_body={"preference": {"helpful": 0.7, "brief": 0.3}}.',
+    )
+    add_options(parser, 8000)
+    parser.add_argument("--name", default="miepo", help="of the model")
+    parser.add_argument("--batch_size", type=int, default=16, help="requests that are answered together")
+    options = parser.parse_args(args)
+    check_options(options)
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size must be positive, got {options.batch_size}")
+    try:
+        import uvicorn
+
+        from miepo.serving.app import make_app
+        from miepo.serving.batcher import Batcher
+    except ImportError as error:
+        raise needs(error.name or "fastapi", "miepo serve") from None
+    key, local = key_for(options), is_loopback(options.host)
+    with closing(listen(options.host, options.port)) as listening:
+        trained = load(options.ckpt_path, device=options.device, trust=options.trust)
+        batcher = Batcher(trained.policy, options.batch_size, options.waiting)
+        app = make_app(
+            trained, batcher, name=options.name, key=key, hosts=[*NAMES, options.host] if local else None,
+            timeout=options.timeout, most_tokens=options.most_tokens,
+        )  # fmt: skip
+        print(f"Serving {trained!r} at {address_of(options.host, listening)}/v1 as model '{options.name}'", flush=True)
+        if key is not None and options.key is None:
+            print(f"Key: {key}", flush=True)
+        try:
+            config = uvicorn.Config(
+                app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=MOST_CLIENTS
+            )
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            batcher.close()

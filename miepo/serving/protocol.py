@@ -1,0 +1,88 @@
+"""The part of OpenAI's chat protocol that is spoken, and the preference that it carries besides."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MOST_MESSAGES, MOST_RESPONSES = 64, 8
+TOLERANCE = 1e-3  # of a sum of weights
+
+
+class TextPart(BaseModel):
+    """A piece of a message's content."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of the conversation."""
+
+    model_config = ConfigDict(extra="ignore")
+    role: Literal["user", "assistant"]
+    content: str
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, content: Any) -> Any:
+        if isinstance(content, list):
+            return "".join(TextPart.model_validate(part).text for part in content)
+        return content
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells besides."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """A request for a response; a field that is not known is an error, since it would change nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    preference: dict[str, float] | None = None
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(1, ge=1, le=MOST_RESPONSES)
+    stop: list[str] | str | None = Field(None, max_length=4)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    # said by clients as a matter of course, and of no consequence for the response
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    # what they say where nothing is asked of it
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    logprobs: Literal[False] | None = None
+    tools: list[Any] | None = Field(None, max_length=0)
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+
+    @field_validator("stop", mode="after")
+    @classmethod
+    def _list(cls, stop: list[str] | str | None) -> list[str]:
+        texts = [stop] if isinstance(stop, str) else list(stop or [])
+        if any(not text for text in texts):
+            raise ValueError("a text that ends the response must not be empty")
+        return texts
+
+    @model_validator(mode="after")
+    def _weights(self) -> ChatRequest:
+        if self.preference is not None and not abs((total := sum(self.preference.values())) - 1) <= TOLERANCE:
+            raise ValueError(f"the weights of a preference must sum to 1, got {total:g}")
+        return self
+
+    @property
+    def tokens(self) -> int | None:
+        """Of the response at most, where it is said."""
+        return self.max_completion_tokens or self.max_tokens
