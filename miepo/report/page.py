@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from math import isclose, isfinite
@@ -18,6 +19,7 @@ from miepo.preferences import format_preference
 from miepo.report import intervals, pictures
 from miepo.report.runs import Evaluation, RunRecord, differing, read_runs
 from miepo.report.text import finished, shortened
+from miepo.resources import is_folder
 
 PAGE = Path(__file__).with_name("page.html.jinja")
 
@@ -35,16 +37,17 @@ class Report:
             UserError: it cannot be written there.
         """
         target = Path(path)
-        if not target.parent.is_dir():
+        if not is_folder(target.parent):
             raise UserError(f"expected a folder to write the report into, got '{target.parent}', which is none")
-        if target.is_dir():
+        if is_folder(target):
             raise UserError(f"expected a file for the report, got '{target}', which is a folder")
         partial = target.with_name(f".{target.name}.partial")
         try:
             partial.write_text(self.html, encoding="utf-8")
             partial.replace(target)
         except (OSError, ValueError) as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError, ValueError):
+                partial.unlink()
             raise UserError(f"expected a file for the report that can be written, got {first_line(error)}") from None
         return target
 
@@ -81,7 +84,10 @@ def page_of(runs: Sequence[RunRecord], prompts: int) -> dict[str, Any]:
         "title": runs[0].label if len(runs) == 1 else f"{len(runs)} runs",
         "names": (answered or runs)[0].names,
         "runs": [{"record": run, "style": pictures.style(i)} for i, run in enumerate(runs)],
-        "settings": differing([run.config for run in runs]) if len(runs) > 1 else [],
+        "settings": [
+            (key, [shortened(value, 200) for value in values])
+            for key, values in (differing([run.config for run in runs]) if len(runs) > 1 else [])
+        ],
         "columns": [columns for columns, _ in measured],
         "rows": table_rows([column for columns, _ in measured for column in columns]),
         "notes": [note for _, note in measured if note],

@@ -101,7 +101,7 @@ def draw_fronts(runs: Sequence[RunRecord]) -> list[Figure]:
         return [draw_front(latest.grid, mean_rewards(latest), [visible(n) for n in names], before, latest.title)]
     figures = []
     for i, j in list(combinations(range(len(names)), 2)) or [(0, 0)]:
-        figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+        figure = Figure(figsize=(4.6, 4.0), layout="constrained")
         axis = figure.subplots()
         for number, run, latest in with_answers:
             line = style(number)
@@ -109,7 +109,7 @@ def draw_fronts(runs: Sequence[RunRecord]) -> list[Figure]:
             if run.last and run.first:
                 old = mean_rewards(run.first)
                 colour = "0.5" if len(runs) == 1 else line["color"]
-                axis.plot(old[:, i], old[:, j], "o", ms=4.5, mfc="none", color=colour, alpha=0.6)
+                axis.plot(old[:, i], old[:, j], "o", ms=4.5, mfc="none", color=colour, alpha=0.8)
             if len(runs) == 1:  # colour is free for the preference
                 points = axis.scatter(after[:, i], after[:, j], c=latest.grid[:, i], vmin=0, vmax=1, zorder=2)
                 figure.colorbar(points, ax=axis, label=f"weight of {plain(names[i])}")
@@ -148,7 +148,7 @@ def draw_rewards(run: RunRecord, objective: int) -> Figure:
             manage_ticks=False,
             medianprops={"color": "black" if newest else "0.4"},
             flierprops={"marker": ".", "ms": 3, "mec": "0.5"},
-            boxprops=lines,
+            boxprops={**lines},  # matplotlib changes it
             whiskerprops=lines,
             capprops=lines,
         )
@@ -184,7 +184,10 @@ def curves(runs: Sequence[RunRecord]) -> tuple[list[str], list[str], list[str]]:
     limits = {f"{key}_{end}" for key in every for end in ("low", "high")} | {"information/ceiling"}
     keys = [k for k in every if k not in limits and any(len(run.series.get(k, ())) > 1 for run in runs)]
     zero = [k for k in keys if all(v == 0 for run in runs for _, v in run.series.get(k, ()))]
-    first = ("loss", "kl", "reward/", "agreement/", "information/", "exploration", "front/", "response/")
+    first = (
+        "loss", "kl", "reward/", "agreement/", "information/infonce", "information/preference",
+        "front/hv", "front/mip", "front/crd",
+    )  # fmt: skip
     places = {k: next((i for i, start in enumerate(first) if k.startswith(start)), None) for k in keys if k not in zero}
     main = sorted((k for k in places if places[k] is not None), key=lambda k: (places[k], k))
     return main, sorted(k for k in places if places[k] is None), sorted(zero)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from math import isfinite, nan
-from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from miepo.callbacks.evaluation_record import FOLDER
 from miepo.errors import UserError, first_line
+from miepo.resources import is_file, is_folder
 
 METRICS, CONFIG = "metrics.csv", "config.yaml"
 REFERENCE_POINT = -1.0  # ParetoFront's default
@@ -72,8 +72,8 @@ class RunRecord:
         callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
         for entry in callbacks if isinstance(callbacks, list) else [callbacks]:
             if isinstance(entry, Mapping) and str(entry.get("class_path")).endswith("ParetoFront"):
-                value = (entry.get("init_args") or {}).get("reference_point", REFERENCE_POINT)
-                return float(value)
+                value = _number((entry.get("init_args") or {}).get("reference_point"))
+                return REFERENCE_POINT if value is None else value
         return REFERENCE_POINT
 
     @property
@@ -91,6 +91,8 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
     paths = [Path(folder) for folder in folders]
     if not paths:
         raise UserError("a report is about runs: expected the folder of at least one, got none")
+    for path in paths:
+        check_folder(path)
     whole = [path.resolve() for path in paths]
     for i, path in enumerate(whole):
         if path in whole[:i]:
@@ -111,17 +113,21 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """Short names that tell absolute folders apart.
+    """Short names that tell absolute folders apart: without the parts that all begin or end with.
 
     >>> labels([Path("/runs/a/version_0"), Path("/runs/b/version_0")])
-    ['a/version_0', 'b/version_0']
+    ['a', 'b']
     >>> labels([Path("/runs/quickstart/version_0")])
     ['quickstart/version_0']
     """
     if len(folders) == 1:
         return ["/".join(folders[0].parts[-2:])]
-    common = Path(commonpath(folders))
-    return [path.relative_to(common).as_posix() if path != common else path.name for path in folders]
+    parts = [list(folder.parts) for folder in folders]
+    for end in (0, -1):
+        while all(len(path) > 1 for path in parts) and len({path[end] for path in parts}) == 1:
+            for path in parts:
+                path.pop(end)
+    return ["/".join(path) for path in parts]
 
 
 def ordered(evaluation: Evaluation, names: tuple[str, ...]) -> Evaluation:
@@ -130,21 +136,27 @@ def ordered(evaluation: Evaluation, names: tuple[str, ...]) -> Evaluation:
     return replace(evaluation, names=names, grid=evaluation.grid[:, columns], scores=evaluation.scores[:, columns])
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses what is no run's folder."""
+    if not is_folder(folder):
+        raise UserError(
+            f"expected the folder of a run, got '{folder}', which "
+            + ("is a file" if is_file(folder) else "does not exist")
+        )
+    if not is_file(folder / METRICS):
+        inside = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
+        hint = f"; there is one in '{inside[-1]}'" if inside else ""
+        raise UserError(f"expected the folder of a run, with {METRICS} in it, got '{folder}', which has none{hint}")
+
+
 def read_run(folder: Path, label: str | None = None) -> RunRecord:
     """Reads the folder of a run, finished or not.
 
     Raises:
         UserError: it is none, or a file in it is malformed.
     """
-    if not folder.is_dir():
-        raise UserError(
-            f"expected the folder of a run, got '{folder}', which {'is none' if folder.exists() else 'does not exist'}"
-        )
-    if not (folder / METRICS).is_file():
-        inside = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
-        hint = f"; there is one in '{inside[-1]}'" if inside else ""
-        raise UserError(f"expected the folder of a run, with {METRICS} in it, got '{folder}', which has none{hint}")
-    text = read_text(folder / CONFIG) if (folder / CONFIG).is_file() else ""
+    check_folder(folder)
+    text = read_text(folder / CONFIG) if is_file(folder / CONFIG) else ""
     rows = read_metrics(folder / METRICS)
     files = evaluation_files(folder)
     return RunRecord(
@@ -181,14 +193,14 @@ def read_config(file: Path, text: str) -> Mapping[str, Any]:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted path; the entries of a list by their class, or by number.
+    """Settings by dotted path; the entries of a list of objects by their class, or by number.
 
-    >>> flat({"a": {"b": 1}, "c": [{"class_path": "x.Y", "init_args": {"d": 2}}, 3], "e": []})
-    {'a.b': 1, 'c.Y.class_path': 'x.Y', 'c.Y.init_args.d': 2, 'c.1': 3, 'e': []}
+    >>> flat({"a": {"b": 1}, "c": [{"class_path": "x.Y", "init_args": {"d": 2}}, 3], "e": [4, 5]})
+    {'a.b': 1, 'c.Y.class_path': 'x.Y', 'c.Y.init_args.d': 2, 'c.1': 3, 'e': [4, 5]}
     """
     if isinstance(value, Mapping):
         pairs: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, list):
+    elif isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
         kinds = [
             str(entry["class_path"]).rpartition(".")[2] if isinstance(entry, Mapping) and "class_path" in entry else i
             for i, entry in enumerate(value)
@@ -203,8 +215,15 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The settings in which configurations differ, with the value of each; ``–`` where one has no such setting."""
-    every = [flat(config) for config in configs]
+    """The settings in which configurations differ, with the value of each; ``–`` where one has no such setting.
+
+    Raises:
+        UserError: a configuration contains itself.
+    """
+    try:
+        every = [flat(config) for config in configs]
+    except RecursionError:
+        raise UserError(f"expected a {CONFIG} with an end, got one in which something contains itself") from None
     keys = list(dict.fromkeys(key for settings in every for key in settings if key))
     rows = [
         (key, [json.dumps(s[key], ensure_ascii=False, default=str) if key in s else "–" for s in every]) for key in keys
