@@ -17,7 +17,7 @@ from miepo.callbacks.evaluation_table import table_rows
 from miepo.errors import UserError, first_line
 from miepo.preferences import format_preference
 from miepo.report import intervals, pictures
-from miepo.report.runs import Evaluation, RunRecord, differing, read_runs
+from miepo.report.runs import Evaluation, RunRecord, differing, incomparable, read_runs
 from miepo.report.text import finished, shortened
 from miepo.resources import is_folder
 
@@ -90,8 +90,9 @@ def page_of(runs: Sequence[RunRecord], prompts: int) -> dict[str, Any]:
         ],
         "columns": [columns for columns, _ in measured],
         "rows": table_rows([column for columns, _ in measured for column in columns]),
+        "incomparable": incomparable(runs),
         "notes": [note for _, note in measured if note],
-        "reference_points": sorted({run.reference_point for run in runs}),
+        "reference_points": [f"{point:g}" for point in sorted({run.reference_point for run in runs})],
         "fronts": pictures.draw_fronts(runs),
         "kept_fronts": [(run, uri) for run in runs if not run.latest and (uri := kept_front(run))],
         "curves": [(key, pictures.draw_curve(key, runs)) for key in main],

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from miepo.callbacks.evaluation_record import FOLDER
 from miepo.errors import UserError, first_line
+from miepo.normalisation import normalisations_in
+from miepo.objectives.base import Normalisation
 from miepo.resources import is_file, is_folder
 
-METRICS, CONFIG = "metrics.csv", "config.yaml"
+METRICS, CONFIG, NORMALISATION = "metrics.csv", "config.yaml", "normalisation.json"
 REFERENCE_POINT = -1.0  # ParetoFront's default
 
 
@@ -47,6 +49,7 @@ class RunRecord:
     label: str
     config: Mapping[str, Any]
     config_text: str
+    normalisation: Mapping[str, Normalisation]  # of the rewards, by objective; empty where it was not written
     series: Mapping[str, tuple[tuple[int, float], ...]]  # by metric: step and value, as logged
     figures: tuple[tuple[int, Mapping[str, float]], ...]  # of every evaluation: steps taken and what was logged
     evaluations: int  # how many have their answers kept
@@ -164,12 +167,32 @@ def read_run(folder: Path, label: str | None = None) -> RunRecord:
         label=label or labels([folder.resolve()])[0],
         config=read_config(folder / CONFIG, text),
         config_text=text,
+        normalisation=normalisations_in(folder / NORMALISATION)[0] if is_file(folder / NORMALISATION) else {},
         series=series_of(rows),
         figures=figures_of(rows),
         evaluations=len(files),
         first=read_evaluation(files[0]) if files else None,
         last=read_evaluation(files[-1]) if len(files) > 1 else None,
     )
+
+
+def incomparable(runs: Sequence[RunRecord]) -> list[str]:
+    """Why figures of these runs do not stand on one scale; none where they do."""
+    reasons = []
+    for name in runs[0].names:
+        known = [(run.label, run.normalisation[name]) for run in runs if name in run.normalisation]
+        if len({(f"{n.mean:.6g}", f"{n.sd:.6g}") for _, n in known}) > 1:
+            each = "; ".join(f"{label} by mean {n.mean:.4g}, sd {n.sd:.4g}" for label, n in known)
+            reasons.append(f"Rewards of {name} are normalised in different ways: {each}.")
+    evaluations = [run.latest for run in runs if run.latest]
+    if len({tuple(sorted(set(e.prompts))) for e in evaluations}) > 1:
+        reasons.append("The runs were evaluated on different prompts.")
+    if len({tuple(map(tuple, e.grid.tolist())) for e in evaluations}) > 1:
+        reasons.append("The runs were evaluated under different preference vectors.")
+    if len({run.reference_point for run in runs}) > 1:
+        points = ", ".join(f"{run.label} {run.reference_point:g}" for run in runs)
+        reasons.append(f"The hypervolume's reference points differ: {points}.")
+    return reasons
 
 
 # -- the configuration -------------------------------------------------------------------------------------------------

@@ -76,4 +76,6 @@ def write_run(
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
     front = {"class_path": "miepo.callbacks.ParetoFront", "init_args": {"reference_point": -1.0}}
     (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [front]}} | (config or {})))
+    objectives = {name: {"mean": 1.0, "sd": 2.0, "of": {}} for name in names}
+    (folder / "normalisation.json").write_text(json.dumps({"schema": 1, "objectives": objectives, "data": None}))
     return folder

@@ -20,7 +20,7 @@ from miepo.report import Report, report
 from miepo.report import pictures as draw
 from miepo.report.intervals import KEYS, bootstrap, overlap, point_estimates, with_interval
 from miepo.report.page import before_and_after, samples
-from miepo.report.runs import differing, labels, read_evaluation, read_run, read_runs
+from miepo.report.runs import differing, incomparable, labels, read_evaluation, read_run, read_runs
 from miepo.report.text import visible
 from tests.helpers.runs import NAMES, evaluation_rows, figures, write_run
 
@@ -153,6 +153,25 @@ def test_columns_of_runs_follow_the_first(tmp_path: Path) -> None:
     assert second.last.names == first.last.names
     assert torch.equal(first.last.scores, second.last.scores)
     assert torch.equal(first.last.grid, second.last.grid)
+
+
+def test_runs_on_different_scales_are_said_to_be(tmp_path: Path) -> None:
+    same = [write_run(tmp_path / name) for name in ("a", "b")]
+    assert incomparable(read_runs(same)) == []
+    file = same[1] / "normalisation.json"
+    file.write_text(file.read_text().replace('"mean": 1.0, "sd": 2.0', '"mean": 1.5, "sd": 2.0', 1))
+    front = {"class_path": "ParetoFront", "init_args": {"reference_point": -2.0}}
+    rows = evaluation_rows(1, prompts=4, points=5)
+    other = write_run(tmp_path / "c", [rows, rows], config={"trainer": {"callbacks": front}})
+    found = incomparable(read_runs([*same, other]))
+    assert found == [
+        "Rewards of letter_e are normalised in different ways: a by mean 1, sd 2; b by mean 1.5, sd 2; c by mean 1, sd 2.",
+        "The runs were evaluated on different prompts.",
+        "The runs were evaluated under different preference vectors.",
+        "The hypervolume's reference points differ: a -1, b -1, c -2.",
+    ]
+    html = unescape(report([*same, other]).html)
+    assert all(reason in html for reason in found)
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
@@ -458,6 +477,11 @@ def test_runs_of_other_objectives_show_both_lists(tmp_path: Path) -> None:
         ("config.yaml", b"- a\n", "expected settings by name in '.*', got list"),
         ("config.yaml", b"\xff", "expected text in"),
         ("config.yaml", b"a: !!python/object/apply:os.getcwd []", "expected YAML in"),
+        (
+            "normalisation.json",
+            b"{}",
+            "expected a normalisation at '.*', got a file that miepo normalise did not write",
+        ),
         ("evaluations/step_000004.jsonl", b"\n", "expected answers in '.*', got an empty file"),
     ],
 )
