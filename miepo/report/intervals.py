@@ -52,6 +52,9 @@ def bootstrap(evaluation: Evaluation, reference_point: float, seed: int = 0, dra
 
     Answers to one prompt stay together. Two evaluations of the same prompts get the same resamples, so that the
     difference of their values is that of pairs.
+
+    A resample repeats prompts and so has less spread than the prompts themselves, and a determinant even less: the
+    values of CRD are scaled to have the estimate as their mean.
     """
     parts = sums_by_prompt(evaluation)
     p = len(parts[0])
@@ -61,7 +64,11 @@ def bootstrap(evaluation: Evaluation, reference_point: float, seed: int = 0, dra
     )
     count, total, outer = (torch.einsum("dp,p...->d...", times, part) for part in parts)
     moments = zip(*reward_moments(count, total, outer), strict=True)
-    return np.array([front_figures(*pair, evaluation.grid, reference_point) for pair in moments])
+    drawn = np.array([front_figures(*pair, evaluation.grid, reference_point) for pair in moments])
+    estimate, dispersion = point_estimates(evaluation, reference_point)["front/crd"], drawn[:, 2]
+    if estimate > 0 and np.nansum(dispersion) > 0:
+        drawn[:, 2] *= estimate / np.nanmean(dispersion)
+    return drawn
 
 
 def with_interval(values: Mapping[str, float], drawn: np.ndarray, level: float = 0.95) -> dict[str, float]:
