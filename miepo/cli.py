@@ -35,11 +35,12 @@ from miepo.resources import is_file
 
 DESCRIPTION = (
     "Train and use a policy for every trade-off between objectives. Beside the subcommands below: miepo normalise, "
-    "which measures the normalisation of rewards on offline data."
+    "which measures the normalisation of rewards on offline data, and miepo report, which writes a page about runs."
 )
 
 
-COMMANDS = {"export": "miepo.export", "serve": "miepo.serving.command"}  # loaded when they are asked for
+# loaded when they are asked for
+COMMANDS = {"export": "miepo.export", "report": "miepo.report.command", "serve": "miepo.serving.command"}
 
 
 class LogConfig(SaveConfigCallback):

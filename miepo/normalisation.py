@@ -75,11 +75,11 @@ def checked_normalisation(mean: Any, sd: Any) -> Normalisation:
     return Normalisation(mean, sd)
 
 
-def read_normalisation(path: Path, objectives: Sequence[Objective], offline: OfflineResponses | None) -> None:
-    """Gives ``objectives`` without a normalisation what :func:`write_normalisation` wrote.
+def normalisations_in(path: Path) -> tuple[dict[str, Normalisation], dict[str, Any], dict[str, Any] | None]:
+    """What :func:`write_normalisation` wrote: normalisations, what objectives they are of, and the data, by name.
 
     Raises:
-        UserError: there is no such file, it is of other objectives, or it was measured on other data than ``offline``.
+        UserError: there is no such file, or another wrote it.
     """
     if not is_file(path):
         raise UserError(f"expected a normalisation at '{path}', there is none: miepo normalise writes it")
@@ -93,6 +93,16 @@ def read_normalisation(path: Path, objectives: Sequence[Objective], offline: Off
         raise UserError(
             f"expected a normalisation at '{path}', got a file that miepo normalise did not write"
         ) from None
+    return values, of, measured
+
+
+def read_normalisation(path: Path, objectives: Sequence[Objective], offline: OfflineResponses | None) -> None:
+    """Gives ``objectives`` without a normalisation what :func:`write_normalisation` wrote.
+
+    Raises:
+        UserError: there is no such file, it is of other objectives, or it was measured on other data than ``offline``.
+    """
+    values, of, measured = normalisations_in(path)
     for objective in objectives:
         if objective.normalisation is not None:
             continue

@@ -31,6 +31,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """As ``path.is_dir()``, also of a name that no folder can have."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def is_packaged(source: str) -> bool:
     return source.startswith(("package:", "pypi:"))
 

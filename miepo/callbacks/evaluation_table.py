@@ -85,7 +85,9 @@ def _cell(metrics: dict[str, float], key: str) -> str:
         return "-"
     text = f"{metrics[key]:.3g}" if abs(metrics[key]) < 0.01 else f"{metrics[key]:.3f}"
     if f"{key}_low" in metrics:
-        text += f" [{metrics[f'{key}_low']:.3f}, {metrics[f'{key}_high']:.3f}] of {metrics['information/ceiling']:.2f}"
+        text += f" [{metrics[f'{key}_low']:z.3f}, {metrics[f'{key}_high']:z.3f}]"  # no -0.000
+        if key == "information/preference":
+            text += f" of {metrics['information/ceiling']:.2f}"
     return text
 
 

@@ -85,6 +85,20 @@ def reward_overlap(scores: Tensor, grid_index: Tensor, grid: Tensor, bins: int =
     return torch.minimum(share, share[:, nearest]).sum(-1).mean()
 
 
+def reward_moments(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean reward vectors ``(.., M, K)`` and sample covariances ``(.., M, K, K)``; NaN where responses are too few.
+
+    Args:
+        count: ``(.., M)`` responses under each preference vector.
+        total: ``(.., M, K)`` sums of their rewards.
+        outer: ``(.., M, K, K)`` sums of the outer products of each reward vector with itself.
+    """
+    n = count.unsqueeze(-1)  # (.., M, 1)
+    means = torch.where(n > 0, total / n, torch.nan)
+    centred = outer - n.unsqueeze(-1) * means.unsqueeze(-1) * means.unsqueeze(-2)
+    return means, torch.where(n.unsqueeze(-1) > 1, centred / (n.unsqueeze(-1) - 1), torch.nan)
+
+
 class ParetoFrontMetric(Metric):
     """Means and covariances of reward vectors by preference vector; exact under any split into batches or processes.
 
@@ -121,10 +135,7 @@ class ParetoFrontMetric(Metric):
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean reward vectors ``(M, K)`` and sample covariances ``(M, K, K)``; NaN where responses are too few."""
-        n = self.count.unsqueeze(-1)  # (M, 1)
-        means = torch.where(n > 0, self.total / n, torch.nan)
-        centred = self.outer - n.unsqueeze(-1) * means.unsqueeze(-1) * means.unsqueeze(-2)
-        return means, torch.where(n.unsqueeze(-1) > 1, centred / (n.unsqueeze(-1) - 1), torch.nan)
+        return reward_moments(self.count, self.total, self.outer)
 
     def compute(self) -> dict[str, Tensor]:
         """``hv``, ``mip``, ``crd``, per-axis standard deviations ``sd`` ``(K,)`` and the front ``means`` ``(M, K)``."""

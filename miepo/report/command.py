@@ -1,0 +1,24 @@
+"""``miepo report RUN [RUN ...] --out report.html``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from miepo.report.page import report
+
+
+def main(args: Sequence[str]) -> None:
+    """Writes a report about runs."""
+    parser = ArgumentParser(
+        prog="miepo report",
+        description="Writes one HTML page, which needs no network, about one or several runs, finished or not: their "
+        "figures before and after with intervals, fronts, training curves, rewards and answers under every preference.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder: runs/quickstart/version_0")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; what is there is replaced")
+    parser.add_argument("--prompts", type=int, default=4, help="show the answers to this many prompts (default: 4)")
+    options = parser.parse_args(args)
+    path = report(options.runs, options.prompts).save(options.out)
+    print(f"Report: {path}")

@@ -1,0 +1,81 @@
+"""The folder of a run as training leaves it, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from miepo.metrics import ParetoFrontMetric
+from miepo.preferences import evaluation_grid
+
+NAMES = ("letter_e", "brevity")
+
+
+def evaluation_rows(
+    seed: int = 0, names: Sequence[str] = NAMES, prompts: int = 6, points: int | None = 3
+) -> list[dict[str, Any]]:
+    """What :class:`~miepo.callbacks.EvaluationRecord` writes, with rewards that follow the preference."""
+    rng = np.random.default_rng([3, seed])
+    grid = evaluation_grid(len(names), points).tolist()
+    return [
+        {
+            "prompt": f"prompt {p}",
+            "position": p,
+            "grid_index": i,
+            "preference": dict(zip(names, vector, strict=True)),
+            "response": f"answer {p} under {i}",
+            "rewards": dict(zip(names, (seed * np.array(vector) + rng.normal(size=len(names))).tolist(), strict=True)),
+        }
+        for p in range(prompts)
+        for i, vector in enumerate(grid)
+    ]
+
+
+def figures(rows: Sequence[dict[str, Any]], reference_point: float = -1.0) -> dict[str, float]:
+    """HV, MIP and CRD as :class:`~miepo.callbacks.ParetoFront` logs them."""
+    grid = {row["grid_index"]: [*row["preference"].values()] for row in rows}
+    metric = ParetoFrontMetric(torch.tensor([grid[i] for i in sorted(grid)]), reference_point)
+    rewards = [[float("nan") if r is None else r for r in row["rewards"].values()] for row in rows]
+    metric.update(torch.tensor([row["grid_index"] for row in rows]), torch.tensor(rewards))
+    return {f"front/{key}": float(value) for key, value in metric.compute().items() if key in ("hv", "mip", "crd")}
+
+
+def write_run(
+    folder: Path,
+    evaluations: Sequence[Sequence[dict[str, Any]]] | None = None,
+    config: dict[str, Any] | None = None,
+    steps: int = 4,
+) -> Path:
+    """A run that was evaluated before and after ``steps`` steps."""
+    evaluations = [evaluation_rows(0), evaluation_rows(1)] if evaluations is None else evaluations
+    folder.mkdir(parents=True)
+    (folder / "evaluations").mkdir()
+    names = [*evaluations[0][0]["preference"]] if evaluations else NAMES
+    log: list[dict[str, Any]] = []
+    for i, rows in enumerate(evaluations):
+        step = 0 if i == 0 else steps
+        (folder / f"evaluations/step_{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        known = {"information/preference": 0.3 * i, "information/preference_low": 0.2 * i}
+        known |= {"information/preference_high": 0.4 * i, "information/ceiling": 1.0986}
+        if i:
+            log += [
+                {"loss": 1.4 - 0.1 * s, "kl": 0.1 * s, **{f"reward/{n}": 0.1 * s for n in names}, "step": s}
+                for s in range(steps)
+            ]
+            log.append(figures(rows) | known | {"step": steps - 1})
+        else:
+            log += [figures(rows) | {"step": 0}, known | {"step": 0}]
+    keys = [*dict.fromkeys(key for row in log for key in row)]
+    lines = [",".join(keys), *(",".join(str(row.get(key, "")) for key in keys) for row in log)]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+    front = {"class_path": "miepo.callbacks.ParetoFront", "init_args": {"reference_point": -1.0}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [front]}} | (config or {})))
+    objectives = {name: {"mean": 1.0, "sd": 2.0, "of": {}} for name in names}
+    (folder / "normalisation.json").write_text(json.dumps({"schema": 1, "objectives": objectives, "data": None}))
+    return folder
