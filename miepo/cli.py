@@ -34,13 +34,20 @@ from miepo.policy_module import PolicyModule
 from miepo.resources import is_file
 
 DESCRIPTION = (
-    "Train and use a policy for every trade-off between objectives. Beside the subcommands below: miepo normalise, "
-    "which measures the normalisation of rewards on offline data, and miepo report, which writes a page about runs."
+    "Train and use a policy for every trade-off between objectives. Beside the subcommands below: miepo normalise "
+    "measures the normalisation of rewards on offline data; miepo report writes a page about runs; miepo steer shows a "
+    "trained policy on a local page, miepo serve answers OpenAI's chat requests with it, miepo export writes it as a "
+    "PEFT adapter or a whole model."
 )
 
 
 # loaded when they are asked for
-COMMANDS = {"export": "miepo.export", "report": "miepo.report.command", "serve": "miepo.serving.command"}
+COMMANDS = {
+    "export": "miepo.export",
+    "report": "miepo.report.command",
+    "serve": "miepo.serving.command",
+    "steer": "miepo.steer",
+}
 
 
 class LogConfig(SaveConfigCallback):

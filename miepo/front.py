@@ -94,7 +94,7 @@ def draw_front(
         figure.colorbar(points, ax=axis, label=f"weight of {names[i]}")
         axis.set(xlabel=f"{names[i]} (normalised)", ylabel=f"{names[j]} (normalised)")
         axis.grid(alpha=0.3)
-        axis.legend(loc="best")
+        axis.legend(loc="best", markerscale=0.6 if marks else 1.0, fontsize="small" if marks else None)
     if in_space:
         axis = figure.add_subplot(down, across, len(pairs) + 1, projection="3d")
         if before is not None:

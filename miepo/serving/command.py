@@ -8,12 +8,14 @@ import socket
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import closing
+from typing import Any
 
 from miepo.errors import UserError, needs
+from miepo.serving.batcher import Batcher
 from miepo.trained import load
 
 MOST_CLIENTS = 512  # connections at one time
-NAMES = {"127.0.0.1", "localhost", "::1"}
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
 def add_options(parser: ArgumentParser, port: int) -> None:
@@ -77,6 +79,22 @@ def address_of(host: str, listening: socket.socket) -> str:
     return f"http://{name}:{listening.getsockname()[1]}"
 
 
+def hosts_of(host: str) -> list[str]:
+    """Names under which a server that only this machine can reach may be addressed: no web page's own."""
+    return [*LOCAL, host]
+
+
+def serve_app(app: Any, listening: socket.socket, batcher: Batcher) -> None:
+    """Serves until it is interrupted."""
+    import uvicorn
+
+    try:
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=MOST_CLIENTS)
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        batcher.close()
+
+
 def main(args: Sequence[str]) -> None:
     """``miepo serve --ckpt_path RUN [--port 8000]``."""
     parser = ArgumentParser(
@@ -92,10 +110,9 @@ def main(args: Sequence[str]) -> None:
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be positive, got {options.batch_size}")
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from miepo.serving.app import make_app
-        from miepo.serving.batcher import Batcher
     except ImportError as error:
         raise needs(error.name or "fastapi", "miepo serve") from None
     key, local = key_for(options), is_loopback(options.host)
@@ -103,16 +120,10 @@ def main(args: Sequence[str]) -> None:
         trained = load(options.ckpt_path, device=options.device, trust=options.trust)
         batcher = Batcher(trained.policy, options.batch_size, options.waiting)
         app = make_app(
-            trained, batcher, name=options.name, key=key, hosts=[*NAMES, options.host] if local else None,
+            trained, batcher, name=options.name, key=key, hosts=hosts_of(options.host) if local else None,
             timeout=options.timeout, most_tokens=options.most_tokens,
         )  # fmt: skip
         print(f"Serving {trained!r} at {address_of(options.host, listening)}/v1 as model '{options.name}'", flush=True)
         if key is not None and options.key is None:
             print(f"Key: {key}", flush=True)
-        try:
-            config = uvicorn.Config(
-                app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=MOST_CLIENTS
-            )
-            uvicorn.Server(config).run(sockets=[listening])
-        finally:
-            batcher.close()
+        serve_app(app, listening, batcher)

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,8 +28,9 @@ from miepo.export import export
 from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.serving.app import make_app
 from miepo.serving.batcher import Batcher
-from miepo.serving.command import is_loopback, listen
+from miepo.serving.command import is_loopback
 from miepo.trained import TrainedPolicy
+from tests.helpers.serving import running
 from tests.helpers.trained import saved_policy, trained_policy
 
 HELLO = [{"role": "user", "content": "the garden"}]
@@ -41,22 +40,12 @@ HALF = {"letter_e": 0.5, "brevity": 0.5}
 @contextlib.contextmanager
 def served(trained: TrainedPolicy, waiting: int = 64, most: int = 16, **options: Any) -> Iterator[str]:
     """The address of a server that runs in a thread of this process."""
-    listening = listen("127.0.0.1", 0)
     batcher = Batcher(trained.policy, most, waiting)
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(trained, batcher, **options), log_level="error", lifespan="off", ws="none")
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with running(make_app(trained, batcher, **options)) as address:
+            yield address
     finally:
-        server.should_exit = True
-        thread.join(timeout=10)
         batcher.close()
-        listening.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,57 @@
+"""Sliders that stay on the simplex, and answers as the page gets them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miepo.errors import UserError
+from miepo.policy import GatedConditioning
+from miepo.serving.batcher import Batcher
+from miepo.steer import SteerPage, answers, on_simplex
+from tests.helpers.trained import trained_policy
+
+WEIGHTS = st.lists(st.floats(0, 1), min_size=1, max_size=5)
+
+
+@given(weights=WEIGHTS, data=st.data())
+def test_sliders_stay_on_the_simplex(weights: list[float], data: st.DataObject) -> None:
+    moved = data.draw(st.integers(0, len(weights) - 1))
+    found = on_simplex(moved, weights)
+    assert sum(found) == pytest.approx(1)
+    assert min(found) >= 0
+    if len(weights) > 1:
+        assert found[moved] == weights[moved]
+    others = [(before, after) for k, (before, after) in enumerate(zip(weights, found, strict=True)) if k != moved]
+    total = sum(before for before, _ in others)
+    for before, after in others if total > 1e-9 else []:
+        assert after == pytest.approx((1 - found[moved]) * before / total)
+
+
+def test_answers_grow_and_too_many_are_refused(tiny_model: Path) -> None:
+    trained = trained_policy(tiny_model, [GatedConditioning()])
+    questions = [trained.question("the garden", w, 8) for w in ({"letter_e": 1.0}, {"brevity": 1.0})]
+    batcher = Batcher(trained.policy, waiting=2)
+    seen = list(answers(batcher, questions, 60))
+    assert all(later[i].startswith(earlier[i]) for earlier, later in pairwise(seen) for i in (0, 1))
+    expected = [trained.generate("the garden", w, max_new_tokens=8) for w in ({"letter_e": 1.0}, {"brevity": 1.0})]
+    assert [bool(text) for text in seen[-1]] == [bool(text) for text in expected]
+    with pytest.raises(UserError, match="too many wait"):
+        list(answers(batcher, questions * 2, 60))
+    with pytest.raises(UserError, match="too long"):
+        list(answers(batcher, questions, -1))
+    batcher.close()
+
+
+def test_what_cannot_be_scored_is_said(tiny_model: Path) -> None:
+    trained = trained_policy(tiny_model, [GatedConditioning()])
+    trained._given = None  # as loaded from a file whose objectives are not miepo's own
+    page = SteerPage(trained, Batcher(trained.policy))
+    rows, note, points = page.scores("the garden", ["a", "b"], [[0.5, 0.5]] * 2)
+    assert (rows, points) == ([], [])
+    assert "not scored: 'somewhere' names tests.helpers.tiny.Letters" in note
+    page.batcher.close()
