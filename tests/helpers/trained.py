@@ -23,12 +23,16 @@ OBJECTIVES = [
 
 
 def saved_policy(
-    model: Path, conditioning: Sequence[Conditioning], names: tuple[str, ...] = NAMES, **settings: Any
+    model: Path | str,
+    conditioning: Sequence[Conditioning],
+    names: tuple[str, ...] = NAMES,
+    scale: float = 0.3,
+    **settings: Any,
 ) -> tuple[Saved, Policy]:
     """What a checkpoint would hold, and the policy itself."""
     arguments = {"base": str(model), "lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.1, "dtype": "float32"}
     arguments |= {"temperature": 0.8} | settings
-    policy = randomise_adapter(Policy(**arguments, conditioning=list(conditioning)).build(names)).eval()
+    policy = randomise_adapter(Policy(**arguments, conditioning=list(conditioning)).build(names), scale=scale).eval()
     specs = [{"class_path": f"miepo.policy.{type(c).__name__}", "init_args": dict(vars(c))} for c in conditioning]
     saved = Saved(
         source="somewhere",

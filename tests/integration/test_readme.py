@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from miepo import load
 from miepo.cli import main
+from miepo.serving.app import make_app
+from miepo.serving.batcher import Batcher
+from tests.helpers.serving import running
+from tests.integration.test_cli import config, run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -44,6 +51,59 @@ def test_add_an_objective(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.
     main([*args, "--config", "small.yaml"])
     (metrics,) = tmp_path.glob("runs/**/metrics.csv")
     assert "reward/excitement" in metrics.read_text().splitlines()[0]
+
+
+@pytest.fixture(scope="module")
+def quickstart_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the README's run lies; with a tiny model and objectives of the same names."""
+    root = tmp_path_factory.mktemp("readme")
+    values = config(tiny_model, root)
+    entry = {"class_path": "miepo.objectives.Brevity", "init_args": {"characters": 60, "name": "relevance"}}
+    values["objectives"] = [entry, {"class_path": "miepo.objectives.Brevity"}]
+    run("fit", values, root)
+    (root / "runs").mkdir()
+    (root / "run").rename(root / "runs/quickstart")
+    return root
+
+
+def test_use_the_policy(
+    quickstart_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (python,) = [b for b in blocks("python") if "miepo.load" in b]
+    assert len([line for line in python.splitlines() if line.strip()]) <= 6
+    monkeypatch.chdir(quickstart_run)
+    found: dict[str, Any] = {}
+    exec(compile(python, "README.md", "exec"), found)
+    assert len(found["answers"]) == 2
+    assert "'brevity': [" in capsys.readouterr().out
+    assert "<img" in found["policy"].front._repr_html_()
+
+
+def test_ask_the_server(quickstart_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (python,) = [b for b in blocks("python") if "OpenAI" in b]
+    policy = load(quickstart_run / "runs/quickstart/version_0")
+    batcher = Batcher(policy.policy)
+    with running(make_app(policy, batcher)) as address:
+        found: dict[str, Any] = {}
+        exec(compile(python.replace("http://127.0.0.1:8000", address), "README.md", "exec"), found)
+        found["client"].close()
+    batcher.close()
+    assert "{'relevance': 0.2, 'brevity': 0.8}" in capsys.readouterr().out
+
+
+def test_export_and_report(quickstart_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(quickstart_run)
+    commands = [line for b in blocks("bash") for line in b.splitlines() if re.match("miepo (export|report)", line)]
+    assert len(commands) == 4
+    for command in commands:
+        main(shlex.split(command)[1:])
+    for name in (
+        "brief/adapter_config.json",
+        "brief_model/model.safetensors",
+        "every_preference/miepo.json",
+        "report.html",
+    ):
+        assert Path(name).is_file()
 
 
 def test_the_two_commands_stand_there_exactly() -> None:
