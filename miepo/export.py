@@ -152,7 +152,7 @@ def export(
         partial.mkdir(parents=True)
         config: Any = policy.model.peft_config[ADAPTER]
         config.base_model_name_or_path, config.inference_mode = base_folder(saved.base), True
-        policy.model.save_pretrained(str(partial), save_embedding_layers=False)
+        policy.save_adapter(partial)
         policy.tokenizer.save_pretrained(partial)
         policy.causal_lm.generation_config.save_pretrained(partial)
     if vector is None:
@@ -234,6 +234,7 @@ def _usage(saved: Saved, preference: Tensor | None, merged: bool) -> str:
     option = "" if preference is not None else ", preference={" + ", ".join(f'"{n}": ..' for n in saved.names) + "}"
     lines.append(f"tokenizer.apply_chat_template([..], add_generation_prompt=True{option})")
     code = "```python\n" + "\n".join(lines) + "\n```"
+    code += "\n\nThe chat template takes users' messages as they are: control tokens in them are read as such."
     if preference is not None:
         return code
     return (

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
@@ -245,6 +246,17 @@ class Policy(nn.Module):
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 module.lora_B[ADAPTER].weight.mul_(factor)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def save_adapter(self, folder: Path, gate: Tensor | None = None) -> None:
+        """The adapter in PEFT's format, as it is under one gate ``(1, R)``: plain LoRA, which any server loads."""
+        state = {}
+        for name, value in get_peft_model_state_dict(self.model, adapter_name=ADAPTER).items():
+            if gate is not None and "lora_B" in name:
+                value = value * gate.to(value)  # (D, R)
+            state[name] = value.detach().cpu().contiguous()
+        save_file(state, folder / "adapter_model.safetensors")
+        self.model.peft_config[ADAPTER].save_pretrained(str(folder))
 
     @torch.no_grad()
     def save_merged(self, folder: Path) -> float:

@@ -31,7 +31,6 @@ class RolloutEngine(ABC):
             raise UserError(f"an engine's stop must be a list of texts that are not empty, got {stop!r}")
         self.stop = tuple(stop)
 
-    @abstractmethod
     def sample(
         self,
         policy: Policy,
@@ -52,6 +51,19 @@ class RolloutEngine(ABC):
             seed: Fixes the draw; the global random state is left as it was. With one for each prompt a prompt's
                 responses do not depend on the others in the batch.
         """
+        return self.draw(policy, prompts, preference, count, max_new_tokens, prompt_seeds(seed, len(prompts)))
+
+    @abstractmethod
+    def draw(
+        self,
+        policy: Policy,
+        prompts: Sequence[str],
+        preference: Tensor,
+        count: int,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+    ) -> Responses:
+        """What :meth:`sample` promises, with a seed for each prompt: what an engine of its own brings."""
 
 
 def prompt_seeds(seed: int | Sequence[int], prompts: int) -> list[int]:

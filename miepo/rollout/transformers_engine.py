@@ -14,7 +14,7 @@ from transformers import StopStringCriteria
 
 from miepo.errors import UserError
 from miepo.policy import Policy
-from miepo.rollout.engine import RolloutEngine, make_responses, prompt_seeds
+from miepo.rollout.engine import RolloutEngine, make_responses
 from miepo.rollout.fused_decoder import FusedDecoder, fits
 from miepo.types import Responses, Tokens
 
@@ -38,22 +38,22 @@ class TransformersEngine(RolloutEngine):
             raise UserError("engine.cuda_graph records the fused decoder: expected engine.fused true, got false")
         self.fused, self.cuda_graph = fused, cuda_graph
 
-    def sample(
+    def draw(
         self,
         policy: Policy,
         prompts: Sequence[str],
         preference: Tensor,
         count: int,
         max_new_tokens: int,
-        seed: int | Sequence[int],
+        seeds: Sequence[int],
     ) -> Responses:
         tokens = policy.encode(prompts, preference)  # (N, P)
         shards = policy.shards
         gathered = shards.gathered() if shards is not None and shards.gathers else nullcontext()
         whole = shards is None or shards.gathers
         with policy.evaluating(), gathered:
-            draw = self._decode if self.fused and whole and fits(policy) else self._generate
-            sampled = draw(policy, tokens, preference, count, max_new_tokens, prompt_seeds(seed, len(prompts)))
+            way = self._decode if self.fused and whole and fits(policy) else self._generate
+            sampled = way(policy, tokens, preference, count, max_new_tokens, seeds)
         return make_responses(policy, sampled.unflatten(0, (len(prompts), count)), self.stop)
 
     def _decode(

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
 
 from miepo.errors import UserError
 from miepo.policy import Policy
 from miepo.policy.base_model import base_folder
-from miepo.policy.policy import ADAPTER
-from miepo.rollout.engine import RolloutEngine, make_responses, prompt_seeds
+from miepo.rollout.engine import RolloutEngine, make_responses
 from miepo.types import Responses
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has room for
@@ -55,14 +52,14 @@ class VLLMEngine(RolloutEngine):
         self.known: dict[bytes, tuple[int, Path]] = {}  # gate -> number and folder of the adapter as it is now
         self.version: tuple[int, ...] = ()
 
-    def sample(
+    def draw(
         self,
         policy: Policy,
         prompts: Sequence[str],
         preference: Tensor,
         count: int,
         max_new_tokens: int,
-        seed: int | Sequence[int],
+        seeds: Sequence[int],
     ) -> Responses:
         try:
             from vllm import SamplingParams
@@ -77,7 +74,6 @@ class VLLMEngine(RolloutEngine):
             "stop_token_ids": policy.end_ids, "stop": list(self.stop) or None, "detokenize": bool(self.stop),
         }  # fmt: skip
         requests, settings, adapters = [], [], []
-        seeds = prompt_seeds(seed, len(prompts))
         for i, (ids, mask) in enumerate(zip(tokens.ids, tokens.mask, strict=True)):
             requests.append({"prompt_token_ids": ids[mask].tolist()})
             settings.append(SamplingParams(**sampling, seed=seeds[i] % 2**62))
@@ -129,18 +125,6 @@ class VLLMEngine(RolloutEngine):
             self.loaded += 1
             folder = self.folder / str(self.loaded)
             folder.mkdir()
-            save_adapter(policy, folder, gate)
+            policy.save_adapter(folder, gate)
             self.known[key] = (self.loaded, folder)
         return self.known[key]
-
-
-@torch.no_grad()
-def save_adapter(policy: Policy, folder: Path, gate: Tensor | None) -> None:
-    """The adapter in PEFT's format, as it is under one gate ``(1, R)``: plain LoRA, which any server loads."""
-    state = {}
-    for name, value in get_peft_model_state_dict(policy.model, adapter_name=ADAPTER).items():
-        if gate is not None and "lora_A" in name:
-            value = value * gate[0].to(value).unsqueeze(1)  # (R, D)
-        state[name] = value.detach().cpu().contiguous()
-    save_file(state, folder / "adapter_model.safetensors")
-    policy.model.peft_config[ADAPTER].save_pretrained(str(folder))

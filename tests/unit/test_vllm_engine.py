@@ -13,7 +13,6 @@ from miepo.errors import UserError
 from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.policy.base_model import load_base
 from miepo.rollout import VLLMEngine
-from miepo.rollout.vllm_engine import save_adapter
 from tests.helpers.tiny import randomise_adapter, tiny_policy
 
 W = torch.tensor([[0.2, 0.8]])
@@ -22,7 +21,7 @@ W = torch.tensor([[0.2, 0.8]])
 @pytest.mark.parametrize("way", [GatedConditioning(), PromptConditioning()])
 def test_under_one_preference_a_gated_adapter_is_plain_lora(tiny_model: Path, tmp_path: Path, way) -> None:
     policy = randomise_adapter(tiny_policy(tiny_model, [way])).eval()
-    save_adapter(policy, tmp_path, policy.gate_of(W))
+    policy.save_adapter(tmp_path, policy.gate_of(W))
     plain = PeftModel.from_pretrained(load_base(str(tiny_model), "float32")[0], str(tmp_path)).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad(), policy.conditioned(W):
