@@ -131,7 +131,7 @@ def export(
         raise UserError(f"expected a new or empty folder to export to, got '{folder}'")
     if merged and preference is None:
         raise UserError("a merged model follows one preference: expected --preference, got none")
-    vector = None if preference is None else parse_preference(preference, saved.names)
+    vector = None if preference is None else parse_preference(preference, saved.names, strict=True)
     policy = build_policy(saved, {}, trust).eval()
     owners: list[str | None] = []
     if vector is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from miepo.errors import UserError
 
+ROUNDING = 1e-3  # of a sum of weights that a user writes
 # K = 3: the 13 representative vectors of the helpful-assistant task (corners, lattice points, centre).
 _REPRESENTATIVE_3 = [
     (1, 0, 0), (0, 1, 0), (0, 0, 1),
@@ -166,10 +167,12 @@ def simplex_rows(rows: Sequence[Sequence[float]], objectives: int, where: str) -
     return torch.stack([parse_preference(dict(zip(names, row, strict=True)), names, where) for row in rows])
 
 
-def parse_preference(weights: Mapping[str, float], names: Sequence[str], where: str = "preference") -> Tensor:
+def parse_preference(
+    weights: Mapping[str, float], names: Sequence[str], where: str = "preference", strict: bool = False
+) -> Tensor:
     """A preference vector ``(K,)`` from weights by objective name; objectives not named weigh nothing.
 
-    Weights that do not sum to 1 are normalised with a warning.
+    Weights that do not sum to 1 are normalised with a warning; with ``strict`` they are refused, but for rounding.
 
     Raises:
         UserError: an unknown name, a weight that is negative or not a number, or no positive weight.
@@ -188,7 +191,9 @@ def parse_preference(weights: Mapping[str, float], names: Sequence[str], where: 
     total = sum(weights.values())
     if total <= 0:
         raise UserError(f"{where}: at least one weight must be positive, got {dict(weights)}")
-    if abs(total - 1) > 1e-6:
+    if strict and abs(total - 1) > ROUNDING:
+        raise UserError(f"{where}: expected weights that sum to 1, got a sum of {total:g}")
+    if abs(total - 1) > (ROUNDING if strict else 1e-6):
         warnings.warn(f"{where}: the weights sum to {total:g}, not 1; they are normalised", stacklevel=2)
     shares = [weights.get(name, 0.0) / total + 0.0 for name in names]  # without a minus before a zero
     return torch.tensor(shares, dtype=torch.float32)

@@ -191,7 +191,7 @@ class TrainedPolicy:
         Raises:
             UserError: names the setting that cannot be used.
         """
-        vector = parse_preference(preference, self.names)
+        vector = parse_preference(preference, self.names, strict=True)
         temperature = self.policy.temperature if temperature is None else temperature
         tokens = self.saved.max_new_tokens if max_new_tokens is None else max_new_tokens
         if tokens < 1:
@@ -217,7 +217,8 @@ class TrainedPolicy:
 
         Args:
             prompts: One or several.
-            preference: Weights by objective name; objectives not named weigh nothing. One for all, or one for each.
+            preference: Weights by objective name that sum to 1; objectives not named weigh nothing. One for all, or
+                one for each.
             seed: Fixes the draws.
             settings: ``max_new_tokens`` (that of training by default), ``temperature`` (likewise; 0 takes the most
                 probable tokens), ``top_p``, ``stop``.
@@ -226,7 +227,7 @@ class TrainedPolicy:
             A response, or a list of them where ``prompts`` is one.
 
         Raises:
-            UserError: an unknown objective, weights that are none, a prompt that does not fit the context.
+            UserError: an unknown objective, weights off the simplex, a prompt that does not fit the context.
         """
         one = isinstance(prompts, str)
         every: list[str] = [prompts] if isinstance(prompts, str) else list(prompts)

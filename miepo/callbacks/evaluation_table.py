@@ -11,6 +11,7 @@ from miepo.callbacks.pareto_front import ParetoFront
 from miepo.callbacks.reporting import log_table, whole_evaluation
 
 PREFIXES = ("front/", "information/")
+OF_STEPS = "information/infonce"  # the only figure of these that a step of training logs
 
 
 class EvaluationTable(Callback):
@@ -28,7 +29,8 @@ class EvaluationTable(Callback):
 
     @whole_evaluation
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(PREFIXES)}
+        found = trainer.callback_metrics
+        metrics = {k: v.item() for k, v in found.items() if k.startswith(PREFIXES) and k != OF_STEPS}
         self.last = {"step": trainer.global_step, "metrics": metrics}
         self.first = self.first or self.last
         if trainer.state.fn != "fit":

@@ -135,9 +135,8 @@ def make_app(
     equal = dict.fromkeys(trained.names, 1 / len(trained.names))
 
     def questions_of(request: ChatRequest) -> tuple[list[Any], dict[str, float]]:
-        wanted = request.preference or equal
-        total = sum(wanted.values())
-        vector = parse_preference({name: weight / total for name, weight in wanted.items()}, trained.names)
+        wanted = equal if request.preference is None else request.preference
+        vector = parse_preference(wanted, trained.names, strict=True)
         weights = dict(zip(trained.names, vector.double().round(decimals=6).tolist(), strict=True))
         tokens = request.tokens or trained.saved.max_new_tokens
         if most_tokens is not None and tokens > most_tokens:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MOST_MESSAGES, MOST_RESPONSES = 64, 8
-TOLERANCE = 1e-3  # of a sum of weights
 
 
 class TextPart(BaseModel):
@@ -75,12 +74,6 @@ class ChatRequest(BaseModel):
         if any(not text for text in texts):
             raise ValueError("a text that ends the response must not be empty")
         return texts
-
-    @model_validator(mode="after")
-    def _weights(self) -> ChatRequest:
-        if self.preference is not None and not abs((total := sum(self.preference.values())) - 1) <= TOLERANCE:
-            raise ValueError(f"the weights of a preference must sum to 1, got {total:g}")
-        return self
 
     @property
     def tokens(self) -> int | None:

@@ -146,10 +146,10 @@ def test_many_at_once_are_answered_together(trained: TrainedPolicy, monkeypatch:
 
 MISTAKES: list[tuple[dict[str, Any], int, str]] = [
     ({"preference": {"humour": 1.0}}, 400, "unknown objective humour; the objectives are letter_e, brevity"),
-    ({"preference": {"brevity": 0.4}}, 400, "the weights of a preference must sum to 1, got 0.4"),
+    ({"preference": {"brevity": 0.4}}, 400, "expected weights that sum to 1, got a sum of 0.4"),
     ({"preference": {"brevity": 2.0, "letter_e": -1.0}}, 400, "must not be negative"),
     ({"preference": {"brevity": "much"}}, 400, "preference.brevity: Input should be a valid number"),
-    ({"preference": {}}, 400, "must sum to 1, got 0"),
+    ({"preference": {}}, 400, "at least one weight must be positive"),
     ({"preferance": {"brevity": 1.0}}, 400, "preferance: Extra inputs are not permitted"),
     ({"model": "gpt-4"}, 404, "expected the model 'miepo', got 'gpt-4'"),
     ({"messages": []}, 400, "messages: List should have at least 1 item"),

@@ -84,6 +84,7 @@ def test_mistakes_are_one_sentence(
     for settings, said in (
         ({"preference": {"humour": 1.0}}, "unknown objective humour; the objectives are letter_e, brevity"),
         ({"preference": {"brevity": -1.0}}, "must not be negative"),
+        ({"preference": {"brevity": 0.5}}, "expected weights that sum to 1, got a sum of 0.5"),
         ({"preference": {"brevity": 0.0}}, "at least one weight must be positive"),
         ({"preference": [{"brevity": 1.0}] * 3}, "one preference for all or one for each of 2 prompts, got 3"),
         ({"max_new_tokens": 5000}, "expected at most 256 together"),
