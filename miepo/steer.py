@@ -38,7 +38,7 @@ AT_ONCE = 8  # visitors who are answered at one time
 def on_simplex(moved: int, weights: Sequence[float]) -> list[float]:
     """Weights that sum to 1 and leave the one that was moved as it is; the others keep their ratios.
 
-    >>> on_simplex(0, [0.5, 0.2, 0.6])
+    >>> on_simplex(0, [0.5, 0.25, 0.75])
     [0.5, 0.125, 0.375]
     """
     own = min(max(weights[moved], 0.0), 1.0)
