@@ -233,6 +233,7 @@ def make_app(page: SteerPage, key: str | None, hosts: list[str] | None) -> Any:
     theme = gr.themes.Default(font=plain, font_mono=["ui-monospace", "monospace"])  # none from the network
     return gr.mount_gradio_app(
         app, page.blocks(), path="/", auth=(USER, key) if key else None, footer_links=[], ssr_mode=False, theme=theme,
+        max_file_size=1024,  # no one needs to upload anything
         auth_message=f"User {USER}, with the key that the command printed or was given.",
     )  # fmt: skip
 
