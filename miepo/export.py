@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -38,15 +38,18 @@ def chat_template(policy: Policy, text: str) -> str:
         text: A Jinja expression of the text that states the preference, after that of the last message.
     """
     template = policy.template
+    start = policy.tokenizer.decode(template.start)  # what the tokenizer alone would put in front
     if template.chat:
         original = policy.tokenizer.chat_template
+        if isinstance(original, dict):  # by name
+            original = original["default"]
         thinking = "{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}"
         return (
-            (thinking if "enable_thinking" in original else "")
+            (f"{{{{- {_literal(start)} -}}}}" if start else "")
+            + (thinking if "enable_thinking" in original else "")
             + "{%- if messages[-1]['role'] == 'user' -%}{%- set messages = messages[:-1] + "
             f"[dict(messages[-1], content=messages[-1]['content'] + ({text}))] -%}}{{%- endif -%}}{original}"
         )
-    start = policy.tokenizer.decode(template.start)
     prefix, suffix = _literal(start + template.prefix), _literal(template.suffix)
     if template.dialogue:
         turns = (
@@ -63,7 +66,7 @@ def chat_template(policy: Policy, text: str) -> str:
 
 def _literal(text: str) -> str:
     """A Jinja string."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\r", "\\r").replace("\n", "\\n") + "'"
 
 
 def preference_expression(policy: Policy) -> str:
@@ -143,26 +146,28 @@ def export(
         gate = policy.gate_of(vector.unsqueeze(0))
         if gate is not None:
             policy.scale_blocks(gate[0])
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     policy.tokenizer.chat_template = chat_template(policy, text)
-    if merged:
-        policy.save_merged(partial)
-    else:
-        partial.mkdir(parents=True)
-        config: Any = policy.model.peft_config[ADAPTER]
-        config.base_model_name_or_path, config.inference_mode = base_folder(saved.base), True
-        policy.save_adapter(partial)
-        policy.tokenizer.save_pretrained(partial)
-        policy.causal_lm.generation_config.save_pretrained(partial)
-    if vector is None:
-        _write_card(saved, owners, policy, partial)
-    if saved.front is not None:
-        saved.front.draw().savefig(partial / "front.png", dpi=120)
-    model_card(saved, vector, merged).save(partial / "README.md")
-    if folder.is_dir():
-        folder.rmdir()
-    partial.replace(folder)  # a folder of this name is whole
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        partial = Path(beside) / "export"
+        if merged:
+            policy.save_merged(partial)
+        else:
+            partial.mkdir(parents=True)
+            config: Any = policy.model.peft_config[ADAPTER]
+            config.base_model_name_or_path, config.inference_mode = base_folder(saved.base), True
+            policy.save_adapter(partial)
+            policy.tokenizer.save_pretrained(partial)
+            policy.causal_lm.generation_config.save_pretrained(partial)
+        if vector is None:
+            _write_card(saved, owners, policy, partial)
+        if saved.front is not None:
+            saved.front.draw().savefig(partial / "front.png", dpi=120)
+        model_card(saved, vector, merged).save(partial / "README.md")
+        if folder.is_dir():
+            folder.rmdir()
+        partial.replace(folder)  # a folder of this name is whole
     return folder
 
 

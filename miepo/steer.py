@@ -66,7 +66,10 @@ def answers(batcher: Batcher, questions: Sequence[Question], timeout: float) -> 
     texts, left = [""] * len(tickets), len(tickets)
     try:
         while left:
-            index, piece = pieces.get()
+            try:
+                index, piece = pieces.get(timeout=max(deadline - time.monotonic(), 0) + 1)
+            except queue.Empty:
+                raise UserError("the answer took too long") from None
             if isinstance(piece, Exception):
                 told = piece if isinstance(piece, (UserError, TimeoutError)) else "the answer could not be computed"
                 raise UserError(str(told))
@@ -107,12 +110,13 @@ class SteerPage:
                 raise UserError("expected a prompt, got none")
             if len(prompt) > MOST_CHARACTERS:
                 raise UserError(f"expected a prompt of at most {MOST_CHARACTERS} characters, got {len(prompt)}")
-            if not 1 <= tokens <= self.most_tokens:
-                raise UserError(f"expected 1 to {self.most_tokens} tokens, got {tokens:g}")
+            if tokens is None or not 1 <= tokens <= self.most_tokens:
+                raise UserError(f"expected 1 to {self.most_tokens} tokens, got {tokens or 'none'}")
             both = [dict(zip(self.trained.names, weights[i : i + count], strict=True)) for i in (0, count)]
             vectors = [parse_preference(normalised(w), self.trained.names) for w in both]
             questions = [
-                self.trained.question(prompt, normalised(w), int(tokens), temperature, seed=int(seed)) for w in both
+                self.trained.question(prompt, normalised(w), int(tokens), temperature, seed=int(seed or 0))
+                for w in both
             ]
             under = [f"Answered under {format_preference(v, self.trained.names)}" for v in vectors]
             texts = ["", ""]
@@ -224,16 +228,20 @@ def make_app(page: SteerPage, key: str | None, hosts: list[str] | None) -> Any:
     """The page as an ASGI application; with a key behind a login of the user ``miepo``."""
     import gradio as gr
     from fastapi import FastAPI
+    from fastapi.responses import PlainTextResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    async def no_upload() -> Any:
+        return PlainTextResponse("nothing is uploaded here", 404)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_api_route("/gradio_api/upload", no_upload, methods=["POST"])  # before Gradio's own
     plain = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=plain, font_mono=["ui-monospace", "monospace"])  # none from the network
     return gr.mount_gradio_app(
         app, page.blocks(), path="/", auth=(USER, key) if key else None, footer_links=[], ssr_mode=False, theme=theme,
-        max_file_size=1024,  # no one needs to upload anything
         auth_message=f"User {USER}, with the key that the command printed or was given.",
     )  # fmt: skip
 
@@ -249,6 +257,8 @@ def main(args: Sequence[str]) -> None:
     add_options(parser, 7860)
     options = parser.parse_args(args)
     check_options(options)
+    if options.waiting < len(SIDES):
+        raise UserError(f"--waiting: expected at least {len(SIDES)}, the answers of one visitor, got {options.waiting}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio  # noqa: F401

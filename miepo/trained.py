@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from miepo.errors import UserError, first_line
 from miepo.front import Front
 from miepo.objectives import Objective
 from miepo.objectives.base import normalise_rewards, score_responses
+from miepo.objectives.python_objective import PythonObjective
 from miepo.policy import Conditioning, Policy
 from miepo.policy.policy import ADAPTER
 from miepo.preferences import parse_preference
@@ -118,7 +120,7 @@ def _read_export(folder: Path) -> Saved:
             "front": _front(card["names"], front) if front else None,
         }
         return Saved(**card)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"expected a folder of miepo export at '{folder}', got another: {first_line(error)}") from None
 
 
@@ -174,7 +176,7 @@ class TrainedPolicy:
         elif template.dialogue and split_turns(prompt) is None:
             prompt = dialogue_of([("user", prompt)])
         with self._encoding:
-            return template.encode(prompt, preference)
+            return template.encode_once(prompt, preference)
 
     def question(
         self,
@@ -183,7 +185,7 @@ class TrainedPolicy:
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float = 1.0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
     ) -> Question:
         """A prompt, or messages, under a preference by name, checked, for :func:`~miepo.rollout.streaming.stream`.
@@ -194,6 +196,11 @@ class TrainedPolicy:
         vector = parse_preference(preference, self.names, strict=True)
         temperature = self.policy.temperature if temperature is None else temperature
         tokens = self.saved.max_new_tokens if max_new_tokens is None else max_new_tokens
+        ends = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(ends):
+            raise UserError("a text that ends the response must not be empty")
+        if seed < 0:
+            raise UserError(f"seed must not be negative, got {seed}")
         if tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {tokens}")
         if not 0 <= temperature <= 100:
@@ -201,7 +208,7 @@ class TrainedPolicy:
         if not 0 < top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
         ids = self.encode(prompt, self.policy.preference_text(vector.tolist()))
-        question = Question(ids, vector, tokens, temperature, top_p, (*self.saved.stop, *stop), seed)
+        question = Question(ids, vector, tokens, temperature, top_p, (*self.saved.stop, *ends), seed)
         check_length(self.policy, question)
         return question
 
@@ -229,6 +236,8 @@ class TrainedPolicy:
         Raises:
             UserError: an unknown objective, weights off the simplex, a prompt that does not fit the context.
         """
+        if seed < 0:
+            raise UserError(f"seed must not be negative, got {seed}")
         one = isinstance(prompts, str)
         every: list[str] = [prompts] if isinstance(prompts, str) else list(prompts)
         under = [preference] * len(every) if isinstance(preference, Mapping) else list(preference)
@@ -319,8 +328,11 @@ def load(
     if objectives is not None and (given := tuple(o.name for o in objectives)) != saved.names:
         raise UserError(f"'{saved.source}' has the objectives {list(saved.names)}, in this order, got {list(given)}")
     policy = build_policy(saved, {"base": base, "dtype": dtype}, trust)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    policy.to(where).eval()
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        policy.to(where).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"expected a device such as cpu or cuda, got '{device}': {first_line(error)}") from None
     return TrainedPolicy(saved, policy, where, objectives, trust)
 
 
@@ -329,6 +341,8 @@ def build_policy(saved: Saved, changes: Mapping[str, Any], trust: bool = False) 
     if saved.policy is None:
         raise UserError(f"'{saved.source}' keeps no configuration: expected one written by miepo fit")
     spec = json.loads(json.dumps(saved.policy))
+    if not isinstance(spec, dict) or not isinstance(spec.get("init_args"), dict):
+        raise UserError(f"'{saved.source}' does not say how its policy is made")
     spec["init_args"] |= {key: value for key, value in changes.items() if value is not None}
     spec["init_args"] |= {"lora_dropout": 0.0, "gradient_checkpointing": False}
     policy: Policy = _build(spec, Policy, saved.source, trust)
@@ -362,7 +376,7 @@ def _build(spec: Any, kind: type, source: str, trust: bool) -> Any:
             f"'{source}' names {', '.join(foreign)}, which is not miepo's own code: trust=True (--trust) imports it"
         )
     try:
-        built = _instance(spec)
+        built = _instance(spec, trust)
     except UserError:
         raise
     except Exception as error:
@@ -372,19 +386,21 @@ def _build(spec: Any, kind: type, source: str, trust: bool) -> Any:
     return built
 
 
-def _instance(spec: Any) -> Any:
+def _instance(spec: Any, trust: bool) -> Any:
     if isinstance(spec, list):
-        return [_instance(value) for value in spec]
+        return [_instance(value, trust) for value in spec]
     if not isinstance(spec, dict):
         return spec
     if "class_path" not in spec:
-        return {key: _instance(value) for key, value in spec.items()}
+        return {key: _instance(value, trust) for key, value in spec.items()}
     module, _, name = spec["class_path"].rpartition(".")
     arguments = {**(spec.get("init_args") or {}), **(spec.get("dict_kwargs") or {})}
     kind = getattr(import_module(module), name)
     if not (isinstance(kind, type) and issubclass(kind, (Policy, Objective, Conditioning))):
         raise TypeError(f"{spec['class_path']} is no policy, objective or conditioning")
-    return kind(**{key: _instance(value) for key, value in arguments.items()})
+    if issubclass(kind, PythonObjective) and not trust:  # by whatever name: it imports what it is given
+        raise UserError("a PythonObjective imports code that is not miepo's own code: trust=True (--trust) allows it")
+    return kind(**{key: _instance(value, trust) for key, value in arguments.items()})
 
 
 def _imports(spec: Any) -> list[str]:

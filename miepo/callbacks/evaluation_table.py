@@ -25,7 +25,7 @@ class EvaluationTable(Callback):
         return {"first": self.first, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.first = state_dict["first"]
+        self.first, self.last = state_dict["first"], state_dict.get("last", {})
 
     @whole_evaluation
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -41,7 +41,8 @@ class ParetoFront(Callback):
         return {key: getattr(self, key) for key in ("before", "after", "grid", "reference_point")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before = state_dict["before"]
+        self.before, self.after = state_dict["before"], state_dict.get("after")
+        self.grid = state_dict.get("grid", [])
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":

@@ -76,15 +76,15 @@ class PromptTemplate:
         self._defuse = re.compile("|".join(map(re.escape, literal)), re.IGNORECASE) if literal else None
         self.start = self._start_ids(frame)
         # an evaluation asks for every input once for each vector of the grid; bounded, for long prompts
-        self.encode = lru_cache(maxsize=4096)(self._encode)
+        self.encode = lru_cache(maxsize=4096)(self.encode_once)
 
     def text(self, prompt: str, preference: str = "") -> str:
         """The whole input as text."""
         frames, contents = self._parts(prompt, preference)
         return frames[0] + "".join(content + frame for content, frame in zip(contents, frames[1:], strict=True))
 
-    def _encode(self, prompt: str, preference: str = "") -> list[int]:
-        """The whole input as token ids."""
+    def encode_once(self, prompt: str, preference: str = "") -> list[int]:
+        """The whole input as token ids; ``encode`` keeps them."""
         if not self.has_control_tokens:  # one piece, so that words at the seams are tokenised as in running text
             return self.start + self._plain_ids(self.text(prompt, preference))
         frames, contents = self._parts(prompt, preference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from miepo.rollout.fused_decoder import FusedDecoder, fits
 from miepo.rollout.plain_decoder import PlainDecoder
 from miepo.rollout.transformers_engine import draw_tokens
 
+NETWORK = threading.Lock()  # one thread at a time: the gate is the policy's
 Finish = Literal["stop", "length", "cancelled"]
 
 
@@ -70,7 +72,11 @@ class ResponseText:
     def add(self, token: int) -> str:
         """What has become certain with this token."""
         self.ids.append(token)
-        self._text += self._stream.step(self.tokenizer.backend_tokenizer, token) or ""
+        try:
+            self._text += self._stream.step(self.tokenizer.backend_tokenizer, token) or ""
+        except Exception:  # of tokens by bytes, where a character stays incomplete
+            self._text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+            self._stream = DecodeStream(skip_special_tokens=True)
         cut = cut_at(self._text, self.stop)
         self.stopped = cut != self._text
         return self._show(cut if self.stopped else self._certain())
@@ -81,7 +87,8 @@ class ResponseText:
 
     def _certain(self) -> str:
         """All but what may be the beginning of a stop text."""
-        held = [n for text in self.stop for n in range(1, len(text)) if self._text.endswith(text[:n])]
+        most = len(self._text) + 1
+        held = [n for text in self.stop for n in range(1, min(len(text), most)) if self._text.endswith(text[:n])]
         return self._text[: len(self._text) - max(held, default=0)]
 
     def _show(self, text: str) -> str:
@@ -138,10 +145,11 @@ def stream(
     temperature = torch.tensor([q.temperature for q in questions], device=device)
     top_p = torch.tensor([q.top_p for q in questions], device=device)
     rows = list(range(len(questions)))
-    decoder = _decoder(policy, questions)
+    with NETWORK:
+        decoder = _decoder(policy, questions)
     chosen: Tensor | None = None
     for t in range(max(question.max_new_tokens for question in questions)):
-        with torch.no_grad():  # not around a yield: who reads may want gradients
+        with NETWORK, torch.no_grad():  # not around a yield: who reads may want gradients, or read two
             logits = decoder.start() if chosen is None else decoder.next(chosen)
             chosen = choose(logits, temperature[rows], top_p[rows], draws[rows, t])  # (n,)
         left = []
@@ -184,6 +192,7 @@ def choose(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
     if bool((top_p < 1).any()):
         ordered, index = scaled.softmax(-1).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p.unsqueeze(1)  # what comes before is enough without it
+        beyond[:, 0] = False  # however small top_p is
         beyond = torch.zeros_like(beyond).scatter(1, index, beyond & (top_p < 1).unsqueeze(1))
         scaled = scaled.masked_fill(beyond, -torch.inf)
     return torch.where(temperature == 0, greedy, draw_tokens(scaled, uniform))

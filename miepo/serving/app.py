@@ -38,7 +38,8 @@ class Refused(Exception):
         self.status, self.kind, self.headers = status, kind, headers
 
     def response(self) -> JSONResponse:
-        body = {"message": str(self), "type": self.kind, "param": None, "code": None}
+        text = str(self).encode("utf-8", "backslashreplace").decode()  # half a character has no encoding
+        body = {"message": text, "type": self.kind, "param": None, "code": None}
         return JSONResponse({"error": body}, self.status, self.headers)
 
 
@@ -56,7 +57,7 @@ class Responses:
 
     def __init__(self, batcher: Batcher, questions: list[Any], timeout: float) -> None:
         loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | Exception]]()
-        deadline = time.monotonic() + timeout
+        deadline = self._deadline = time.monotonic() + timeout
 
         def to(index: int) -> Callable[[Piece | Exception], None]:
             def deliver(piece: Piece | Exception) -> None:
@@ -76,7 +77,10 @@ class Responses:
         left = len(self.tickets)
         try:
             while left:
-                index, piece = await self._pieces.get()
+                try:  # the network may be at a long prompt, where nobody can stop it
+                    index, piece = await asyncio.wait_for(self._pieces.get(), self._deadline - time.monotonic())
+                except TimeoutError:
+                    raise failure(TimeoutError("the response took too long")) from None
                 if isinstance(piece, Exception):
                     raise failure(piece)
                 left -= piece.finish is not None
@@ -192,6 +196,8 @@ def make_app(
     async def chat(body: ChatRequest, request: Request) -> Response:
         if body.model not in (None, name):
             raise Refused(404, f"expected the model '{name}', got '{body.model}'", "not_found_error")
+        if (body.n or 1) > batcher.limit:
+            raise Refused(400, f"n: expected at most {batcher.limit}, as many as may wait, got {body.n}")
         questions, weights = await run_in_threadpool(questions_of, body)
         responses = Responses(batcher, questions, timeout)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}

@@ -63,6 +63,7 @@ class Batcher:
             Busy: too many wait already.
         """
         with self._changed:
+            self._tickets = deque(ticket for ticket in self._tickets if not ticket.cancelled)
             if len(self._tickets) + len(tickets) > self.limit:
                 raise Busy
             self._tickets.extend(tickets)

@@ -40,6 +40,8 @@ def check_options(options: Namespace) -> None:
             raise UserError(f"--{name} must be positive, got {getattr(options, name)}")
     if options.key is not None and len(options.key) < 8:
         raise UserError(f"--key: expected at least 8 characters, got {len(options.key)}")
+    if options.key is not None and not options.key.isascii():
+        raise UserError("--key: expected ASCII characters, which are all that a header carries")
 
 
 def is_loopback(host: str) -> bool:
@@ -67,10 +69,10 @@ def listen(host: str, port: int) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
         found.listen(128)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         if found is not None:
             found.close()
-        raise UserError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+        raise UserError(f"cannot listen at {host}, port {port}: {getattr(error, 'strerror', None) or error}") from None
     return found
 
 

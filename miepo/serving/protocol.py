@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MOST_MESSAGES, MOST_RESPONSES = 64, 8
+MOST_STOPS, LONGEST_STOP = 4, 256
 
 
 class TextPart(BaseModel):
@@ -50,7 +51,7 @@ class ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(1, ge=1, le=MOST_RESPONSES)
-    stop: list[str] | str | None = Field(None, max_length=4)
+    stop: list[str] | str | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -73,6 +74,8 @@ class ChatRequest(BaseModel):
         texts = [stop] if isinstance(stop, str) else list(stop or [])
         if any(not text for text in texts):
             raise ValueError("a text that ends the response must not be empty")
+        if len(texts) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in texts):
+            raise ValueError(f"expected at most {MOST_STOPS} texts of at most {LONGEST_STOP} characters")
         return texts
 
     @property

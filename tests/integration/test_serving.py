@@ -99,7 +99,7 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
     texts = ["", "", ""]
     finishes: dict[int, str] = {}
     pieces = 0
-    for chunk in ask(client, HALF, seed=2, n=3, max_tokens=15, stop="zz", stream=True, stream_options={"include_usage": True}):  # fmt: skip
+    for chunk in ask(client, HALF, seed=2, n=3, max_tokens=15, stop="zzzzzz", stream=True, stream_options={"include_usage": True}):  # fmt: skip
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
             pieces += bool(choice.delta.content)
@@ -164,6 +164,9 @@ MISTAKES: list[tuple[dict[str, Any], int, str]] = [
     ({"top_p": 0}, 400, "top_p"),
     ({"n": 99}, 400, "n: Input should be less than or equal to 8"),
     ({"stop": [""]}, 400, "must not be empty"),
+    ({"stop": ["x" * 300]}, 400, "at most 4 texts of at most 256 characters"),
+    ({"model": "\ud800"}, 404, "expected the model 'miepo'"),
+    ({"preference": {"\ud800": 1}}, 400, "unknown objective"),
     ({"tools": [{"type": "function"}]}, 400, "tools"),
     ({"logprobs": True}, 400, "logprobs"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),

@@ -91,6 +91,8 @@ def test_mistakes_are_one_sentence(
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must lie between 0 and 100"),
         ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"stop": [""]}, "must not be empty"),
+        ({"seed": -1}, "seed must not be negative"),
     ):
         arguments: dict[str, Any] = {"prompts": PROMPTS, "preference": {"brevity": 1.0}} | settings
         with pytest.raises(UserError, match=said):
@@ -121,11 +123,16 @@ def test_code_that_is_not_miepos_runs_only_where_it_is_trusted(trained_run: Path
     for harm in (
         {"class_path": "miepo.objectives.PythonObjective", "init_args": {"function": "os.system", "name": "letter_e"}},
         {"class_path": "miepo.objectives.Patient", "init_args": {"objective": {"class_path": "os.system"}}},
+        {
+            "class_path": "miepo.objectives.PythonObjective",
+            "init_args": {"function": "miepo.a.b", "name": "letter_e"},
+            "dict_kwargs": {"function": "os.system"},
+        },
         {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(tmp_path / "ran")]}},
     ):
         checkpoint["miepo"]["config"]["objectives"][0] = harm
         torch.save(checkpoint, tmp_path / "harm.ckpt")
-        with pytest.raises(UserError, match="which is not miepo's own code"):
+        with pytest.raises(UserError, match="not miepo's own code"):
             miepo.load(tmp_path / "harm.ckpt").score("the rain", "x")
     with pytest.raises(UserError, match=r"cannot build what .* names: subprocess.Popen is no policy, objective"):
         miepo.load(tmp_path / "harm.ckpt", trust=True).score("the rain", "x")
@@ -133,7 +140,7 @@ def test_code_that_is_not_miepos_runs_only_where_it_is_trusted(trained_run: Path
     checkpoint["miepo"]["config"]["objectives"][0] = entry
     checkpoint["miepo"]["config"]["model"]["init_args"]["policy"]["class_path"] = "tests.helpers.tiny.Policy"
     torch.save(checkpoint, tmp_path / "harm.ckpt")
-    with pytest.raises(UserError, match="which is not miepo's own code"):
+    with pytest.raises(UserError, match="not miepo's own code"):
         miepo.load(tmp_path / "harm.ckpt")
 
 
@@ -143,6 +150,9 @@ def test_a_damaged_folder_is_refused(trained_run: Path, tmp_path: Path) -> None:
     name = next(iter(weights))
     save_file({k: v for k, v in weights.items() if k != name}, tmp_path / "out/adapter_model.safetensors")
     with pytest.raises(UserError, match="the checkpoint's adapter does not fit the policy: 1 of"):
+        miepo.load(tmp_path / "out")
+    (tmp_path / "out/adapter_model.safetensors").write_bytes(b"\x08")
+    with pytest.raises(UserError, match="expected a folder of miepo export"):
         miepo.load(tmp_path / "out")
     (tmp_path / "out/miepo.json").write_text('{"names": []}')
     with pytest.raises(UserError, match="expected a folder of miepo export"):

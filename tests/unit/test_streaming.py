@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from miepo.dialogue import cut_at
 from miepo.errors import UserError
@@ -123,3 +126,29 @@ def test_text_by_token_is_the_text_of_all_tokens(text: str, stop: list[str]) -> 
             break
     shown += said.end()
     assert shown == cut_at(tokenizer.decode(ids, skip_special_tokens=True), stop).strip()
+
+
+def test_the_most_probable_token_is_always_left() -> None:
+    logits = torch.tensor([[0.1, 0.7, 0.2]]).log()
+    uniform = torch.tensor([0.99], dtype=torch.float64)
+    assert choose(logits, torch.ones(1), torch.tensor([1e-60]), uniform).tolist() == [1]
+
+
+def test_threads_do_not_share_a_preference(policy: Policy) -> None:
+    asked = questions(policy)
+    expected = [texts(list(stream(policy, [question])), 1) for question in asked]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda i: texts(list(stream(policy, [asked[i % 3]])), 1), range(18)))
+    assert found == expected * 6
+
+
+def test_bytes_that_are_no_character_end_nothing() -> None:
+    """A tokenizer as Llama's: tokens of single bytes."""
+    vocabulary = {"<unk>": 0, "<0x0A>": 1, "<0xC3>": 2, "\u2581garden": 3, "\u2581the": 4}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    said = ResponseText(tokenizer)
+    shown = "".join(said.add(token) for token in (4, 1, 2, 3, 2, 4)) + said.end()
+    assert shown.startswith("the")
+    assert "garden" in shown
