@@ -154,7 +154,7 @@ def export(
         if merged:
             policy.save_merged(partial)
         else:
-            partial.mkdir(parents=True)
+            partial.mkdir()
             config: Any = policy.model.peft_config[ADAPTER]
             config.base_model_name_or_path, config.inference_mode = base_folder(saved.base), True
             policy.save_adapter(partial)

@@ -7,7 +7,6 @@ import queue
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -20,12 +19,11 @@ from miepo.serving.command import (
     address_of,
     check_options,
     hosts_of,
-    is_loopback,
     key_for,
-    listen,
+    opened,
     serve_app,
 )
-from miepo.trained import TrainedPolicy, load
+from miepo.trained import TrainedPolicy
 
 USER = "miepo"  # of the login, where there is one
 SIDES = ("A", "B")
@@ -264,12 +262,11 @@ def main(args: Sequence[str]) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise needs(error.name or "gradio", "miepo steer") from None
-    key, local = key_for(options), is_loopback(options.host)
-    with closing(listen(options.host, options.port)) as listening:
-        trained = load(options.ckpt_path, device=options.device, trust=options.trust)
+    key = key_for(options)
+    with opened(options) as (listening, trained):
         batcher = Batcher(trained.policy, waiting=options.waiting)
         page = SteerPage(trained, batcher, options.most_tokens, options.timeout)
         print(f"Steer {trained!r} at {address_of(options.host, listening)}", flush=True)
         if key is not None:
             print(f"User: {USER}; key: {key if options.key is None else 'as given'}", flush=True)
-        serve_app(make_app(page, key, hosts_of(options.host) if local else None), listening, batcher)
+        serve_app(make_app(page, key, hosts_of(options.host)), listening, batcher)

@@ -236,8 +236,6 @@ class TrainedPolicy:
         Raises:
             UserError: an unknown objective, weights off the simplex, a prompt that does not fit the context.
         """
-        if seed < 0:
-            raise UserError(f"seed must not be negative, got {seed}")
         one = isinstance(prompts, str)
         every: list[str] = [prompts] if isinstance(prompts, str) else list(prompts)
         under = [preference] * len(every) if isinstance(preference, Mapping) else list(preference)

@@ -69,6 +69,8 @@ class RolloutEngine(ABC):
 def prompt_seeds(seed: int | Sequence[int], prompts: int) -> list[int]:
     """One seed for each prompt."""
     if isinstance(seed, int):
+        if seed < 0:
+            raise UserError(f"seed must not be negative, got {seed}")
         return [int(s) for s in np.random.SeedSequence(seed).generate_state(prompts, np.uint64) >> np.uint64(2)]
     if len(seed) != prompts:
         raise ValueError(f"expected a seed for each of {prompts} prompts, got {len(seed)}")

@@ -108,11 +108,11 @@ def check_length(policy: Policy, question: Question) -> None:
 
 
 @torch.no_grad()
-def _decoder(policy: Policy, questions: Sequence[Question]) -> FusedDecoder | PlainDecoder:
+def _decoder(policy: Policy, questions: Sequence[Question], longest: int) -> FusedDecoder | PlainDecoder:
     prompts = policy.padded([question.ids for question in questions])
     preference = torch.stack([question.preference for question in questions]).to(policy.device)
     if fits(policy):
-        return FusedDecoder(policy, prompts, preference, 1, max(question.max_new_tokens for question in questions))
+        return FusedDecoder(policy, prompts, preference, 1, longest)
     return PlainDecoder(policy, prompts, preference)
 
 
@@ -133,11 +133,12 @@ def stream(
         check_length(policy, question)
     ends, device = set(policy.end_ids), policy.device
     texts = [ResponseText(policy.tokenizer, question.stop) for question in questions]
+    longest = max(question.max_new_tokens for question in questions)  # T
     draws = torch.stack(
         [
             F.pad(
                 torch.rand(q.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(q.seed)),
-                (0, max(p.max_new_tokens for p in questions) - q.max_new_tokens),
+                (0, longest - q.max_new_tokens),
             )
             for q in questions
         ]
@@ -146,9 +147,9 @@ def stream(
     top_p = torch.tensor([q.top_p for q in questions], device=device)
     rows = list(range(len(questions)))
     with NETWORK:
-        decoder = _decoder(policy, questions)
+        decoder = _decoder(policy, questions, longest)
     chosen: Tensor | None = None
-    for t in range(max(question.max_new_tokens for question in questions)):
+    for t in range(longest):
         with NETWORK, torch.no_grad():  # not around a yield: who reads may want gradients, or read two
             logits = decoder.start() if chosen is None else decoder.next(chosen)
             chosen = choose(logits, temperature[rows], top_p[rows], draws[rows, t])  # (n,)

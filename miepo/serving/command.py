@@ -6,13 +6,13 @@ import ipaddress
 import secrets
 import socket
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 from miepo.errors import UserError, needs
 from miepo.serving.batcher import Batcher
-from miepo.trained import load
+from miepo.trained import TrainedPolicy, load
 
 MOST_CLIENTS = 512  # connections at one time
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
@@ -81,9 +81,16 @@ def address_of(host: str, listening: socket.socket) -> str:
     return f"http://{name}:{listening.getsockname()[1]}"
 
 
-def hosts_of(host: str) -> list[str]:
-    """Names under which a server that only this machine can reach may be addressed: no web page's own."""
-    return [*LOCAL, host]
+def hosts_of(host: str) -> list[str] | None:
+    """Names under which a server that only this machine can reach may be addressed: no web page's own; else any."""
+    return [*LOCAL, host] if is_loopback(host) else None
+
+
+@contextmanager
+def opened(options: Namespace) -> Iterator[tuple[socket.socket, TrainedPolicy]]:
+    """The socket to listen at and the policy to show there, as the options say."""
+    with closing(listen(options.host, options.port)) as listening:
+        yield listening, load(options.ckpt_path, device=options.device, trust=options.trust)
 
 
 def serve_app(app: Any, listening: socket.socket, batcher: Batcher) -> None:
@@ -117,12 +124,11 @@ def main(args: Sequence[str]) -> None:
         from miepo.serving.app import make_app
     except ImportError as error:
         raise needs(error.name or "fastapi", "miepo serve") from None
-    key, local = key_for(options), is_loopback(options.host)
-    with closing(listen(options.host, options.port)) as listening:
-        trained = load(options.ckpt_path, device=options.device, trust=options.trust)
+    key = key_for(options)
+    with opened(options) as (listening, trained):
         batcher = Batcher(trained.policy, options.batch_size, options.waiting)
         app = make_app(
-            trained, batcher, name=options.name, key=key, hosts=hosts_of(options.host) if local else None,
+            trained, batcher, name=options.name, key=key, hosts=hosts_of(options.host),
             timeout=options.timeout, most_tokens=options.most_tokens,
         )  # fmt: skip
         print(f"Serving {trained!r} at {address_of(options.host, listening)}/v1 as model '{options.name}'", flush=True)
