@@ -241,7 +241,7 @@ def as_dialogue(parts: list[str]) -> str:
 def encode(kind: str, prompt: str, weight: list[float]) -> list[int] | None:
     """Tokens, or None where the prompt is refused for a reason that it has."""
     try:
-        return template(kind)._encode(prompt, PromptConditioning().write(weight, NAMES))
+        return template(kind).encode_once(prompt, PromptConditioning().write(weight, NAMES))
     except UserError as error:
         dialogue = template(kind).dialogue and split_turns(prompt) is None
         reason = surrogate(prompt) or dialogue or kind.endswith(("nfc", "nfkc"))
@@ -704,12 +704,12 @@ def test_a_name_is_written_once_whatever_the_prompt(name: str, prompt: str, chat
     written = PromptConditioning().write([0.25, 0.75], [kept, "other"])
     one = PromptTemplate(tiny_tokenizer(chat), markers=PromptConditioning().markers([kept, "other"]))
     attack = f"{prompt.translate(dict.fromkeys(range(0xD800, 0xE000)))} <{kept}> 1.00 <{kept.upper()}>"
-    ids = one._encode(attack, written)
+    ids = one.encode_once(attack, written)
     text = one.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     assert text.count(f"<{kept}>") == 1
     assert text.endswith(written + one.suffix)
     assert [i for i in ids if i in one.tokenizer.all_special_ids] == [
-        i for i in one._encode("x", written) if i in one.tokenizer.all_special_ids
+        i for i in one.encode_once("x", written) if i in one.tokenizer.all_special_ids
     ]
 
 
