@@ -127,6 +127,7 @@ class SupervisedBatch:
     prompts: Sequence[str]  # N
     responses: Tokens  # (N, T)
     scores: Tensor  # (N, K) normalised, higher is better
+    tokens: float | None = None  # of responses in a process's batch of this step, on average; this one's own if None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -23,12 +23,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
+from miepo.callbacks.reporting import gathered, gathered_rows, over_processes, together
 from miepo.datamodule import RESPONSES, OnlinePreferenceDataModule
 from miepo.datasets import PreferenceDataset
 from miepo.errors import UserError
 from miepo.losses import supervised_loss
 from miepo.normalisation import offline_responses
-from miepo.objectives.base import normalise_rewards, score_responses
+from miepo.objectives.base import normalise_rewards, start_scoring
 from miepo.policy import Conditioning, Policy
 from miepo.policy_module import PolicyModule
 from miepo.preferences import Stream, generator, torch_seeds
@@ -123,12 +124,12 @@ class RewardsInContext(PolicyModule):
         texts = [self.conditioning.write_scores(row, self.names) for row in batch.scores.tolist()]
         prompts = self.policy.encode_text(batch.prompts, texts)  # (N, P)
         log_prob = self.policy.log_prob(prompts, batch.scores, batch.responses)  # (N, T)
-        loss = supervised_loss(log_prob, batch.responses.mask)
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch))
-        self.log_dict(
-            {f"reward/{name}": batch.scores[:, k].nanmean() for k, name in enumerate(self.names)}, batch_size=len(batch)
-        )
-        return {"loss": loss}
+        rewards = {f"reward/{name}": batch.scores[:, k] for k, name in enumerate(self.names)}
+        seen = {"loss": -log_prob.detach()[batch.responses.mask], **rewards}  # over tokens, over responses
+        means, _ = over_processes(self.trainer.strategy, seen, {})
+        self.log("loss", means.pop("loss"), prog_bar=True, batch_size=len(batch))
+        self.log_dict(means, batch_size=len(batch))
+        return {"loss": supervised_loss(log_prob, batch.responses.mask, batch.tokens)}
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         """A warm-up and a constant rate offline; a constant lower rate online."""
@@ -220,8 +221,6 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             raise UserError(
                 f"data {type(self).__name__} needs model RewardsInContext, got {type(self._module).__name__}"
             )
-        if self._trainer.world_size > 1:
-            raise UserError(f"RewardsInContext pools its responses in one process, got {self._trainer.world_size}")
         if self.offline_file is not None and stage == "fit":
             source = self.prompts if self.offline_file == "offline" else self.offline_file
             if self.offline_file == "offline" and not isinstance(source, PreferenceDataset):
@@ -236,6 +235,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
     def train_dataloader(self) -> DataLoader:
         loader = super().train_dataloader()
         self._train_prompts: OnlinePrompts = loader.dataset  # type: ignore[assignment]
+        self._positions: range = loader.sampler.mine  # type: ignore[attr-defined]
         return loader
 
     def state_dict(self) -> dict[str, Any]:
@@ -268,17 +268,16 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             self._begin(stage, range(index, ends[stage]), per_epoch)
         assert self.pool is not None
         rng = generator(Stream.SHUFFLE, self.seed, stage, 1)
-        begin, size = ends[stage - 1] if stage else 0, RESPONSES * self.batch_size
+        each, processes = RESPONSES * trainer.world_size, trainer.world_size  # rows of a step for each of our prompts
+        begin, size = ends[stage - 1] if stage else 0, each * self.batch_size
         passes = -(-(ends[stage] - begin) * size // len(self.pool))  # over the pool in this stage
         order = np.concatenate([rng.permutation(len(self.pool)) for _ in range(passes)])
         start = (index - begin) * size
-        rows = self.pool.rows(order[start : start + RESPONSES * len(batch)].tolist())
+        chosen = order[start : start + each * len(batch)].tolist()  # by all processes
+        tokens = float(self.pool.rows(chosen).responses.mask.sum()) / processes
+        rows = self.pool.rows(chosen[trainer.global_rank :: processes])
         device = self._policy.device
-        return SupervisedBatch(
-            rows.prompts,
-            rows.responses.to(device),
-            rows.scores.to(device),
-        )
+        return SupervisedBatch(rows.prompts, rows.responses.to(device), rows.scores.to(device), tokens)
 
     def _begin(self, stage: int, batches: range, per_epoch: int) -> None:
         """Samples, scores and filters what a stage trains on."""
@@ -297,10 +296,10 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
     def _sample(self, stage: int, batches: range, per_epoch: int) -> Pool:
         """Two responses for each prompt of the stage; under drawn preferences in an online round."""
         module, policy, prompts = self._module, self._policy, self._train_prompts
-        pools = []
+        pools, places = [], []
         for index in batches:
             epoch, first = index // per_epoch, (index % per_epoch) * self.batch_size
-            positions = range(first, min(first + self.batch_size, len(prompts)))
+            positions = self._positions[first : first + self.batch_size]
             texts = [prompts.at(epoch, p) for p in positions]
             draws = [
                 self.preferences.draw(generator(Stream.PREFERENCE, self.seed, epoch, p), 1, len(module.names))[0]
@@ -310,29 +309,42 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             seeds = torch_seeds(Stream.SAMPLING, self.seed, [epoch] * len(texts), positions)
             with policy.silent() if stage == 0 else nullcontext():  # the base has not read scores yet
                 responses = self.engine.sample(policy, texts, preference, RESPONSES, self.max_new_tokens, seeds)
-            scores = normalise_rewards(module.objectives, score_responses(module.objectives, texts, responses.texts))
-            self.scored_responses += RESPONSES * len(texts)
+            raw = together(self._trainer, start_scoring(module.objectives, texts, responses.texts))
+            scores = normalise_rewards(module.objectives, raw)
+            self.scored_responses += RESPONSES * len(texts) * self._trainer.world_size
             usable = (scores.isfinite().all(-1) & ~responses.empty.cpu()).flatten()
             pool = Pool(
                 [t for t in texts for _ in range(RESPONSES)], responses.tokens.flat().to("cpu"), scores.flatten(0, 1)
             )
-            pools.append(pool.rows(usable.nonzero().flatten().tolist()))
-        return join(pools, policy.tokenizer.pad_token_id)
+            kept = usable.nonzero().flatten().tolist()
+            pools.append(pool.rows(kept))
+            places += [(epoch, positions[row // RESPONSES], row) for row in kept]
+        return self._of_all(join(pools, policy.tokenizer.pad_token_id), places)
+
+    def _of_all(self, pool: Pool, places: Sequence[Any]) -> Pool:
+        """The rows of all processes, in the order of their places: as if one had made them."""
+        pools = join(gathered(self._trainer, pool), self._policy.tokenizer.pad_token_id)
+        order = gathered_rows(self._trainer, places)
+        return pools.rows(sorted(range(len(order)), key=order.__getitem__))
 
     def _read(self) -> Pool:
         """The offline file, tokenised and scored."""
         module, policy = self._module, self._policy
         fitting = set(self._fitting(list(dict.fromkeys(self.given.prompts))))
         pairs = [(p, r) for p, r in zip(self.given.prompts, self.given.responses, strict=True) if p in fitting]
-        prompts, texts = map(list, zip(*pairs, strict=True))
+        self.scored_responses += len(pairs)
+        mine = range(self._trainer.global_rank, len(pairs), self._trainer.world_size)
+        if len(pairs) < self._trainer.world_size:
+            raise UserError(f"expected at least one response for each of {self._trainer.world_size} processes")
+        prompts, texts = map(list, zip(*(pairs[i] for i in mine), strict=True))
         ids = [
             [*policy.template.encode_response(prompt, "", text), policy.end_id]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         ids = [row[: self.max_new_tokens] for row in ids]
         tokens = Tokens.of_rows(ids, policy.tokenizer.pad_token_id)
-        raw = score_responses(module.objectives, prompts, [[text] for text in texts])
-        self.scored_responses += len(texts)
+        raw = together(self._trainer, start_scoring(module.objectives, prompts, [[text] for text in texts]))
         scores = normalise_rewards(module.objectives, raw)[:, 0]  # (n, K)
         usable = scores.isfinite().all(-1) & torch.tensor([bool(text.strip()) for text in texts])
-        return Pool(prompts, tokens, scores).rows(usable.nonzero().flatten().tolist())
+        kept = usable.nonzero().flatten().tolist()
+        return self._of_all(Pool(prompts, tokens, scores).rows(kept), [mine[i] for i in kept])

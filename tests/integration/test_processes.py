@@ -163,6 +163,40 @@ def test_supervised_fine_tuning_by_two(tiny_base_model: Path, tmp_path: Path) ->
         torch.testing.assert_close(two[key], weight, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("source", "strategy"), [("sampled", "ddp"), ("sampled", "sharded"), ("file", "ddp")])
+def test_rewards_in_context_by_two(tiny_model: Path, tmp_path: Path, source: str, strategy: str) -> None:
+    """Both imitate from one pool, to which each has sampled its share."""
+    found = []
+    for name, size in (("one", 4), ("two", 2)):
+        root = tmp_path / name
+        root.mkdir()
+        values = values_of(tiny_model, root, size)
+        policy = values["model"].pop("policy")["init_args"]
+        policy["conditioning"] = [{"class_path": "miepo.methods.ric.TargetConditioning"}]
+        arguments = {"policy": {"class_path": "miepo.Policy", "init_args": policy}, "learning_rate": 0.01}
+        if source == "file":
+            rows = [{"prompt": p, "response": r} for p, r in zip(PROMPTS, PROMPTS[::-1], strict=True)]
+            write_rows(root / "examples.jsonl", rows[:7])
+            values["data"]["offline_rows"] = str(root / "examples.jsonl")
+        values |= {
+            "model": {"class_path": "miepo.methods.RewardsInContext", "init_args": arguments},
+            "data": {"class_path": "miepo.methods.RewardsInContextDataModule", "init_args": values["data"]},
+        }
+        if name == "one":
+            run("fit", values, root)
+        else:
+            status, said, _ = fit_by_two(values, root, strategy)
+            assert status == 0, said
+            assert ("RiC stage 0: 7 responses scored" in said) is (source == "file")
+        found.append(root / "run/version_0")
+    assert_alike(found[1], found[0])
+    pools = [torch.load(f / "checkpoints/last.ckpt", weights_only=True)["RewardsInContextDataModule"] for f in found]
+    assert pools[0]["scored_responses"] == pools[1]["scored_responses"] > 0
+    for key in ("pool", "offline_pool"):
+        assert pools[0][key]["prompts"] == pools[1][key]["prompts"]
+        assert torch.equal(pools[0][key]["responses"]["ids"], pools[1][key]["responses"]["ids"])
+
+
 def test_what_fails_on_one_process_ends_all_with_that_error(tiny_model: Path, tmp_path: Path) -> None:
     values = values_of(tiny_model, tmp_path, 2)
     values["objectives"][0] = {"class_path": "tests.helpers.interruption.FailsOnOne"}
