@@ -4,8 +4,8 @@ In the network that trains each of seven projections per layer is a product with
 cast, a scale and a sum. Here the projections that read the same states are one product, adapter included, and the
 prompt is computed once for all its responses. How much that saves is in ``tools/benchmarks/README.md``.
 
-On a CPU the weights are copied into the order that its kernels read, for as long as a rollout lasts. Elsewhere the
-network's own weights are laid out so, once, one below the other: no copy of them exists.
+On a CPU the weights are copied into the order that its kernels read, for as long as a rollout lasts, or as nothing is
+trained. Elsewhere the network's own weights are laid out so, once, one below the other: no copy of them exists.
 
 With a cache of fixed size every token is the same kernels on the same memory, which a CUDA graph records once and
 replays without Python.
@@ -14,7 +14,7 @@ replays without Python.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -51,13 +51,12 @@ def fits(policy: Policy) -> bool:
 class _Projection:
     """Linear layers that read the same states, as one: their weights, and below these the first factors of LoRA."""
 
-    product: Callable[[Tensor], Tensor]  # (N, D) -> (N, O + R)
-    second: Tensor | None  # (R, O) the second factors, scaled, block by block
+    product: Callable[[Tensor], Tensor]  # (N, D) -> (N, O + L R), of L layers with an adapter of rank R
+    second: Tensor | None  # (L R, O) the second factors, scaled, block by block
     bias: Tensor | None  # (O,)
-    gate: Tensor | None  # (N, R)
 
     @classmethod
-    def of(cls, layers: list[Any], gate: Tensor | None, rows: int, lasting: bool) -> _Projection:
+    def of(cls, layers: list[Any], rows: int, lasting: bool) -> _Projection:
         """For ``rows`` states at a time, of weights that last or of such as are gathered for a rollout."""
         adapted = [isinstance(layer, LoraLayer) for layer in layers]
         plain: list[Any] = [layer.base_layer if a else layer for layer, a in zip(layers, adapted, strict=True)]
@@ -80,24 +79,34 @@ class _Projection:
             product = _packed(torch.cat([*weights, *first]), rows)
         else:
             product = _laid_out(weights, first) if lasting else partial(F.linear, weight=torch.cat([*weights, *first]))
-        return cls(
-            product,
-            torch.block_diag(*second) if first else None,
-            bias,
-            None if gate is None or not first else gate.to(dtype).repeat(1, len(first)),
-        )
+        return cls(product, torch.block_diag(*second) if first else None, bias)
 
-    def __call__(self, states: Tensor) -> Tensor:
-        """``(N, D) -> (N, O)``."""
+    def __call__(self, states: Tensor, gate: Tensor | None) -> Tensor:
+        """``(N, D), (N, R) -> (N, O)``."""
         out = self.product(states)
         if self.second is not None:
             size = self.second.shape[1]
-            low = out[:, size:] if self.gate is None else out[:, size:] * self.gate
+            low = out[:, size:]
+            if gate is not None:
+                low = (low.unflatten(1, (-1, gate.shape[1])) * gate.unsqueeze(1)).flatten(1)
             out = torch.addmm(out[:, :size], low, self.second)
         return out if self.bias is None else out + self.bias
 
-    def rows(self, kept: Tensor) -> _Projection:
-        return self if self.gate is None else replace(self, gate=self.gate[kept])
+
+class Layout:
+    """The weights of a policy as they are decoded with, adapter included; they must not change while it is used.
+
+    Args:
+        policy: For which :func:`fits` is true.
+        rows: About as many as are decoded together.
+    """
+
+    def __init__(self, policy: Policy, rows: int) -> None:
+        body: Any = policy.body
+        self.layers = [_layer(layer, rows, policy.shards is None) for layer in body.layers]
+        head = policy.causal_lm.get_output_embeddings()
+        packs = orders_weights(head.weight) and head.bias is None
+        self.head = _packed(head.weight, rows) if packs else None
 
 
 def _packed(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
@@ -157,6 +166,7 @@ class FusedDecoder:
         max_new_tokens: ``T``.
         fixed: Attend to a cache of ``P + T`` places from the start, those not yet written hidden, and on a GPU replay
             each token from a CUDA graph. Otherwise the cache that is read grows with the response.
+        layout: Of the policy, where it lasts for more than this.
     """
 
     def __init__(
@@ -167,6 +177,7 @@ class FusedDecoder:
         count: int,
         max_new_tokens: int,
         fixed: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         self.policy, self.fixed = policy, fixed
         self.records = fixed and policy.device.type == "cuda"
@@ -202,12 +213,10 @@ class FusedDecoder:
             self.values.append(values)
             layer.keys = layer.values = None  # both caches of all layers would be too much
         del cache
-        gate = policy.gate_of(preference.repeat_interleave(count, 0))  # (N, R)
-        self.layers = [_layer(layer, gate, rows, policy.shards is None) for layer in body.layers]
-        head = policy.causal_lm.get_output_embeddings()
-        packs = orders_weights(head.weight) and head.bias is None
-        self.head = _packed(head.weight, rows) if packs else None
+        self.layout = layout or Layout(policy, rows)  # not before the prompts are computed, which take memory, too
         dtype = self.embedding.dtype
+        gate = policy.gate_of(preference.repeat_interleave(count, 0))
+        self.gate = None if gate is None else gate.to(dtype)  # (N, R)
         positions = lengths.repeat_interleave(count).unsqueeze(1) + torch.arange(max_new_tokens, device=lengths.device)
         cos, sin = body.rotary_emb(self.first.to(dtype), positions)  # (N, T, size)
         self.cos, self.sin = cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
@@ -242,8 +251,8 @@ class FusedDecoder:
         self.bias.index_fill_(-1, self.place, 0)
         heads, groups, end = self.heads, self.groups, self.bias.shape[-1] if self.fixed else self.end
         bias = self.bias[..., :end]
-        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-            read = layer["attention"](F.rms_norm(states, states.shape[-1:], layer["norm"], self.eps))
+        for layer, keys, values in zip(self.layout.layers, self.keys, self.values, strict=True):
+            read = layer["attention"](F.rms_norm(states, states.shape[-1:], layer["norm"], self.eps), self.gate)
             each = read.unflatten(1, (heads + 2 * groups, -1))  # (N, heads, size)
             size = each.shape[-1]
             turned = each[:, : heads + groups]
@@ -261,9 +270,10 @@ class FusedDecoder:
             values.index_copy_(2, self.place, each[:, heads + groups :].unsqueeze(2))
             queries = turned[:, :heads].unflatten(1, (groups, -1)) * layer["scale"]  # (N, groups, heads / groups, size)
             weights = (queries @ keys[..., :end] + bias).softmax(-1)
-            states = states + layer["output"]((weights @ values[:, :, :end]).flatten(1))
-            gate, up = layer["up"](F.rms_norm(states, states.shape[-1:], layer["second_norm"], self.eps)).chunk(2, 1)
-            states = states + layer["down"](F.silu(gate) * up)
+            states = states + layer["output"]((weights @ values[:, :, :end]).flatten(1), self.gate)
+            read = layer["up"](F.rms_norm(states, states.shape[-1:], layer["second_norm"], self.eps), self.gate)
+            gate, up = read.chunk(2, 1)
+            states = states + layer["down"](F.silu(gate) * up, self.gate)
         return self._logits(F.rms_norm(states, states.shape[-1:], self.norm, self.eps))
 
     def keep(self, rows: Tensor) -> None:
@@ -271,19 +281,55 @@ class FusedDecoder:
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
         self.cos, self.sin, self.bias = self.cos[rows], self.sin[rows], self.bias[rows]
         self.tokens, self.replay = self.tokens[rows], None  # a recording is of the memory that was
-        for layer in self.layers:
-            for name in ("attention", "output", "up", "down"):
-                layer[name] = layer[name].rows(rows)
+        self.gate = None if self.gate is None else self.gate[rows]
+
+    def join(self, other: FusedDecoder) -> None:
+        """Goes on with the rows of ``other``, too, which may be at another length; both have the same layout.
+
+        The caches are moved so that what was written ends at the same place, and places that no row reads are let go.
+        """
+        both = (self, other)
+        left = max(d._left for d in both)  # tokens that may come
+        begins = [int((d.bias == 0).any(0).flatten().long().argmax()) for d in both]  # the first place that is read
+        end = max(d.end - begin for d, begin in zip(both, begins, strict=True))
+
+        def moved(tensors: Sequence[Tensor], dim: int, hidden: float = 0) -> Tensor:
+            """Along ``dim``, the places."""
+            found = []
+            for d, begin, x in zip(both, begins, tensors, strict=True):
+                written = x.narrow(dim, begin, d.end - begin)
+                around = [end - written.shape[dim], left]
+                found.append(F.pad(written, [0, 0] * (x.ndim - 1 - dim) + around, value=hidden))
+            return torch.cat(found)
+
+        def coming(tensors: Sequence[Tensor]) -> Tensor:
+            """Of tokens that may come, along dimension 1."""
+            found = [x[:, x.shape[1] - d._left :] for d, x in zip(both, tensors, strict=True)]
+            return torch.cat([F.pad(x, (0, 0, 0, 0, 0, left - x.shape[1])) for x in found])
+
+        self.cos, self.sin = coming([self.cos, other.cos]), coming([self.sin, other.sin])
+        for i in range(len(self.keys)):
+            self.keys[i] = moved([self.keys[i], other.keys[i]], 3)
+            self.values[i] = moved([self.values[i], other.values[i]], 2)
+        self.bias = moved([self.bias, other.bias], 3, torch.finfo(self.bias.dtype).min)
+        self.tokens = torch.cat([self.tokens, other.tokens])
+        self.gate = None if self.gate is None or other.gate is None else torch.cat([self.gate, other.gate])
+        self.step, self.place = torch.zeros_like(self.step), torch.full_like(self.place, end)
+        self.end, self.replay = end, None
+
+    @property
+    def _left(self) -> int:
+        return self.bias.shape[-1] - self.end
 
     def _logits(self, states: Tensor) -> Tensor:
         with self.policy.autocast():
-            return self.policy.project(states, self.head).float()
+            return self.policy.project(states, self.layout.head).float()
 
 
-def _layer(layer: Any, gate: Tensor | None, rows: int, lasting: bool) -> dict[str, Any]:
+def _layer(layer: Any, rows: int, lasting: bool) -> dict[str, Any]:
     attention, mlp = layer.self_attn, layer.mlp
     norms = [getattr(attention, f"{name}_norm", None) for name in "qk"]
-    projection = partial(_Projection.of, gate=gate, rows=rows, lasting=lasting)
+    projection = partial(_Projection.of, rows=rows, lasting=lasting)
     return {
         "norm": layer.input_layernorm.weight,
         "second_norm": layer.post_attention_layernorm.weight,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from miepo.policy import Policy
 from miepo.types import Tokens
@@ -37,6 +41,30 @@ class PlainDecoder:
         """Goes on with these rows ``(n,)`` alone."""
         self.mask, self.preference = self.mask[rows], self.preference[rows.to(self.preference.device)]
         self.cache.batch_select_indices(rows)
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows can come later: the cache holds every token, and nothing else."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+    def join(self, other: PlainDecoder) -> None:
+        """Goes on with the rows of ``other``, too, as the fused decoder does."""
+        begins = [int(d.mask.any(0).long().argmax()) for d in (self, other)]  # the first place that is read
+        end = max(d.mask.shape[1] - begin for d, begin in zip((self, other), begins, strict=True))
+
+        def moved(tensors: list[Tensor], around: list[int]) -> Tensor:
+            """Along the dimension before those ``around`` says."""
+            dim = tensors[0].ndim - 1 - len(around) // 2
+            found = [x.narrow(dim, b, x.shape[dim] - b) for x, b in zip(tensors, begins, strict=True)]
+            return torch.cat([F.pad(x, [*around, end - x.shape[dim], 0]) for x in found])
+
+        self.mask = moved([self.mask, other.mask], [])
+        self.preference = torch.cat([self.preference, other.preference])
+        ours: list[Any] = self.cache.layers
+        theirs: list[Any] = other.cache.layers
+        for mine, yours in zip(ours, theirs, strict=True):
+            mine.keys = moved([mine.keys, yours.keys], [0, 0])
+            mine.values = moved([mine.values, yours.values], [0, 0])
 
     def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         with self.policy.conditioned(self.preference):

@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from torch.nn import functional as F
 
 from miepo.dialogue import cut_at
 from miepo.errors import UserError
 from miepo.policy import Policy
-from miepo.rollout.fused_decoder import FusedDecoder, fits
+from miepo.rollout.fused_decoder import FusedDecoder, Layout, fits
 from miepo.rollout.plain_decoder import PlainDecoder
 from miepo.rollout.transformers_engine import draw_tokens
 
@@ -107,13 +106,137 @@ def check_length(policy: Policy, question: Question) -> None:
         )
 
 
-@torch.no_grad()
-def _decoder(policy: Policy, questions: Sequence[Question], longest: int) -> FusedDecoder | PlainDecoder:
-    prompts = policy.padded([question.ids for question in questions])
-    preference = torch.stack([question.preference for question in questions]).to(policy.device)
-    if fits(policy):
-        return FusedDecoder(policy, prompts, preference, 1, longest)
-    return PlainDecoder(policy, prompts, preference)
+@dataclass
+class _Row:
+    """A response that is being written."""
+
+    number: int
+    question: Question
+    text: ResponseText
+    draws: Tensor  # (T,) float64 in [0, 1): a function of its seed alone
+
+
+class Responder:
+    """Writes responses, all by one token at a time; questions join at any token and leave when they are answered.
+
+    Rows are numbered in the order in which their questions came.
+
+    Args:
+        policy: In evaluation mode. Its weights stay as they are.
+        most: About as many responses are written together.
+    """
+
+    def __init__(self, policy: Policy, most: int) -> None:
+        self.policy, self.most = policy, most
+        self._ends = set(policy.end_ids)
+        self._layout: Layout | None = None
+        self._rows: list[_Row] = []
+        self._count = 0
+        self._decoder: Any = None
+        self._logits: Tensor | None = None  # (N, V) of those that have none of their tokens yet
+        self._chosen: Tensor | None = None  # (n,) the last tokens of the others, which come before them
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def joins(self) -> bool:
+        """Whether a question may come now: some networks keep what cannot be joined, and end what they are at first."""
+        return self._decoder is None or isinstance(self._decoder, FusedDecoder) or self._decoder.joins
+
+    def join(self, questions: Sequence[Question]) -> list[int]:
+        """Computes these questions; their responses are written from the next :meth:`step` on.
+
+        Returns:
+            The numbers of their rows.
+
+        Raises:
+            UserError: a question does not fit the model's context.
+
+        What fails while the questions are computed leaves the others as they are; what fails later ends all.
+        """
+        for question in questions:
+            check_length(self.policy, question)
+        with NETWORK, torch.no_grad():
+            fresh = self._decode(questions)
+            logits = fresh.start()
+            try:
+                self._take(fresh, logits)
+            except Exception:  # out of memory, say, with half of the caches joined
+                self.clear()
+                raise
+        added = []
+        for i, q in enumerate(questions):
+            draws = torch.rand(q.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(q.seed))
+            added.append(_Row(self._count + i, q, ResponseText(self.policy.tokenizer, q.stop), draws))
+        self._rows += added
+        self._count += len(added)
+        return [row.number for row in added]
+
+    def _decode(self, questions: Sequence[Question]) -> FusedDecoder | PlainDecoder:
+        prompts = self.policy.padded([question.ids for question in questions])
+        preference = torch.stack([question.preference for question in questions]).to(self.policy.device)
+        if not fits(self.policy):
+            return PlainDecoder(self.policy, prompts, preference)
+        if self._layout is None:
+            self._layout = Layout(self.policy, self.most)
+        longest = max(question.max_new_tokens for question in questions)
+        return FusedDecoder(self.policy, prompts, preference, 1, longest, layout=self._layout)
+
+    def _take(self, fresh: FusedDecoder | PlainDecoder, logits: Tensor) -> None:
+        if self._decoder is None:
+            self._decoder, self._logits = fresh, logits
+            return
+        if self._chosen is not None:  # those that are written already get as far as the new ones
+            self._logits, self._chosen = self._decoder.next(self._chosen), None
+        assert self._logits is not None
+        self._decoder.join(fresh)
+        self._logits = torch.cat([self._logits, logits])
+
+    def step(self, cancelled: Callable[[int], bool] = lambda row: False) -> list[Piece]:
+        """The next token of every response.
+
+        Args:
+            cancelled: Whether nobody waits for the response of this row any more.
+        """
+        with NETWORK, torch.no_grad():
+            logits = self._logits if self._chosen is None else self._decoder.next(self._chosen)
+            assert logits is not None
+            asked = [row.question for row in self._rows]
+            temperature = torch.tensor([q.temperature for q in asked], device=logits.device)
+            top_p = torch.tensor([q.top_p for q in asked], device=logits.device)
+            uniform = torch.stack([row.draws[len(row.text.ids)] for row in self._rows]).to(logits.device)
+            chosen = choose(logits, temperature, top_p, uniform)  # (N,)
+        pieces, left = [], []
+        for i, (row, token) in enumerate(zip(self._rows, chosen.tolist(), strict=True)):
+            text = row.text.add(token)
+            finish: Finish | None = None
+            if token in self._ends or row.text.stopped:
+                finish = "stop"
+            elif len(row.text.ids) == row.question.max_new_tokens:
+                finish = "length"
+            elif cancelled(row.number):
+                finish = "cancelled"
+            if finish is None:
+                left.append(i)
+            else:
+                text += row.text.end()
+            if text or finish:
+                pieces.append(Piece(row.number, text, len(row.text.ids), finish))
+        if not left:
+            self.clear()
+        elif len(left) < len(self._rows):
+            kept = torch.tensor(left, device=chosen.device)
+            with NETWORK, torch.no_grad():
+                self._decoder.keep(kept)
+            self._rows, chosen = [self._rows[i] for i in left], chosen[kept]
+        if left:
+            self._logits, self._chosen = None, chosen
+        return pieces
+
+    def clear(self) -> None:
+        """Ends all responses where they are."""
+        self._rows, self._decoder, self._logits, self._chosen = [], None, None, None
 
 
 def stream(
@@ -129,54 +252,10 @@ def stream(
     Raises:
         UserError: a question does not fit the model's context.
     """
-    for question in questions:
-        check_length(policy, question)
-    ends, device = set(policy.end_ids), policy.device
-    texts = [ResponseText(policy.tokenizer, question.stop) for question in questions]
-    longest = max(question.max_new_tokens for question in questions)  # T
-    draws = torch.stack(
-        [
-            F.pad(
-                torch.rand(q.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(q.seed)),
-                (0, longest - q.max_new_tokens),
-            )
-            for q in questions
-        ]
-    ).to(device)  # (N, T), each row a function of its seed alone
-    temperature = torch.tensor([q.temperature for q in questions], device=device)
-    top_p = torch.tensor([q.top_p for q in questions], device=device)
-    rows = list(range(len(questions)))
-    with NETWORK:
-        decoder = _decoder(policy, questions, longest)
-    chosen: Tensor | None = None
-    for t in range(longest):
-        with NETWORK, torch.no_grad():  # not around a yield: who reads may want gradients, or read two
-            logits = decoder.start() if chosen is None else decoder.next(chosen)
-            chosen = choose(logits, temperature[rows], top_p[rows], draws[rows, t])  # (n,)
-        left = []
-        for i, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            text, ended = texts[row], token in ends
-            piece = text.add(token)
-            finish: Finish | None = None
-            if ended or text.stopped:
-                finish = "stop"
-            elif t + 1 == questions[row].max_new_tokens:
-                finish = "length"
-            elif cancelled(row):
-                finish = "cancelled"
-            if finish is None:
-                left.append(i)
-            else:
-                piece += text.end()
-            if piece or finish:
-                yield Piece(row, piece, len(text.ids), finish)
-        if not left:
-            return
-        if len(left) < len(rows):
-            kept = torch.tensor(left, device=device)
-            with torch.no_grad():
-                decoder.keep(kept)
-            rows, chosen = [rows[i] for i in left], chosen[kept]
+    responder = Responder(policy, len(questions))
+    responder.join(questions)
+    while len(responder):
+        yield from responder.step(cancelled)
 
 
 def choose(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from miepo.policy import Policy
-from miepo.rollout.streaming import Piece, Question, stream
+from miepo.rollout.streaming import Piece, Question, Responder
 
+MOST_TOKENS = 8192  # of prompts that are computed at the same time, padding included
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +37,7 @@ class Ticket:
 
 
 class Batcher:
-    """Answers what waits, up to ``most`` requests at once, then what has come meanwhile.
+    """Answers up to ``most`` requests at once, all by one token at a time; who waits joins as soon as there is room.
 
     Args:
         policy: In evaluation mode; nobody else runs it.
@@ -45,8 +46,10 @@ class Batcher:
     """
 
     def __init__(self, policy: Policy, most: int = 16, waiting: int = 64) -> None:
-        self.policy, self.most, self.limit = policy, most, waiting
+        self.most, self.limit = most, waiting
+        self._responder = Responder(policy, most)
         self._tickets: deque[Ticket] = deque()
+        self._answered: dict[int, Ticket] = {}  # by row
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -70,7 +73,7 @@ class Batcher:
             self._changed.notify()
 
     def close(self) -> None:
-        """Ends the thread after the batch that it is at."""
+        """Ends the thread after the token that it is at."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -79,32 +82,63 @@ class Batcher:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._tickets or self._closed)
+                self._changed.wait_for(lambda: self._tickets or self._answered or self._closed)
                 if self._closed:
-                    return
-                batch = [self._tickets.popleft() for _ in range(min(self.most, len(self._tickets)))]
-            self._answer(batch)
+                    break
+                come = self._next()
+            self._join(come)
+            self._step()
+        for ticket in (*self._answered.values(), *self._tickets):
+            self._end(ticket, RuntimeError("the server is stopped"))
 
-    def _answer(self, batch: list[Ticket]) -> None:
-        for ticket in batch:
+    def _next(self) -> list[Ticket]:
+        """Who is answered from now on."""
+        come: list[Ticket] = []
+        longest = 0
+        while self._tickets and self._responder.joins and len(self._answered) + len(come) < self.most:
+            longest = max(longest, len(self._tickets[0].question.ids))
+            if come and longest * (len(come) + 1) > MOST_TOKENS:
+                break
+            ticket = self._tickets.popleft()
             if ticket.late:
                 self._end(ticket, TimeoutError("it waited too long for its turn"))
-        batch = [ticket for ticket in batch if not (ticket.done or ticket.cancelled)]
-        if not batch:
+            elif not ticket.cancelled:
+                come.append(ticket)
+        return come
+
+    def _join(self, come: list[Ticket]) -> None:
+        if not come:
             return
         try:
-            for piece in stream(self.policy, [t.question for t in batch], lambda row: batch[row].gone):
-                ticket = batch[piece.row]
-                if piece.finish == "cancelled":
-                    self._end(ticket, TimeoutError("the response took too long"))
-                elif piece.finish is None:
-                    ticket.deliver(piece)
-                else:
-                    self._end(ticket, piece)
-        except Exception as error:  # of one batch: those that come after it are answered
-            logger.exception("a batch of %d requests failed", len(batch))
-            for ticket in batch:
-                self._end(ticket, error)
+            rows = self._responder.join([ticket.question for ticket in come])
+            self._answered.update(zip(rows, come, strict=True))
+        except Exception as error:
+            self._fail(error, come)
+
+    def _step(self) -> None:
+        if not self._answered:
+            return
+        try:
+            pieces = self._responder.step(lambda row: self._answered[row].gone)
+        except Exception as error:
+            self._responder.clear()
+            self._fail(error, [])
+            return
+        for piece in pieces:
+            if piece.finish is None:
+                self._answered[piece.row].deliver(piece)
+                continue
+            late = TimeoutError("the response took too long") if piece.finish == "cancelled" else None
+            self._end(self._answered.pop(piece.row), late or piece)
+
+    def _fail(self, error: Exception, tickets: list[Ticket]) -> None:
+        """Ends these requests, and those that the error took with it; who comes after them is answered."""
+        if not len(self._responder):
+            tickets = [*tickets, *self._answered.values()]
+            self._answered.clear()
+        logger.error("%d requests failed", len(tickets), exc_info=error)
+        for ticket in tickets:
+            self._end(ticket, error)
 
     def _end(self, ticket: Ticket, last: Piece | Exception) -> None:
         if not ticket.done:

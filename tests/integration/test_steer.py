@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("gradio")
 
-import miepo.serving.batcher as batching
 from miepo.cli import main
 from miepo.policy import GatedConditioning, PromptConditioning
+from miepo.rollout.streaming import Question, Responder, stream
 from miepo.serving.batcher import Batcher
 from miepo.serving.command import hosts_of
 from miepo.steer import SteerPage, make_app
@@ -35,9 +35,6 @@ def _event_loops() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gc.collect()
-
-
-STREAM = batching.stream
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +71,7 @@ def number(page: Any, slider: str) -> float:
 def expected(trained: TrainedPolicy, weights: tuple[float, float]) -> str:
     """The answer of the network itself, as a text box has it."""
     question = trained.question("the garden", dict(zip(NAMES, weights, strict=True)), seed=0)
-    text = "".join(piece.text for piece in STREAM(trained.policy, [question]))
+    text = "".join(piece.text for piece in stream(trained.policy, [question]))
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -88,13 +85,15 @@ def asks(page: Any, a: str, b: str) -> None:
 def test_a_slider_moves_the_answer(trained: TrainedPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[list[float]]] = []
 
-    def watched(policy, questions, cancelled):
+    join = Responder.join
+
+    def watched(self: Responder, questions: list[Question]) -> list[int]:
         asked.append([[round(w, 4) for w in question.preference.tolist()] for question in questions])
-        return STREAM(policy, questions, cancelled)
+        return join(self, questions)
 
     first, last, moved = (expected(trained, w) for w in ((1.0, 0.0), (0.0, 1.0), (0.3, 0.7)))
     assert len({first, last, moved}) == 3
-    monkeypatch.setattr(batching, "stream", watched)
+    monkeypatch.setattr(Responder, "join", watched)
     with shown(trained) as address, open_page(address) as page:
         page.wait_for_selector("#ask")
         asks(page, first, last)

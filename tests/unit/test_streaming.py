@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from miepo.rollout import TransformersEngine
 from miepo.rollout.engine import prompt_seeds
 from miepo.rollout.fused_decoder import FusedDecoder
 from miepo.rollout.plain_decoder import PlainDecoder
-from miepo.rollout.streaming import Piece, Question, ResponseText, choose, stream
+from miepo.rollout.streaming import Piece, Question, Responder, ResponseText, choose, stream
 from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
 
 PROMPTS = ["the garden", "rain comes in spring and people like it", "food"]
@@ -81,6 +82,69 @@ def test_the_plain_decoder_keeps_rows(policy: Policy) -> None:
         torch.testing.assert_close(plain.next(tokens[1:]), fused.next(tokens[1:]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_who_comes_later_is_answered_alike(policy: Policy, monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """Questions of other lengths join at other tokens, while some are at their first and others end."""
+    asked = [replace(q, max_new_tokens=n) for q, n in zip(questions(policy), (20, 9, 14), strict=True)]
+    asked += [replace(asked[1], seed=3, max_new_tokens=25), replace(asked[2], seed=4), replace(asked[0], temperature=0)]
+    expected = [texts(list(stream(policy, [question])), 1)[0] for question in asked]
+    if not fused:
+        monkeypatch.setattr("miepo.rollout.streaming.fits", lambda policy: False)
+    responder, pieces, sizes = Responder(policy, 4), [], []
+    joins = {0: asked[:1], 2: asked[1:3], 3: asked[3:4], 11: asked[4:]}
+    for t in range(60):
+        if come := joins.get(t):
+            assert responder.joins
+            rows = responder.join(come)
+            assert [asked[row] for row in rows] == come
+        if len(responder):
+            pieces += responder.step()
+            sizes.append(len(responder))
+    assert texts(pieces, 6) == expected
+    assert max(sizes) >= 4
+    assert [sum(p.finish is not None for p in pieces if p.row == row) for row in range(6)] == [1] * 6
+
+
+@pytest.mark.parametrize("kind", [FusedDecoder, PlainDecoder])
+def test_places_that_no_row_reads_are_let_go(policy: Policy, kind: type) -> None:
+    """So that a cache does not grow with all that was ever said."""
+    room = 30
+    extra = (1, room) if kind is FusedDecoder else ()
+
+    def decoder(i: int) -> FusedDecoder | PlainDecoder:
+        made = kind(policy, policy.encode(PROMPTS[i : i + 1], W[i : i + 1]), W[i : i + 1], *extra)
+        made.start()
+        return made
+
+    with torch.no_grad():
+        one = decoder(1)
+        for i in range(12):
+            one.next(torch.tensor([11]))
+            one.join(decoder(2 * (i % 2)))
+            one.next(torch.tensor([12, 13]))
+            one.keep(torch.tensor([1]))
+    keys = one.keys[0] if isinstance(one, FusedDecoder) else one.cache.layers[0].keys.transpose(-1, -2)
+    longest = policy.encode(PROMPTS, W).ids.shape[1]
+    assert keys.shape[-1] <= longest + 2 + (room if extra else 0)  # and not 24 tokens and more
+
+
+def test_an_error_while_caches_are_joined_ends_all(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = questions(policy)
+    responder = Responder(policy, 4)
+    responder.join(asked[:1])
+    with pytest.raises(UserError, match="expected at most 256 together"):
+        responder.join([replace(asked[1], max_new_tokens=1000)])
+    assert len(responder) == 1
+    monkeypatch.setattr(FusedDecoder, "join", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        responder.join(asked[1:])
+    assert len(responder) == 0
+    assert responder.join(asked[2:]) == [1]  # and it goes on
+    assert texts([replace(p, row=0) for _ in range(12) if len(responder) for p in responder.step()], 1) == texts(
+        list(stream(policy, asked[2:])), 1
+    )
+
+
 def test_settings_are_of_each_question(policy: Policy) -> None:
     greedy, other = questions(policy, temperature=0.0)[0], questions(policy, max_new_tokens=3)[1]
     pieces = list(stream(policy, [greedy, other, questions(policy, temperature=0.0, seed=99)[0]]))
@@ -116,6 +180,7 @@ def test_nucleus() -> None:
     stop=st.lists(st.text(st.sampled_from("abe "), min_size=1, max_size=3), max_size=2),
 )
 def test_text_by_token_is_the_text_of_all_tokens(text: str, stop: list[str]) -> None:
+    """Of all until the first stop text was there, after which none are drawn."""
     tokenizer = tiny_tokenizer()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     said = ResponseText(tokenizer, stop)
@@ -125,7 +190,9 @@ def test_text_by_token_is_the_text_of_all_tokens(text: str, stop: list[str]) -> 
         if said.stopped:
             break
     shown += said.end()
-    assert shown == cut_at(tokenizer.decode(ids, skip_special_tokens=True), stop).strip()
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    assert said.stopped == any(end in whole for end in stop)
+    assert shown == cut_at(tokenizer.decode(said.ids, skip_special_tokens=True), stop).strip()
 
 
 def test_the_most_probable_token_is_always_left() -> None:
