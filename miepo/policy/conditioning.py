@@ -40,7 +40,14 @@ class PromptConditioning(Conditioning):
         self.decimals = decimals
 
     def write(self, preference: Sequence[float], names: Sequence[str]) -> str:
-        return "".join(f" <{n}> {w:.{self.decimals}f}" for n, w in zip(names, preference, strict=True))
+        # in two steps, since single precision holds 0.005 as a little less: both precisions read alike
+        first, last = self.digits, self.decimals
+        return "".join(f" <{n}> {round(w, first):.{last}f}" for n, w in zip(names, preference, strict=True))
+
+    @property
+    def digits(self) -> int:
+        """Digits after the point that single precision has."""
+        return max(6, self.decimals)
 
     def markers(self, names: Sequence[str]) -> list[str]:
         return [f"<{name}>" for name in names]

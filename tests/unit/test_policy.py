@@ -160,6 +160,8 @@ def test_contract_conditionings_act_by_text_or_by_gate(conditioning: type[Condit
 
 def test_prompt_conditioning_writes_names_then_numbers() -> None:
     assert PromptConditioning().write([0.3, 0.7], ["helpfulness", "humor"]) == " <helpfulness> 0.30 <humor> 0.70"
+    for weights in ([0.005, 0.995], torch.tensor([0.005, 0.995]).tolist()):
+        assert PromptConditioning().write(weights, ["a", "b"]) == " <a> 0.01 <b> 0.99"
 
 
 def test_encoding_pads_on_the_left(tiny_model: Path) -> None:
