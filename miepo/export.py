@@ -81,7 +81,10 @@ def preference_expression(policy: Policy) -> str:
             for name in names:
                 weight = f"(preference or {{}}).get({_literal(name)}, 0 if preference else {1 / len(names)!r})"
                 form = f"'%.{conditioning.decimals}f'"
-                parts += [_literal(f" <{name}> "), f"({form} | format({weight} | float | round({conditioning.digits})))"]
+                parts += [
+                    _literal(f" <{name}> "),
+                    f"({form} | format({weight} | float | round({conditioning.digits})))",
+                ]
         elif conditioning.write([1 / len(names)] * len(names), names):
             raise UserError(
                 f"{type(conditioning).__name__} cannot be written as a template for every preference: "

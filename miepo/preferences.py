@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from itertools import combinations
 from math import isfinite
+from numbers import Real
 
 import numpy as np
 import torch
@@ -183,11 +184,12 @@ def parse_preference(
             f"{where}: unknown objective {', '.join(map(str, unknown))}; the objectives are {', '.join(names)}"
         )
     for name, weight in weights.items():
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        number = isinstance(weight, Real) and not isinstance(weight, bool)
         if not number or not -1e9 <= weight <= 1e9:  # NaN lies between nothing
             raise UserError(f"{where}: the weight of {name} must be a number, got {_short(weight)}")
         if weight < 0:
             raise UserError(f"{where}: the weight of {name} must not be negative, got {weight}")
+    weights = {name: float(weight) for name, weight in weights.items()}
     total = sum(weights.values())
     if total <= 0:
         raise UserError(f"{where}: at least one weight must be positive, got {dict(weights)}")

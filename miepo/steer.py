@@ -7,6 +7,7 @@ import queue
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ USER = "miepo"  # of the login, where there is one
 SIDES = ("A", "B")
 MOST_CHARACTERS = 20_000  # of a prompt
 AT_ONCE = 8  # visitors who are answered at one time
+# where the page sends something to
+POSTS = ("/login", "/login/", *(f"/gradio_api/{name}" for name in ("queue/join", "run/predict", "cancel", "reset")))
 
 # -- functions ---------------------------------------------------------------------------------------------------------
 
@@ -97,12 +100,13 @@ class SteerPage:
     ) -> None:
         self.trained, self.batcher = trained, batcher
         self.most_tokens, self.timeout = most_tokens, timeout
+        self._scorer = ThreadPoolExecutor(1, "scorer")  # one answer at a time, as objectives can stand
 
     def answer(self, prompt: str, tokens: float, temperature: float, seed: float, *weights: float) -> Iterator[Any]:
         """Two answers as they are written, then their scores and the front: values of the page's outputs."""
         import gradio as gr
 
-        count = len(self.trained.names)
+        count, deadline = len(self.trained.names), time.monotonic() + self.timeout
         try:
             if not prompt.strip():
                 raise UserError("expected a prompt, got none")
@@ -120,19 +124,23 @@ class SteerPage:
             texts = ["", ""]
             for texts in answers(self.batcher, questions, self.timeout):
                 yield *texts, *under, gr.skip(), gr.skip()
-            rows, note, points = self.scores(prompt, texts, [v.tolist() for v in vectors])
+            rows, note, points = self.scores(prompt, texts, [v.tolist() for v in vectors], deadline)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
         yield *texts, *[f"{u}{note}" for u in under], rows, self.front(weights[:count], weights[count:], points)
 
     def scores(
-        self, prompt: str, texts: Sequence[str], vectors: Sequence[Sequence[float]]
+        self, prompt: str, texts: Sequence[str], vectors: Sequence[Sequence[float]], deadline: float
     ) -> tuple[list[list[Any]], str, list[list[float]]]:
         """Rows of the table, what is to be said of it, and the reward vector of each answer."""
+        asked = self._scorer.submit(self.trained.score, [prompt] * len(texts), texts)
         try:
-            found = self.trained.score([prompt] * len(texts), texts)
+            found = asked.result(max(deadline - time.monotonic(), 0))
         except UserError as error:
             return [], f" (not scored: {error})", []
+        except TimeoutError:
+            asked.cancel()  # unless it is being asked already
+            return [], f" (not scored within {self.timeout:g} s)", []
         rows = [
             [name, *(round(value, 3) for side in range(len(texts)) for value in (vectors[side][k], found[name][side]))]
             for k, name in enumerate(self.trained.names)
@@ -196,9 +204,13 @@ class SteerPage:
             plot = gr.Plot(label="Measured front", format="png", elem_id="front", visible=known)
             quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
             for row in sliders.values():
-                for k, slider in enumerate(row):
-                    slider.input(partial(_moved, k), row, row, queue=False, trigger_mode="always_last", **quiet)
-                    slider.release(self._redraw, weights, plot, **quiet)
+                for k, slider in enumerate(row if len(names) > 1 else []):
+                    # the others alone: an answer that comes late would take the slider back from under the hand
+                    others = [other for other in row if other is not slider]
+                    moved = slider.input(
+                        partial(_others, k), row, others, queue=False, trigger_mode="always_last", **quiet
+                    )
+                    moved.then(self._redraw, weights, plot, **quiet)
             given = [prompt, tokens, temperature, seed, *weights]
             shown = [*boxes, *notes, table, plot]
             gr.on([ask.click, prompt.submit], self.answer, given, shown, api_visibility="private", time_limit=None)
@@ -211,8 +223,9 @@ class SteerPage:
         return self.front(weights[:half], weights[half:])
 
 
-def _moved(moved: int, *weights: float) -> Any:
-    found = [round(weight, 4) for weight in on_simplex(moved, weights)]
+def _others(moved: int, *weights: float) -> Any:
+    """Where the other sliders stand when one has moved."""
+    found = [round(weight, 4) for k, weight in enumerate(on_simplex(moved, weights)) if k != moved]
     return found if len(found) > 1 else found[0]
 
 
@@ -226,16 +239,14 @@ def make_app(page: SteerPage, key: str | None, hosts: list[str] | None) -> Any:
     """The page as an ASGI application; with a key behind a login of the user ``miepo``."""
     import gradio as gr
     from fastapi import FastAPI
-    from fastapi.responses import PlainTextResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    async def no_upload() -> Any:
-        return PlainTextResponse("nothing is uploaded here", 404)
+    from miepo.serving.admission import Admission
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    app.add_api_route("/gradio_api/upload", no_upload, methods=["POST"])  # before Gradio's own
+    app.add_middleware(Admission, posts=POSTS)  # of all that Gradio takes
     plain = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=plain, font_mono=["ui-monospace", "monospace"])  # none from the network
     return gr.mount_gradio_app(

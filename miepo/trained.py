@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from miepo.checkpoints import check_adapter, check_base
-from miepo.dialogue import dialogue_of, split_turns
+from miepo.dialogue import REPLY, dialogue_of, split_turns
 from miepo.errors import UserError, first_line
 from miepo.front import Front
 from miepo.objectives import Objective
@@ -173,10 +173,16 @@ class TrainedPolicy:
                     raise UserError(f"this policy reads one message: expected one, got {len(turns)}")
                 template = self._turns
             prompt = dialogue_of(turns) if template.dialogue else turns[0][1]
-        elif template.dialogue and split_turns(prompt) is None:
-            prompt = dialogue_of([("user", prompt)])
+        else:
+            prompt = self._as_trained(prompt)
         with self._encoding:
             return template.encode_once(prompt, preference)
+
+    def _as_trained(self, prompt: str) -> str:
+        """A prompt alone as the dialogue that it begins, where the policy was trained on dialogues."""
+        if self._template.dialogue and split_turns(prompt) is None:
+            return dialogue_of([("user", prompt)]) + REPLY
+        return prompt
 
     def question(
         self,
@@ -193,21 +199,25 @@ class TrainedPolicy:
         Raises:
             UserError: names the setting that cannot be used.
         """
+        if not isinstance(preference, Mapping):
+            raise UserError(f"expected a preference by objective name, got {type(preference).__name__}")
         vector = parse_preference(preference, self.names, strict=True)
         temperature = self.policy.temperature if temperature is None else temperature
-        tokens = self.saved.max_new_tokens if max_new_tokens is None else max_new_tokens
         ends = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(ends):
             raise UserError("a text that ends the response must not be empty")
         if seed < 0:
             raise UserError(f"seed must not be negative, got {seed}")
-        if tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {tokens}")
+        if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+            raise UserError(f"max_new_tokens must be a number of at least 1, got {max_new_tokens}")
         if not 0 <= temperature <= 100:
             raise UserError(f"temperature must lie between 0 and 100, got {temperature}")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
         ids = self.encode(prompt, self.policy.preference_text(vector.tolist()))
+        tokens = max_new_tokens or self.saved.max_new_tokens
+        if max_new_tokens is None and self.policy.context_length is not None:
+            tokens = max(1, min(tokens, self.policy.context_length - len(ids)))
         question = Question(ids, vector, tokens, temperature, top_p, (*self.saved.stop, *ends), seed)
         check_length(self.policy, question)
         return question
@@ -227,8 +237,8 @@ class TrainedPolicy:
             preference: Weights by objective name that sum to 1; objectives not named weigh nothing. One for all, or
                 one for each.
             seed: Fixes the draws.
-            settings: ``max_new_tokens`` (that of training by default), ``temperature`` (likewise; 0 takes the most
-                probable tokens), ``top_p``, ``stop``.
+            settings: ``max_new_tokens`` (by default that of training, or what the context has room for),
+                ``temperature`` (that of training; 0 takes the most probable tokens), ``top_p``, ``stop``.
 
         Returns:
             A response, or a list of them where ``prompts`` is one.
@@ -238,6 +248,8 @@ class TrainedPolicy:
         """
         one = isinstance(prompts, str)
         every: list[str] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not isinstance(preference, (Mapping, Sequence)) or not all(isinstance(prompt, str) for prompt in every):
+            raise UserError("expected prompts as text, and a preference by objective name for all or for each of them")
         under = [preference] * len(every) if isinstance(preference, Mapping) else list(preference)
         if len(under) != len(every):
             raise UserError(
@@ -261,6 +273,8 @@ class TrainedPolicy:
     def score(self, prompts: str | Sequence[str], responses: str | Sequence[str]) -> dict[str, Any]:
         """What every objective says of responses, normalised as in training: higher is better, 0 its mean there.
 
+        Of a policy that was trained on dialogues a prompt is one, too, as in :meth:`encode`.
+
         Returns:
             By objective name a number, or a list of them where ``prompts`` is one; NaN where there is none.
 
@@ -272,6 +286,11 @@ class TrainedPolicy:
         texts = [responses] if isinstance(responses, str) else list(responses)
         if len(asked) != len(texts):
             raise UserError(f"expected one response for each of {len(asked)} prompts, got {len(texts)}")
+        if not all(isinstance(text, str) for text in (*asked, *texts)):
+            raise UserError("expected prompts and responses as text")
+        if not asked:
+            return {name: [] for name in self.names}
+        asked = [self._as_trained(prompt) for prompt in asked]
         with self._scoring:  # objectives need not stand being asked by two threads
             objectives = self.objectives
             raw = score_responses(objectives, asked, [[text] for text in texts])

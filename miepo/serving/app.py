@@ -8,39 +8,25 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from miepo.errors import UserError
 from miepo.preferences import parse_preference
 from miepo.rollout.streaming import Piece
+from miepo.serving.admission import Admission, Refused
 from miepo.serving.batcher import Batcher, Busy, Ticket
 from miepo.serving.protocol import ChatRequest
 from miepo.trained import TrainedPolicy
 
-MOST_BYTES = 256 * 1024  # of a request
 logger = logging.getLogger(__name__)
-
-
-class Refused(Exception):
-    """A request that is not answered: HTTP status, what to tell, and the kind of error in OpenAI's terms."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.headers = status, kind, headers
-
-    def response(self) -> JSONResponse:
-        text = str(self).encode("utf-8", "backslashreplace").decode()  # half a character has no encoding
-        body = {"message": text, "type": self.kind, "param": None, "code": None}
-        return JSONResponse({"error": body}, self.status, self.headers)
 
 
 def failure(error: Exception) -> Refused:
@@ -90,29 +76,6 @@ class Responses:
                 ticket.cancelled = True  # those that are done do not mind
 
 
-class Admission:
-    """Turns away who does not bear the key, and what is too large, before any of it is read."""
-
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
-        self.app, self.key = app, key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = self._refused(Headers(scope=scope), scope["path"]) if scope["type"] == "http" else None
-        await (self.app if refused is None else refused.response())(scope, receive, send)
-
-    def _refused(self, headers: Headers, path: str) -> Refused | None:
-        if self.key is not None and path != "/health":
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not secrets.compare_digest(given.encode(), self.key.encode()):
-                return Refused(401, "expected the key of this server as a bearer token", "authentication_error")
-        length = headers.get("content-length") or "0"
-        if not length.isascii() or not length.isdigit():
-            return Refused(400, "expected a number as Content-Length")
-        if int(length[:20]) > MOST_BYTES or "transfer-encoding" in headers:
-            return Refused(413, f"expected a request of at most {MOST_BYTES} bytes that says its length")
-        return None
-
-
 def make_app(
     trained: TrainedPolicy,
     batcher: Batcher,
@@ -132,26 +95,32 @@ def make_app(
         key: That requests must bear, if any.
         hosts: Names under which it may be addressed; any by default.
         timeout: Seconds after which a request is given up.
-        most_tokens: Of a response; as many as fit the context by default.
+        most_tokens: Of a response; by default as many as fit the context. Where a request does not say how many, it
+            gets as many as in training, or as there is room for.
     """
     app = FastAPI(title=f"miepo serve: {name}", docs_url=None, redoc_url=None, openapi_url=None)
     started = int(time.time())
     equal = dict.fromkeys(trained.names, 1 / len(trained.names))
+    about = {"id": name, "object": "model", "created": started, "owned_by": "miepo", "objectives": list(trained.names)}
+
+    def check_model(wanted: str | None) -> None:
+        if wanted not in (None, name):
+            raise Refused(404, f"expected the model '{name}', got '{wanted}'", "not_found_error")
 
     def questions_of(request: ChatRequest) -> tuple[list[Any], dict[str, float]]:
         wanted = equal if request.preference is None else request.preference
         vector = parse_preference(wanted, trained.names, strict=True)
         weights = dict(zip(trained.names, vector.double().round(decimals=6).tolist(), strict=True))
-        tokens = request.tokens or trained.saved.max_new_tokens
-        if most_tokens is not None and tokens > most_tokens:
-            raise UserError(f"max_tokens: expected at most {most_tokens}, got {tokens}")
+        if request.tokens is not None and most_tokens is not None and request.tokens > most_tokens:
+            raise UserError(f"max_tokens: expected at most {most_tokens}, got {request.tokens}")
         first = secrets.randbits(62) if request.seed is None else request.seed
         messages = [message.model_dump() for message in request.messages]
+        question = trained.question(
+            messages, weights, request.tokens, request.temperature, request.top_p or 1.0, request.stop or (), first
+        )
+        tokens = min(question.max_new_tokens, most_tokens or question.max_new_tokens)  # nobody asked for so many
         return [
-            trained.question(
-                messages, weights, tokens, request.temperature, request.top_p or 1.0, request.stop or (), first + i
-            )
-            for i in range(request.n or 1)
+            replace(question, max_new_tokens=tokens, seed=(first + i) % 2**63) for i in range(request.n or 1)
         ], weights
 
     app.add_middleware(Admission, key=key)
@@ -189,13 +158,16 @@ def make_app(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": name, "object": "model", "created": started, "owned_by": "miepo"}
-        return {"object": "list", "data": [entry | {"objectives": list(trained.names)}]}
+        return {"object": "list", "data": [about]}
+
+    @app.get("/v1/models/{wanted}")
+    async def model(wanted: str) -> dict[str, Any]:
+        check_model(wanted)
+        return about
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        if body.model not in (None, name):
-            raise Refused(404, f"expected the model '{name}', got '{body.model}'", "not_found_error")
+        check_model(body.model)
         if (body.n or 1) > batcher.limit:
             raise Refused(400, f"n: expected at most {batcher.limit}, as many as may wait, got {body.n}")
         questions, weights = await run_in_threadpool(questions_of, body)
@@ -245,7 +217,7 @@ async def _events(
     head = head | {"object": "chat.completion.chunk"}
 
     def event(value: Any) -> str:
-        return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(value)}\n\n"  # ASCII: some clients take other line ends for those of an event
 
     def choice(index: int, delta: dict[str, str], finish: str | None = None) -> list[dict[str, Any]]:
         return [{"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}]

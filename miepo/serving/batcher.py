@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from miepo.policy import Policy
 from miepo.rollout.streaming import Piece, Question, Responder
 
-MOST_TOKENS = 8192  # of prompts that are computed at the same time, padding included
+MOST_TOKENS = 2048  # of prompts that are computed at the same time, padding included: all others wait meanwhile
 logger = logging.getLogger(__name__)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
+import signal
 import socket
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ def add_options(parser: ArgumentParser, port: int) -> None:
     parser.add_argument("--most_tokens", type=int, default=512, help="of a response")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds after which a response is given up")
     parser.add_argument("--waiting", type=int, default=64, help="requests that may wait; more are refused")
+    parser.add_argument("--base", help="where the base model is, if not where it was in training")
     parser.add_argument("--device", help="by default a GPU where there is one")
     parser.add_argument("--trust", action="store_true", help="import code that the checkpoint names and miepo has not")
 
@@ -90,7 +92,7 @@ def hosts_of(host: str) -> list[str] | None:
 def opened(options: Namespace) -> Iterator[tuple[socket.socket, TrainedPolicy]]:
     """The socket to listen at and the policy to show there, as the options say."""
     with closing(listen(options.host, options.port)) as listening:
-        yield listening, load(options.ckpt_path, device=options.device, trust=options.trust)
+        yield listening, load(options.ckpt_path, base=options.base, device=options.device, trust=options.trust)
 
 
 def serve_app(app: Any, listening: socket.socket, batcher: Batcher) -> None:
@@ -100,6 +102,8 @@ def serve_app(app: Any, listening: socket.socket, batcher: Batcher) -> None:
     try:
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=MOST_CLIENTS)
         uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:  # it has ended in good order
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         batcher.close()
 

@@ -35,6 +35,7 @@ def main(model: Path, gather: bool) -> None:
     layers = [p for p in policy.body.layers.parameters() if not p.requires_grad]
     held = sum(p.to_local().numel() for p in layers) / sum(p.numel() for p in layers)
     print(f"process {rank}: {before[1]} tokens, same {same}, {held:.2f} of the layers", flush=True)
+    torch.distributed.barrier()  # or who is done first takes the connections from under the other
     torch.distributed.destroy_process_group()
 
 

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("gradio")
 
+import miepo.steer as steer
 from miepo.cli import main
 from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.rollout.streaming import Question, Responder, stream
@@ -119,6 +121,44 @@ def test_a_slider_moves_the_answer(trained: TrainedPolicy, tmp_path: Path, monke
         assert all(address.removeprefix("http") in url for url in page.requests if url.startswith("http"))
         assert page.complaints == []
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("before.png", "after.png"))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.15])
+def test_a_slider_stays_where_it_is_dragged(
+    trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """However late the others follow."""
+    plain = steer.on_simplex
+
+    def late(*args: Any) -> list[float]:
+        time.sleep(seconds)
+        return plain(*args)
+
+    monkeypatch.setattr(steer, "on_simplex", late)
+    with shown(trained) as address, open_page(address) as page:
+        page.wait_for_selector("#ask")
+        box = page.locator("#A-0 input[type=range]").bounding_box()
+        middle = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + box["width"] - 2, middle)
+        page.mouse.down()
+        for i in range(40):
+            page.mouse.move(box["x"] + box["width"] * (1 - 0.8 * (i + 1) / 40), middle)
+        page.mouse.up()
+        eventually(lambda: abs(number(page, "A-0") + number(page, "A-1") - 1) < 1e-6 and number(page, "A-1") > 0.7)
+        page.wait_for_timeout(500)
+        assert number(page, "A-0") == pytest.approx(0.2, abs=0.03)
+        assert number(page, "A-0") + number(page, "A-1") == pytest.approx(1)
+        assert page.complaints == []
+
+
+def test_nothing_large_is_taken(trained: TrainedPolicy) -> None:
+    with shown(trained) as address:
+        file = {"file": ("x", b"0" * 1000)}
+        for path in ("upload", "process_recording", "component_server"):
+            assert httpx.post(f"{address}/gradio_api/{path}", files=file).status_code == 404
+        join = f"{address}/gradio_api/queue/join"
+        assert httpx.post(join, content=b" " * 300_000).status_code == 413
+        assert httpx.post(join, content=(b"{}" for _ in range(2))).status_code == 413
 
 
 def test_it_fits_a_phone(trained: TrainedPolicy, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,7 +52,19 @@ def test_what_cannot_be_scored_is_said(tiny_model: Path) -> None:
     trained = trained_policy(tiny_model, [GatedConditioning()])
     trained._given = None  # as loaded from a file whose objectives are not miepo's own
     page = SteerPage(trained, Batcher(trained.policy))
-    rows, note, points = page.scores("the garden", ["a", "b"], [[0.5, 0.5]] * 2)
+    rows, note, points = page.scores("the garden", ["a", "b"], [[0.5, 0.5]] * 2, time.monotonic() + 20)
     assert (rows, points) == ([], [])
     assert "not scored: 'somewhere' names tests.helpers.tiny.Letters" in note
+    page.batcher.close()
+
+
+def test_scores_are_not_waited_for_for_ever(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = trained_policy(tiny_model, [GatedConditioning()])
+    page = SteerPage(trained, Batcher(trained.policy), timeout=0.2)
+    monkeypatch.setattr(trained, "score", lambda *_: time.sleep(1))
+    begin = time.monotonic()
+    for _ in range(2):  # the second waits for the first
+        rows, note, _ = page.scores("the garden", ["a", "b"], [[0.5, 0.5]] * 2, time.monotonic() + page.timeout)
+        assert (rows, note) == ([], " (not scored within 0.2 s)")
+    assert time.monotonic() - begin < 0.9
     page.batcher.close()
