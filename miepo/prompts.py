@@ -101,8 +101,8 @@ class RunPositions(DistributedSampler):
         return len(self.mine)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
-        epoch, batches = self.place()
-        return ((epoch, position) for position in self.mine[batches * self.batch_size :])
+        epoch, batches = self.place()  # at the first batch, when Lightning has restored it
+        yield from ((epoch, position) for position in self.mine[batches * self.batch_size :])
 
 
 class EvaluationShare(DistributedSampler):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 
 from miepo.callbacks.reporting import log_versions, run_folder
@@ -47,11 +47,12 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = 0
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
-        self._evaluating = self._evaluation_due = self._resumed = False
+        self._evaluating = self._evaluation_due = self._resumed = self._limits_changed = False
         self._loggers: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
+            self._listen()
             self.path = Path(trainer.strategy.broadcast(str(run_folder(trainer) / "checkpoints" / "last.ckpt")))
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -62,10 +63,20 @@ class RunCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._evaluation_due, self._resumed = state_dict["evaluation_due"], True
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        before = ((checkpoint.get("miepo") or {}).get("config") or {}).get("trainer")
+        self._limits_changed = before != pl_module.config.get("trainer")
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         loops = checkpoint["loops"]["fit_loop"]
         batches = loops["epoch_loop.batch_progress"]  # between two steps Lightning has already looked at the next batch
         batches["is_last_batch"] = batches["current"]["ready"] >= trainer.num_training_batches
+        epochs = loops["epoch_progress"]
+        closed = epochs["current"]["ready"] == epochs["current"]["processed"]
+        if closed and not batches["is_last_batch"]:  # the run ends within an epoch: with more steps it goes on there
+            for counts in (epochs["total"], epochs["current"]):
+                counts["processed"] -= 1
+                counts["completed"] = counts["processed"]
         if self._evaluating:  # what of it is done is in no checkpoint: it is repeated as a whole
             progress = loops["epoch_loop.val_loop.batch_progress"]
             for counts in (progress["total"], progress["current"]):
@@ -79,6 +90,12 @@ class RunCheckpoint(Checkpoint):
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):
                     logger.forget_from(trainer.global_step)
+            epoch = trainer.fit_loop.epoch_progress.current
+            if epoch.ready == epoch.completed:  # between two epochs; Lightning would begin one without batches
+                trainer.fit_loop._restarting = trainer.fit_loop.epoch_loop.restarting = False
+            if not self._limits_changed and any(_has_stopped(callback) for callback in trainer.callbacks):
+                rank_zero_info("The run was ended by EarlyStopping: it goes on where the trainer's settings change")
+                trainer.should_stop = True
         if self._evaluation_due:
             self._evaluation_due = False
             loop = trainer.fit_loop.epoch_loop
@@ -86,6 +103,12 @@ class RunCheckpoint(Checkpoint):
             loop.val_loop.restarting = False
             loop.val_loop.run()
             trainer.training = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._evaluation_due:  # all steps were done, and Lightning has nothing to begin
+            self.on_train_start(trainer, pl_module)
+            trainer.fit_loop.on_advance_end()
+            trainer.fit_loop.on_run_end()
 
     # -- moments -------------------------------------------------------------------------------------------------------
 
@@ -105,12 +128,19 @@ class RunCheckpoint(Checkpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._evaluating = trainer.state.fn == "fit" and not trainer.sanity_checking
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._listen()  # Lightning has put its own handlers in front
+
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        # the shares of several processes may be uneven, so that they cannot agree here
-        if trainer.state.fn == "fit" and trainer.world_size == 1 and self._signal is not None:
-            if self._evaluating:
-                self.save(trainer)
-            self._stop(trainer)
+        if trainer.state.fn != "fit" or self._signal is None:
+            return
+        # the shares of several processes may be uneven, so that they cannot agree here; and gradients that wait for
+        # more are in no checkpoint
+        if trainer.world_size > 1 or (self._evaluating and trainer.fit_loop.epoch_loop._should_accumulate()):
+            return
+        if self._evaluating:
+            self.save(trainer)
+        self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._evaluating = False
@@ -137,8 +167,8 @@ class RunCheckpoint(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             return  # no one else may
         for name in SIGNALS:
-            if (number := getattr(signal, name, None)) is not None and number not in self._handlers:
-                self._handlers[number] = signal.signal(number, self._note)
+            if (number := getattr(signal, name, None)) is not None:
+                self._handlers.setdefault(number, signal.signal(number, self._note))
 
     def _note(self, number: int, frame: Any) -> None:
         if self._signal is not None and number == signal.SIGINT:
@@ -157,9 +187,19 @@ class RunCheckpoint(Checkpoint):
         raise Interrupted(number)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def _has_stopped(callback: Any) -> bool:
+    return isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience
 
 
 def begin_step(trainer: Any) -> None:

@@ -6,6 +6,7 @@ fine-tuned model. An adapter that is trained on top of another adapter has the m
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -95,10 +96,24 @@ class SupervisedFineTuning(PolicyModule):
             raise UserError(f"SupervisedFineTuning needs data SupervisedDataModule, got {type(data).__name__}")
         if stage == "fit":
             self.folder = Path(self.save_to) if self.save_to else run_folder(self.trainer) / "merged"
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise UserError(
-                    f"expected an empty folder for the merged model, got '{self.folder}': set model.save_to"
-                )
+            self.steps_before: int | None = None
+
+    def on_fit_start(self) -> None:
+        if not self.trainer.ckpt_path:
+            self._check_folder()
+
+    def _check_folder(self) -> None:
+        if self._is_written():
+            raise UserError(f"expected an empty folder for the merged model, got '{self.folder}': set model.save_to")
+
+    def _is_written(self) -> bool:
+        return self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.steps_before = self.trainer.global_step
+        if self.save_to:  # of a run that goes on where it had ended; in the run's own folder it is replaced
+            self._check_folder()
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> STEP_OUTPUT:
         log_prob, mask = self._log_prob(batch), batch.responses.mask  # (N, T)
@@ -123,6 +138,11 @@ class SupervisedFineTuning(PolicyModule):
     def on_fit_end(self) -> None:
         if self.trainer.interrupted or not self.trainer.is_global_zero:
             return
+        if self._is_written():
+            if self.steps_before in (None, self.trainer.global_step):
+                rank_zero_info(f"Merged model, as it was: {self.folder}")
+                return
+            shutil.rmtree(self.folder)
         self.policy.causal_lm.generation_config = self.policy.generation_config  # of the base, for whoever samples
         kept = self.policy.save_merged(self.folder)
         rank_zero_info(f"Merged model: {self.folder}")
@@ -293,7 +313,7 @@ class _Batches(DistributedSampler):
         return self.count
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
-        epoch, done = self.place()
+        epoch, done = self.place()  # at the first batch, when Lightning has restored it
         rng = generator(Stream.SHUFFLE, self.seed, epoch)
         batches = length_batches(self.lengths, self.whole, rng)
-        return (batch[self.mine] for batch in [b for b in batches if len(b) >= self.num_replicas][done:])
+        yield from (batch[self.mine] for batch in [b for b in batches if len(b) >= self.num_replicas][done:])
