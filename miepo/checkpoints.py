@@ -12,7 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from miepo.errors import UserError
+from miepo.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from miepo.policy import Policy
@@ -43,6 +43,47 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+# what is read of a checkpoint: by all who read one, by a run that goes on, by whoever finds it
+WHOLE = {"state_dict": dict, "pytorch-lightning_version": str, "miepo": dict}
+TRAINING = {"callbacks": dict, "loops": dict, "optimizer_states": list, "lr_schedulers": list}
+OURS = {"schema": int, "objectives": list, "base": str, "policy": dict}
+IF_THERE = {"config": (dict, type(None)), "fingerprint": (str, type(None))}
+
+
+def read_checkpoint(path: Path, device: str = "cpu", resume: bool = False) -> dict[str, Any]:
+    """A checkpoint as data: nothing in it is executed, and what is read of it has its type.
+
+    Args:
+        path: The file.
+        device: Of its tensors.
+        resume: Whether training goes on from it.
+
+    Raises:
+        UserError: the file is no such checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location=device)
+    except Exception as error:  # torch raises many kinds, all of them about this file
+        raise UserError(f"expected a checkpoint at '{path}', got a file that is none: {first_line(error)}") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"expected a checkpoint of miepo at '{path}', got a {type(checkpoint).__name__}")
+    _check_kinds(path, checkpoint, WHOLE | (TRAINING if resume else {}))
+    saved = checkpoint["miepo"]
+    _check_kinds(path, saved, OURS | {key: kind for key, kind in IF_THERE.items() if key in saved}, "miepo.")
+    if not all(isinstance(name, str) for name in saved["objectives"]):
+        raise UserError(f"expected a checkpoint of miepo at '{path}', got one with objectives {saved['objectives']}")
+    if not all(isinstance(weight, Tensor) for weight in checkpoint["state_dict"].values()):
+        raise UserError(f"expected a checkpoint of miepo at '{path}', got one whose weights are no tensors")
+    return checkpoint
+
+
+def _check_kinds(path: Path, found: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "") -> None:
+    for key, kind in kinds.items():
+        if not isinstance(found.get(key), kind):
+            got = f"with {where}{key} of type {type(found[key]).__name__}" if key in found else f"without {where}{key}"
+            raise UserError(f"expected a checkpoint of miepo at '{path}', got one {got}")
 
 
 def check_adapter(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:

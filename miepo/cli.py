@@ -14,7 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
@@ -24,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from miepo.callbacks import EvaluationRecord, ResponseWriter, RunCheckpoint
 from miepo.callbacks.run_checkpoint import loggers_of
+from miepo.checkpoints import read_checkpoint
 from miepo.datamodule import OnlinePreferenceDataModule
 from miepo.errors import UserError, first_line
 from miepo.module import MIEPO
@@ -99,6 +99,9 @@ class MiepoCLI(LightningCLI):
         if last:
             options["ckpt_path"] = last_checkpoint(options.trainer)
         path = options.get("ckpt_path")
+        for entry in _loggers(options.trainer.logger) if self.config.get("subcommand") == "fit" else []:
+            if entry.class_path == "lightning.pytorch.loggers.CSVLogger":
+                entry.class_path = "miepo.loggers.CSVLogger"
         if "weights_only" in options:
             options["weights_only"] = True  # a checkpoint is data: nothing in it is executed
         if options and path is None:
@@ -113,11 +116,7 @@ class MiepoCLI(LightningCLI):
         elif path not in (None, "best", "hpc"):
             if not is_file(Path(path)):
                 raise UserError(f"expected a checkpoint at '{path}': there is none")
-            try:
-                saved = torch.load(path, weights_only=True, map_location="meta")
-            except Exception as error:  # torch raises many kinds, all of them about this file
-                reason = first_line(error)
-                raise UserError(f"expected a checkpoint at '{path}', got a file that is none: {reason}") from None
+            saved = read_checkpoint(Path(path), "meta", resume=self.config.subcommand == "fit")
             if last and self.config.subcommand == "fit":
                 continue_logs(options.trainer.logger, loggers_of(saved))
 
@@ -161,18 +160,21 @@ def last_checkpoint(trainer: Any) -> str | None:
 
 def continue_logs(loggers: Any, versions: Sequence[dict[str, Any]]) -> None:
     """Sets the loggers of a configuration to go on where those of a run, by class and version, were."""
+    left = list(versions)
     for entry in _loggers(loggers):
         kind = entry.class_path.rpartition(".")[2]
-        version = next((v["version"] for v in versions if v["class"] == kind), None)
-        if version is None:
+        found = next((v for v in left if v["class"] == kind), None)
+        if found is None:
             continue
+        left.remove(found)  # of two loggers of one class each has its own
+        version = found["version"]
         entry.init_args = entry.get("init_args") or Namespace()
         if kind == "WandbLogger":
             entry.init_args["id"], entry.init_args["resume"] = version, "allow"
         else:
             entry.init_args["version"] = version
         if kind == "CSVLogger":
-            entry.class_path = "miepo.loggers.CSVLogger"
+            entry.init_args["resume"] = True
 
 
 def _loggers(entries: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from miepo.callbacks.reporting import run_folder, together
+from miepo.callbacks.reporting import gathered, run_folder, together
 from miepo.callbacks.run_checkpoint import begin_step
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import Split
@@ -28,10 +28,10 @@ from miepo.normalisation import (
     read_normalisation,
     write_normalisation,
 )
+from miepo.objectives import Objective
 from miepo.objectives.base import (
     normalise_rewards,
     objectives_of,
-    score_responses,
     start_scoring,
     take_failures,
 )
@@ -352,7 +352,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         responses = self.engine.sample(self._policy, batch.prompts, batch.preference, 1, self.max_new_tokens, seeds)
         scores = None
         if not predicting:
-            raw = score_responses(module.objectives, batch.prompts, responses.texts)
+            raw = together(self._trainer, start_scoring(module.objectives, batch.prompts, responses.texts))
             scores = normalise_rewards(module.objectives, raw)[:, 0]
         return EvaluationBatch(
             batch.prompts,
@@ -369,25 +369,28 @@ class OnlinePreferenceDataModule(LightningDataModule):
         """Measures the normalisation of objectives that got none from the configuration or a checkpoint."""
         module = self._module
         missing = [o for o in module.objectives if o.normalisation is None]
-        if not missing:
-            return
-        if self.offline_set is not None:
-            calibrate(missing, self.offline_set)
-        else:
-            rewards = self._first_rollouts(
-                missing,
-                self._fitting(self.train_set)[: int(self.normalise_on)],
-                len(module.names),
-            )
-            for k, objective in enumerate(missing):
-                objective.calibrate(rewards[..., k].flatten())
-        for objective in missing:
-            rank_zero_info(
-                f"Normalising {objective.name} by mean {objective.normalisation.mean:.4g}, "
-                f"sd {objective.normalisation.sd:.4g}"
-            )
+        if missing:
+            self._measure(missing, len(module.names))
         if self._trainer.is_global_zero and self._trainer.state.fn == "fit":
-            write_normalisation(run_folder(self._trainer) / "normalisation.json", module.objectives, self.offline_set)
+            kept = run_folder(self._trainer) / "normalisation.json"
+            if missing or not kept.exists():
+                write_normalisation(kept, module.objectives, self.offline_set if missing else None)
+
+    def _measure(self, missing: Sequence[Objective], k: int) -> None:
+        if (offline := self.offline_set) is not None:
+            together(self._trainer, lambda: calibrate(missing, offline))
+        else:
+            rewards = self._first_rollouts(missing, self._fitting(self.train_set)[: int(self.normalise_on)], k)
+
+            def measured() -> None:
+                for i, objective in enumerate(missing):
+                    objective.calibrate(rewards[..., i].flatten())
+
+            together(self._trainer, measured)
+        first = gathered(self._trainer, [o.normalisation for o in missing])[0]  # a server may say each something else
+        for objective, normalisation in zip(missing, first, strict=True):
+            objective.normalisation = normalisation
+            rank_zero_info(f"Normalising {objective.name} by mean {normalisation.mean:.4g}, sd {normalisation.sd:.4g}")
 
     def _first_rollouts(self, objectives: Sequence[Any], prompts: Sequence[str], k: int) -> Tensor:
         """Rewards of responses of the policy as it is, under drawn preferences, ``(n, 2, K')``."""
@@ -400,7 +403,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             seeds = torch_seeds(Stream.CALIBRATION, self.seed, index)
             preference = torch.from_numpy(np.stack(draws)).float()
             responses = self.engine.sample(self._policy, part, preference, RESPONSES, self.max_new_tokens, seeds)
-            rewards.append(score_responses(objectives, part, responses.texts))
+            rewards.append(together(self._trainer, start_scoring(objectives, part, responses.texts)))
         return torch.cat(rewards)
 
 

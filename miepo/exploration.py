@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ class Exploration(ABC):
         self, weight: float = 1.0, num_counterfactuals: int = 1, candidates: int = 1, warmup: float = 0.0
     ) -> None:
         name = type(self).__name__
-        if weight < 0:
+        if not 0 <= weight < inf:
             raise UserError(f"the weight of {name} must not be negative, got {weight}")
         for key, value in (("num_counterfactuals", num_counterfactuals), ("candidates", candidates)):
             if value < 1:
@@ -219,7 +220,7 @@ class InfoNCE(Exploration):
         candidates: int = 1,
         warmup: float = 0.0,
     ) -> None:
-        if beta_w < 0:
+        if not 0 <= beta_w < inf:
             raise UserError(f"beta_w must not be negative, got {beta_w}")
         if anchors not in (1, 2):
             raise UserError(f"InfoNCE.anchors must be 1 or 2, got {anchors}")
@@ -292,10 +293,10 @@ class Matching(Exploration):
         candidates: int = 1,
         warmup: float = 0.0,
     ) -> None:
-        if beta is not None and beta <= 0:
+        if beta is not None and not 0 < beta < inf:
             raise UserError(f"Matching.beta must be positive, got {beta}")
         super().__init__(weight, num_counterfactuals, candidates, warmup)
-        if reuse < 0:
+        if not 0 <= reuse < inf:
             raise UserError(f"Matching.reuse must not be negative, got {reuse}")
         self.beta, self.reuse = beta, reuse
 

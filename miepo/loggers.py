@@ -1,4 +1,4 @@
-"""A CSV log that a resumed run continues."""
+"""A CSV log that a crash leaves whole and a resumed run continues."""
 
 from __future__ import annotations
 
@@ -12,32 +12,48 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 
 class CSVLogger(LightningCSVLogger):
-    """Lightning's CSV logger, which otherwise deletes the file of the version that it is told to continue."""
+    """Lightning's CSV logger, whose file a crash leaves whole, and which can go on with the file of a version.
+
+    Args:
+        resume: Go on with the file of the version that is named; without it that file is deleted.
+        kwargs: Of Lightning's.
+    """
+
+    def __init__(self, save_dir: str, resume: bool = False, **kwargs: Any) -> None:
+        super().__init__(save_dir, **kwargs)
+        self._continues = resume
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            self._experiment = _ContinuedWriter(self.log_dir)
+            self._experiment = _Writer(self.log_dir, self._continues)
         return self._experiment
 
     def forget_from(self, step: int) -> None:
         """Drops rows of ``step`` and later: what was logged after the checkpoint comes again."""
         writer = self.experiment
-        if isinstance(writer, _ContinuedWriter):  # on the process that logs
+        if isinstance(writer, _Writer):  # on the process that logs
             writer.forget_from(step)
 
 
-class _ContinuedWriter(ExperimentWriter):
-    def __init__(self, log_dir: str) -> None:
+class _Writer(ExperimentWriter):
+    def __init__(self, log_dir: str, continues: bool) -> None:
+        self._continues = continues
         super().__init__(log_dir)
         self.file = Path(self.metrics_file_path)
-        if self.file.exists():
+        if continues and self.file.exists():
             with self.file.open(newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
 
     def _check_log_dir_exists(self) -> None:
-        """It may exist."""
+        if not self._continues:
+            super()._check_log_dir_exists()
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with self.file.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        self._rewrite(fieldnames, rows)
 
     def forget_from(self, step: int) -> None:
         if not self.file.exists():
@@ -47,9 +63,12 @@ class _ContinuedWriter(ExperimentWriter):
             rows = [
                 row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and int(row["step"]) < step
             ]
+        self._rewrite(self.metrics_keys, rows)
+
+    def _rewrite(self, keys: list[str], rows: list[dict[str, Any]]) -> None:
         partial = self.file.with_name(f".{self.file.name}.partial")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.metrics_keys)
+            writer = csv.DictWriter(file, keys)
             writer.writeheader()
             writer.writerows(rows)
         partial.replace(self.file)

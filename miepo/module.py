@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class MIEPO(PolicyModule):
         warmup: float = 0.1,
     ) -> None:
         super().__init__(policy, learning_rate, warmup)
-        if beta_c < 0:
+        if not 0 <= beta_c < inf:
             raise UserError(f"beta_c must not be negative, got {beta_c}")
         self.router = router or ExpectationRouter()
         self.beta_c = beta_c

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -15,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
 from miepo.checkpoints import DurableCheckpointIO, check_adapter, check_base, config_changes
-from miepo.errors import UserError
+from miepo.errors import UserError, first_line
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.policy import Policy
@@ -24,6 +26,7 @@ from miepo.strategies import ShardedStrategy
 from miepo.types import EvaluationBatch
 
 SPLITTING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+REFUSED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)  # callbacks
 SCHEMA = 2  # 2: the configuration, and what RunCheckpoint keeps
 
 
@@ -40,8 +43,8 @@ class PolicyModule(LightningModule):
 
     def __init__(self, policy: Policy, learning_rate: float, warmup: float) -> None:
         super().__init__()
-        if learning_rate < 0:
-            raise UserError(f"learning_rate must not be negative, got {learning_rate}")
+        if not 0 <= learning_rate < inf:
+            raise UserError(f"learning_rate must be a number that is not negative, got {learning_rate}")
         if not 0 <= warmup < 1:
             raise UserError(f"warmup is a fraction of all steps, at least 0 and below 1, got {warmup}")
         self.policy = policy
@@ -69,6 +72,15 @@ class PolicyModule(LightningModule):
             self.objectives = objectives_of(self.trainer)
             if not self.policy.conditioning:
                 raise UserError("a policy needs at least one conditioning, got none")
+        trainer: Any = self.trainer
+        if stage == "fit" and not (trainer.accumulate_grad_batches or 1) >= 1:
+            raise UserError(
+                f"expected trainer.accumulate_grad_batches of at least 1, got {trainer.accumulate_grad_batches}"
+            )
+        if stage == "fit" and trainer.overfit_batches:
+            raise UserError("trainer.overfit_batches is not for online data: expected trainer.limit_train_batches")
+        if refused := [type(c).__name__ for c in trainer.callbacks if isinstance(c, REFUSED)]:
+            raise UserError(f"a run with {refused[0]} could not go on as if it had not stopped: expected none")
         if self.trainer.precision != "32-true":
             raise UserError(
                 "the policy sets its own precision (policy.dtype), so that sampling and training agree: "
@@ -117,11 +129,15 @@ class PolicyModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Adam with :meth:`schedule`."""
         optimizer = torch.optim.Adam(self.policy.adapter_parameters().values(), lr=self.learning_rate)
-        if self.trainer.estimated_stepping_batches == float("inf"):
+        try:
+            steps = self.trainer.estimated_stepping_batches  # here Lightning looks at the data for the first time
+        except ValueError as error:
+            raise UserError(f"the trainer's settings do not fit the data: {first_line(error)}") from None
+        if steps == inf:
             raise UserError(
                 "the schedule needs the number of steps: expected trainer.max_epochs or max_steps, got none"
             )
-        schedule = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        schedule = self.schedule(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -147,7 +163,7 @@ class PolicyModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of other objectives or another adapter; restores the normalisation for evaluation."""
         saved = checkpoint.get("miepo")
-        if saved is None:
+        if saved is None:  # where Lightning's own trainer read it
             raise UserError("expected a checkpoint written by miepo, got one without its entry")
         if saved["schema"] > SCHEMA:
             raise UserError(f"expected a checkpoint of schema {SCHEMA} or older, got {saved['schema']}: update miepo")

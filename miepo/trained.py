@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from miepo.checkpoints import check_adapter, check_base
+from miepo.checkpoints import check_adapter, check_base, read_checkpoint
 from miepo.dialogue import REPLY, dialogue_of, split_turns
 from miepo.errors import UserError, first_line
 from miepo.front import Front
@@ -70,11 +70,15 @@ class Saved:
 
 
 def _read_checkpoint(path: Path) -> Saved:
+    checkpoint = read_checkpoint(path)
     try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-        saved = checkpoint["miepo"]
-    except Exception as error:  # torch raises many kinds, all of them about this file
-        raise UserError(f"expected a checkpoint of miepo at '{path}', got another file: {first_line(error)}") from None
+        return _saved(path, checkpoint)
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"expected a checkpoint of miepo at '{path}', got another: {first_line(error)}") from None
+
+
+def _saved(path: Path, checkpoint: dict[str, Any]) -> Saved:
+    saved = checkpoint["miepo"]
     config = saved.get("config") or {}
     data = (config.get("data") or {}).get("init_args") or {}
     states = checkpoint.get("callbacks", {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from math import isfinite, log
+from math import isnan, log
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class CollapseGuard(Callback):
     """Warns of a collapse, each kind once, and leaves out steps whose gradients are not finite.
 
     Means are over the last ``window`` steps. ``count/skipped_steps`` in the log is how many steps were left out;
-    ``limit`` of them in a row end the run, whose last checkpoint is from before them.
+    ``limit`` of them in a row end the run, whose last checkpoint has the weights from before them.
 
     Args:
         empty: Warn when more than this share of the responses is empty.
@@ -76,7 +76,7 @@ class CollapseGuard(Callback):
         if self.in_a_row >= self.limit:
             raise UserError(
                 f"the gradients of {self.in_a_row} steps in a row were not finite: the run ends; its last checkpoint "
-                "is from before them"
+                "has the weights from before them"
             )
         rank_zero_warn(f"step {trainer.global_step} is left out: its gradients are not finite")
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -134,5 +134,5 @@ class CollapseGuard(Callback):
 
 def _mean(values: list[float]) -> float:
     """Of those that are numbers; NaN, which is above and below nothing, where none is."""
-    numbers = [value for value in values if isfinite(value)]
+    numbers = [value for value in values if not isnan(value)]
     return sum(numbers) / len(numbers) if numbers else float("nan")

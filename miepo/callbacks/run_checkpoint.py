@@ -61,7 +61,7 @@ class RunCheckpoint(Checkpoint):
         return {"evaluation_due": self._evaluating, "loggers": self._loggers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._evaluation_due, self._resumed = state_dict["evaluation_due"], True
+        self._evaluation_due, self._resumed = bool(state_dict.get("evaluation_due")), True
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         before = ((checkpoint.get("miepo") or {}).get("config") or {}).get("trainer")
@@ -93,7 +93,8 @@ class RunCheckpoint(Checkpoint):
             epoch = trainer.fit_loop.epoch_progress.current
             if epoch.ready == epoch.completed:  # between two epochs; Lightning would begin one without batches
                 trainer.fit_loop._restarting = trainer.fit_loop.epoch_loop.restarting = False
-            if not self._limits_changed and any(_has_stopped(callback) for callback in trainer.callbacks):
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            if not self._limits_changed and any(map(_has_stopped, callbacks)):
                 rank_zero_info("The run was ended by EarlyStopping: it goes on where the trainer's settings change")
                 trainer.should_stop = True
         if self._evaluation_due:
@@ -128,8 +129,11 @@ class RunCheckpoint(Checkpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._evaluating = trainer.state.fn == "fit" and not trainer.sanity_checking
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._leave()  # Lightning puts its own handlers in front now, and would put ours back when it ends
+
     def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._listen()  # Lightning has put its own handlers in front
+        self._listen()
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn != "fit" or self._signal is None:

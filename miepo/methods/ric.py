@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class RewardsInContext(PolicyModule):
         self, policy: Policy, learning_rate: float = 1e-4, online_learning_rate: float = 1e-5, warmup: float = 0.0
     ) -> None:
         super().__init__(policy, learning_rate, warmup)
-        if online_learning_rate < 0:
+        if not 0 <= online_learning_rate < inf:
             raise UserError(f"online_learning_rate must not be negative, got {online_learning_rate}")
         self.online_learning_rate = online_learning_rate
         if [type(c) for c in policy.conditioning] != [TargetConditioning]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from math import isfinite, nan
+from functools import partial
+from math import inf, isfinite, nan
+from threading import Thread
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from miepo.errors import ObjectiveError, UserError
+
+# what an objective is asked when it is loaded
+TRIAL = (["What is a garden?", "Hello"], ["A place where plants grow.", "Hi there!"])
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,8 @@ class Objective(Callback):
         if not state_dict:
             return
         saved = Normalisation(state_dict["mean"], state_dict["sd"])
+        if not isfinite(saved.mean) or not 0 < saved.sd < inf:
+            raise UserError(f"{self.name}: expected a normalisation by finite numbers in the checkpoint, got {saved}")
         if not self.given:
             self.normalisation = saved
         elif saved != self.normalisation:
@@ -148,7 +155,7 @@ class Objective(Callback):
             raise
         except Exception as error:
             raise ObjectiveError(f"objective {self.name} failed to load: {type(error).__name__}: {error}") from error
-        self.reward(["What is a garden?", "Hello"], ["A place where plants grow.", "Hi there!"])
+        self.reward(*TRIAL)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.unload()
@@ -184,6 +191,20 @@ def objectives_of(trainer: Trainer) -> list[Objective]:
     return objectives
 
 
+def in_thread(function: Callable[[], Tensor]) -> Future[Tensor]:
+    """Calls ``function`` in a thread of its own, which does not keep the process alive: it may never end."""
+    future: Future[Tensor] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="objective", daemon=True).start()
+    return future
+
+
 def start_scoring(
     objectives: Sequence[Objective],
     prompts: Sequence[str],
@@ -213,11 +234,7 @@ def start_scoring(
         return objectives[k].reward(each, [text for b in rows[k] for text in responses[b]]).view(-1, count)
 
     waiting = [k for k, objective in enumerate(objectives) if objective.concurrent and rows[k]]
-    started: dict[int, Future[Tensor]] = {}
-    if waiting:
-        pool = ThreadPoolExecutor(len(waiting), thread_name_prefix="objective")
-        started = {k: pool.submit(rewards_of, k) for k in waiting}
-        pool.shutdown(wait=False)  # its threads end with their work
+    started: dict[int, Future[Tensor]] = {k: in_thread(partial(rewards_of, k)) for k in waiting}
 
     def finish() -> Tensor:
         rewards = torch.full((len(prompts), count, len(objectives)), nan)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from concurrent.futures import wait
 from time import sleep
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from miepo.errors import ObjectiveError, UserError
-from miepo.objectives.base import Objective, identity_of
+from miepo.objectives.base import TRIAL, Objective, identity_of, in_thread
 
 
 class Patient(Objective):
@@ -43,10 +43,10 @@ class Patient(Objective):
         on_failure: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__(objective.name)
-        if timeout is not None and timeout <= 0:
+        if timeout is not None and not timeout > 0:
             raise UserError(f"{self.name}: timeout must be positive, got {timeout}")
         for key, value in (("retries", retries), ("backoff", backoff)):
-            if value < 0:
+            if not value >= 0:
                 raise UserError(f"{self.name}: {key} must not be negative, got {value}")
         if on_failure not in ("error", "skip"):
             raise UserError(f"{self.name}: on_failure must be error or skip, got {on_failure!r}")
@@ -60,42 +60,48 @@ class Patient(Objective):
         return identity_of(self.objective)
 
     def load(self, device: torch.device) -> None:
-        self.objective.load_checked(device)
+        self.objective.load(device)
+        self._answer(*TRIAL)
+
+    # -- what the objective behind it keeps of its own, beside the normalisation ---------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        inner = self.objective.state_dict()
+        return super().state_dict() | ({"objective": inner} if inner else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({key: state_dict[key] for key in ("mean", "sd") if key in state_dict})
+        self.objective.load_state_dict(state_dict.get("objective", {}))
 
     def unload(self) -> None:
         self.objective.unload()
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        answer = self._ask(prompts, responses)
+        if isinstance(answer, Tensor):
+            return answer
+        if self.on_failure == "error":
+            raise ObjectiveError(answer[0].upper() + answer[1:])
+        self.failures += 1
+        rank_zero_warn(f"{self.name} is left out of a batch, {answer}")
+        return torch.full((len(prompts),), torch.nan)
+
+    def _ask(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor | str:
+        """What it says, or what went wrong at the last attempt."""
+        error: Exception | None = None
         for attempt in range(self.retries + 1):
             if attempt:
                 sleep(self.backoff * 2 ** (attempt - 1))
             try:
                 return self._answer(prompts, responses)
-            except ObjectiveError as caught:
+            except Exception as caught:
                 error = caught
-        tried = f"after {self.retries + 1} attempts: {error}"
-        if self.on_failure == "error":
-            raise ObjectiveError(tried[0].upper() + tried[1:])
-        self.failures += 1
-        rank_zero_warn(f"{self.name} is left out of a batch, {tried}")
-        return torch.full((len(prompts),), torch.nan)
+        return f"after {self.retries + 1} attempts: {error}"
 
     def _answer(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         if self.timeout is None:
             return self.objective.reward(prompts, responses)
-        found: list[Tensor | Exception] = []
-
-        def ask() -> None:
-            try:
-                found.append(self.objective.reward(prompts, responses))
-            except Exception as error:
-                found.append(error)
-
-        thread = threading.Thread(target=ask, daemon=True)  # a thread that never ends must not keep the process alive
-        thread.start()
-        thread.join(self.timeout)
-        if not found:
+        asked = in_thread(lambda: self.objective.reward(prompts, responses))
+        if not wait([asked], self.timeout).done:
             raise ObjectiveError(f"objective {self.name}: no answer in {self.timeout:g} s")
-        if isinstance(found[0], Exception):
-            raise found[0]
-        return found[0]
+        return asked.result()

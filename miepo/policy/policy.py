@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,11 @@ class Policy(nn.Module):
         super().__init__()
         if dtype not in ("auto", "float32", "bfloat16"):  # float16 would need a loss scale
             raise UserError(f"policy dtype must be auto, float32 or bfloat16, got {dtype!r}")
-        if temperature <= 0:
-            raise UserError(f"policy temperature must be positive, got {temperature}")
+        for name, number in (("temperature", temperature), ("lora_alpha", lora_alpha)):
+            if not 0 < number < inf:
+                raise UserError(f"policy.{name} must be positive, got {number}")
+        if not 0 <= lora_dropout < 1:
+            raise UserError(f"policy.lora_dropout is a share, at least 0 and below 1, got {lora_dropout}")
         for name, value in (("lora_rank", lora_rank), ("tokens_per_pass", tokens_per_pass)):
             if value is not None and value < 1:
                 raise UserError(f"policy.{name} must be at least 1, got {value}")

@@ -87,6 +87,8 @@ class TransformersEngine(RolloutEngine):
                 decoder.keep(left)
                 rows, chosen = rows[left], chosen[left]
             logits = decoder.next(chosen)
+        if logits.isnan().any():
+            raise UserError("the policy's logits are not numbers: expected a finite learning rate and finite weights")
         return out
 
     def _generate(
@@ -125,6 +127,6 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
 def _invert(cumulative: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
     """Where ``height`` ``(N, 1)`` falls in ``cumulative`` ``(N, n)``, and how far above what comes before."""
     height = torch.minimum(height, cumulative[:, -1:].nextafter(torch.zeros_like(height)))  # never beyond the end
-    index = torch.searchsorted(cumulative, height, right=True)
+    index = torch.searchsorted(cumulative, height, right=True).clamp(max=cumulative.shape[1] - 1)  # of NaN, beyond all
     before = F.pad(cumulative, (1, 0)).gather(1, index)
     return index, height - before

@@ -85,4 +85,4 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b) or (a != a and b != b)
 
 
-SIGTERM, SIGINT = signal.SIGTERM, signal.SIGINT
+SIGTERM, SIGINT, SIGUSR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.interruption import SIGINT, SIGTERM, StopAt, kept, logged, same
+from miepo import OnlinePreferenceDataModule
+from miepo.types import PreferenceBatch, PromptBatch
+from tests.helpers.data import write_rows
+from tests.helpers.interruption import SIGINT, SIGTERM, SIGUSR1, StopAt, kept, logged, same
 from tests.integration.test_cli import callbacks, config, run
 
 PROMPTS = ["the garden", "people like rain", "food", "in spring", "a good place", "when rain comes", "grow food"]
@@ -16,7 +20,9 @@ WAYS = {
     "an evaluation after every epoch": {},
     "evaluations within an epoch": {"val_check_interval": 2},
     "accumulation": {"accumulate_grad_batches": 2},
+    "accumulation and evaluations within an epoch": {"accumulate_grad_batches": 2, "val_check_interval": 3},
     "a number of steps": {"max_epochs": -1, "max_steps": 12},
+    "a number of steps that ends with an evaluation": {"max_epochs": -1, "max_steps": 10},
     "a part of every epoch": {"limit_train_batches": 3},
 }
 
@@ -72,6 +78,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     whole = logged(straight[way])
     if step is None:  # the second evaluation after training began
         step = [int(row["step"]) + 1 for row in whole[1:] if "front/hv" in row][1]
+        if "accumulation and" in way:  # Lightning has no name for a step that waits for more
+            step = 1
     stopped(hook, step, number, values, tmp_path)
     run("fit", values, tmp_path, "--ckpt_path", "last")
     (version,) = (tmp_path / "run").iterdir()  # the same folder
@@ -80,6 +88,89 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     run("fit", values, tmp_path, "--ckpt_path", "last")  # it is over, and stays as it is
     assert logged(version) == whole
     assert same(kept(version), kept(straight[way]))
+
+
+@pytest.mark.parametrize("parts", [[7, 12], [5, 12], [3, 7, 10, 12]])
+def test_a_run_that_has_ended_goes_on_with_more_steps(
+    tiny_model: Path, tmp_path: Path, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the prompts that come next: those of one run with all of them."""
+    seen: list[tuple[int, int]] = []
+    rollout = OnlinePreferenceDataModule.rollout
+
+    def watched(self: OnlinePreferenceDataModule, batch: PromptBatch) -> PreferenceBatch:
+        seen.extend(zip(batch.epochs, batch.positions, strict=True))
+        return rollout(self, batch)
+
+    monkeypatch.setattr(OnlinePreferenceDataModule, "rollout", watched)
+    for steps in parts:
+        values = values_of(tiny_model, tmp_path, "a number of steps")
+        values["trainer"] |= {"max_steps": steps, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        run("fit", values, tmp_path, "--ckpt_path", "last")
+    assert seen == [(epoch, position) for epoch in range(3) for position in range(10)][:24]
+    (version,) = (tmp_path / "run").iterdir()
+    assert [int(row["step"]) for row in logged(version) if "loss" in row] == list(range(12))
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGUSR1])
+def test_a_signal_before_the_first_step(tiny_model: Path, tmp_path: Path, number: int) -> None:
+    """There is nothing to keep; but the run has not ended, and its exit status says so."""
+    before = signal.getsignal(number)
+    values = values_of(tiny_model, tmp_path, "an evaluation after every epoch")
+    stopped("on_validation_batch_end", 0, number, values, tmp_path)
+    assert not list(tmp_path.glob("**/last.ckpt"))
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_that_was_stopped_early_stays_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    values = values_of(tiny_model, tmp_path, "an evaluation after every epoch")
+    patience = {"monitor": "front/hv", "mode": "max", "patience": 1, "min_delta": 100.0}
+    stop = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": patience}
+    values["trainer"]["callbacks"].append(stop)
+    for _ in range(2):
+        run("fit", values, tmp_path, "--ckpt_path", "last")
+        (version,) = (tmp_path / "run").iterdir()
+        assert kept(version)["global_step"] == 10
+    assert [int(row["step"]) for row in logged(version) if "loss" in row] == list(range(10))
+
+
+@pytest.mark.parametrize("method", ["SupervisedFineTuning", "RewardsInContext"])
+@pytest.mark.parametrize(
+    ("hook", "step"), [("on_train_batch_end", 3), ("on_train_batch_end", 8), ("on_validation_batch_end", None)]
+)
+def test_other_methods_go_on_bit_for_bit(
+    tiny_model: Path, tiny_base_model: Path, tmp_path: Path, method: str, hook: str, step: int | None
+) -> None:
+    found = []
+    for name in ("straight", "stopped"):
+        root = tmp_path / name
+        root.mkdir()
+        values = values_of(tiny_model, root, "an evaluation after every epoch")
+        policy = values["model"].pop("policy")["init_args"]
+        if method == "RewardsInContext":
+            policy["conditioning"] = [{"class_path": "miepo.methods.ric.TargetConditioning"}]
+            data = {"class_path": "miepo.methods.RewardsInContextDataModule", "init_args": values["data"]}
+        else:
+            policy |= {"conditioning": [], "base": str(tiny_base_model), "template": "{prompt}{preference}"}
+            rows = [{"prompt": p, "response": r} for p, r in zip(PROMPTS, PROMPTS[::-1], strict=True)]
+            write_rows(root / "examples.jsonl", rows)
+            examples = {key: str(root / "examples.jsonl") for key in ("examples", "validation_examples")}
+            data = {"class_path": "miepo.methods.SupervisedDataModule", "init_args": examples | {"batch_size": 2}}
+            values["objectives"] = []
+            stop = {"class_path": "tests.helpers.interruption.StopAt"}
+            values["trainer"] |= {"callbacks": [stop], "num_sanity_val_steps": 1}
+        arguments = {"policy": {"class_path": "miepo.Policy", "init_args": policy}, "learning_rate": 0.01}
+        values |= {"model": {"class_path": f"miepo.methods.{method}", "init_args": arguments}, "data": data}
+        if name == "stopped":
+            stopped(hook, step or 10, SIGTERM, values, root)
+            run("fit", values, root, "--ckpt_path", "last")
+            run("fit", values, root, "--ckpt_path", "last")  # it is over, and stays as it is
+        else:
+            run("fit", values, root)
+        (version,) = (root / "run").iterdir()
+        found.append((logged(version), kept(version)))
+    assert found[0][0] == found[1][0]
+    assert same(found[0][1], found[1][1])
 
 
 def test_the_same_seed_gives_the_same_run_without_a_network(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,7 +92,7 @@ def test_contract_of_every_objective(classifier: Path, scorer: Path) -> None:
         torch.testing.assert_close(alone, rewards, rtol=1e-4, atol=1e-5)
         assert objective.reward([], []).shape == (0,)
         objective.calibrate(torch.tensor([1.0, 3.0, float("nan")]))
-        twin = type(objective).__new__(type(objective))
+        twin = copy(objective)
         twin.normalisation = None
         twin.load_state_dict(objective.state_dict())
         assert twin.normalisation == objective.normalisation

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,49 @@ def test_a_server_that_was_never_there_is_a_mistake() -> None:
     objective = Patient(Moody([fails]), retries=5, on_failure="skip")
     with pytest.raises(ObjectiveError, match="moody failed to score"):
         objective.load_checked(torch.device("cpu"))
+
+
+def test_the_time_out_is_of_loading_too() -> None:
+    begin = time.monotonic()
+    with pytest.raises(ObjectiveError, match="no answer in 0.1 s"):
+        Patient(Moody([lambda: time.sleep(5)]), timeout=0.1).load_checked(torch.device("cpu"))
+    assert time.monotonic() - begin < 3
+
+
+def test_a_mistake_within_is_a_failure_too() -> None:
+    def mistaken() -> None:
+        raise UserError("this prompt is too long for the server")
+
+    objective = Patient(Moody([mistaken] * 2), retries=1, backoff=0.0, on_failure="skip")
+    with pytest.warns(UserWarning, match="left out of a batch, after 2 attempts: this prompt is too long"):
+        assert torch.tensor(ask(objective, "a")).isnan().all()
+
+
+def test_what_the_objective_keeps_is_kept() -> None:
+    class Counting(Moody):
+        def state_dict(self) -> dict[str, Any]:
+            return super().state_dict() | {"calls": self.calls}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            self.calls = state_dict.get("calls", 0)
+
+    objective, again = Patient(Counting([])), Patient(Counting([]))
+    ask(objective, "a")
+    again.load_state_dict(objective.state_dict())
+    assert again.objective.calls == 1
+    assert again.normalisation == objective.normalisation
+
+
+def test_a_thread_that_hangs_keeps_no_process() -> None:
+    code = (
+        "import time, torch; from miepo.objectives import Objective; from miepo.objectives.base import start_scoring\n"
+        "class Hangs(Objective):\n"
+        "    concurrent = True\n"
+        "    def score(self, prompts, responses): time.sleep(100)\n"
+        "start_scoring([Hangs()], ['x'], [['y']])\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
 def test_a_run_goes_on_without_it_and_counts(tiny_model: Path, tmp_path: Path) -> None:
