@@ -228,14 +228,15 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")  # peft, not ours
     given = sys.argv[1:] if args is None else args
     MiepoCLI.began = False
+    command = given[0] if isinstance(given, list) and given else None
     try:
         if isinstance(given, list):
             refuse_loops(given)
         if isinstance(given, list) and given[:1] == ["normalise"]:
             normalise(given[1:])
             return
-        if isinstance(given, list) and given[:1] and given[0] in COMMANDS:
-            import_module(COMMANDS[given[0]]).main(given[1:])
+        if isinstance(given, list) and command in COMMANDS:
+            import_module(COMMANDS[command]).main(given[1:])
             return
         MiepoCLI(
             save_config_callback=LogConfig,
@@ -246,7 +247,7 @@ def main(args: ArgsType = None) -> None:
         )
     except Exception as error:
         mistake: object = user_error(error)
-        if mistake is None and not MiepoCLI.began:
+        if mistake is None and not MiepoCLI.began and command not in COMMANDS:
             mistake = f"expected a configuration that can be built, got {type(error).__name__}: {first_line(error)}"
         if mistake is None or os.environ.get("MIEPO_TRACEBACK"):
             raise

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from miepo.callbacks.evaluation_table import table_rows
@@ -120,6 +121,7 @@ def export(
     preference: Mapping[str, float] | None = None,
     merged: bool = False,
     trust: bool = False,
+    base: str | None = None,
 ) -> Path:
     """Writes a trained policy into a new folder.
 
@@ -129,6 +131,7 @@ def export(
         preference: Weights by objective name; without them the adapter serves the whole simplex.
         merged: A complete model in place of an adapter; needs a preference.
         trust: As of :func:`miepo.load`.
+        base: Where the base model is now, if it has moved.
 
     Raises:
         UserError: the folder is not empty, or the policy cannot be exported so.
@@ -138,7 +141,9 @@ def export(
     if merged and preference is None:
         raise UserError("a merged model follows one preference: expected --preference, got none")
     vector = None if preference is None else parse_preference(preference, saved.names, strict=True)
-    policy = build_policy(saved, {}, trust).eval()
+    if not saved.names:
+        raise UserError(f"'{saved.source}' has no objectives: it is of a stage without preferences")
+    policy = build_policy(saved, {"base": base}, trust).eval()
     owners: list[str | None] = []
     if vector is None:
         text, owners = preference_expression(policy), block_owners(policy)
@@ -152,14 +157,22 @@ def export(
     policy.tokenizer.chat_template = chat_template(policy, text)
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    kept = 1.0  # of what was trained
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
         partial = Path(beside) / "export"
         if merged:
-            policy.save_merged(partial)
+            kept = policy.save_merged(partial)
+            if abs(kept - 1) > 0.1:
+                rank_zero_warn(
+                    f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights: "
+                    "the merged model is not quite the policy, the adapter (without --merged) is"
+                )
         else:
             partial.mkdir()
             config: Any = policy.model.peft_config[ADAPTER]
-            config.base_model_name_or_path, config.inference_mode = base_folder(saved.base), True
+            where = base_folder(policy.base)
+            where = str(Path(where).resolve()) if Path(where).exists() else where  # from wherever it is loaded
+            config.base_model_name_or_path, config.inference_mode = where, True
             policy.save_adapter(partial)
             policy.tokenizer.save_pretrained(partial)
             policy.causal_lm.generation_config.save_pretrained(partial)
@@ -167,7 +180,7 @@ def export(
             _write_card(saved, owners, policy, partial)
         if saved.front is not None:
             saved.front.draw().savefig(partial / "front.png", dpi=120)
-        model_card(saved, vector, merged).save(partial / "README.md")
+        model_card(saved, vector, merged, kept).save(partial / "README.md")
         if folder.is_dir():
             folder.rmdir()
         partial.replace(folder)  # a folder of this name is whole
@@ -201,10 +214,10 @@ def _write_card(saved: Saved, owners: Sequence[str | None], policy: Policy, fold
 SETTINGS = ("learning_rate", "beta_c", "exploration", "router")
 
 
-def model_card(saved: Saved, preference: Tensor | None, merged: bool) -> ModelCard:
+def model_card(saved: Saved, preference: Tensor | None, merged: bool, kept: float = 1.0) -> ModelCard:
     """What the model is, how it is used, what was measured and how it was trained."""
     names = ", ".join(saved.names)
-    local = re.match(r"[.~/]|pypi:|package:", saved.base) is not None
+    local = re.match(r"[.~/]|pypi:|package:", saved.base) is not None or Path(saved.base).exists()
     data = ModelCardData(
         base_model=None if local else saved.base,
         library_name="transformers" if merged else "peft",
@@ -218,10 +231,13 @@ def model_card(saved: Saved, preference: Tensor | None, merged: bool) -> ModelCa
         "## Use",
         _usage(saved, preference, merged),
     ]
+    if abs(kept - 1) > 0.1:
+        parts.append(f"Rounding to the type of the weights has left {100 * kept:.0f} % of what was trained.")
     if columns := list(saved.evaluations.values()):
         head = ["metric", *(f"step {column['step']}" for column in columns)]
         rows = [head, ["---"] * len(head), *table_rows(columns)]
-        parts += ["## Measured", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        parts += ["## Measured", "\n".join(f"| {' | '.join(row)} |" for row in cells)]
         by = [f"{name} by mean {n['mean']:.4g}, sd {n['sd']:.4g}" for name, n in saved.normalisations.items()]
         parts.append(f"Rewards are normalised: {'; '.join(by)}. All of the whole simplex, on the run's own prompts.")
     if saved.front is not None:
@@ -243,6 +259,13 @@ def _usage(saved: Saved, preference: Tensor | None, merged: bool) -> str:
     lines.append(f"tokenizer.apply_chat_template([..], add_generation_prompt=True{option})")
     code = "```python\n" + "\n".join(lines) + "\n```"
     code += "\n\nThe chat template takes users' messages as they are: control tokens in them are read as such."
+    if saved.stop:
+        code += f" A response ends where one of these texts begins: {', '.join(map(repr, saved.stop))}."
+    if not merged:
+        code += (
+            " Servers take chat template and generation settings from the base model unless they are told of those in "
+            "this folder (vLLM: `--chat-template FOLDER/chat_template.jinja`)."
+        )
     if preference is not None:
         return code
     return (
@@ -265,10 +288,12 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the folder to write")
     parser.add_argument("--preference", help="weights by objective name as JSON; without it, the whole simplex")
     parser.add_argument("--merged", action="store_true", help="a complete model in place of an adapter")
+    parser.add_argument("--base", help="where the base model is, if not where it was in training")
     parser.add_argument("--trust", action="store_true", help="import code that the checkpoint names and miepo has not")
     options = parser.parse_args(args)
     preference = None if options.preference is None else read_preference(options.preference)
-    folder = export(Saved.read(options.ckpt_path), options.out, preference, options.merged, options.trust)
+    saved = Saved.read(options.ckpt_path)
+    folder = export(saved, options.out, preference, options.merged, options.trust, options.base)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"Exported {size / 1e6:.1f} MB: {folder}")
 

@@ -142,6 +142,7 @@ def draw_rewards(run: RunRecord, objective: int) -> Figure:
         lines = {"color": "0.3" if newest else "0.6"}
         boxes = axis.boxplot(
             [rows[i] for i in order],
+            whis=(0, 100),  # all of them
             positions=[x + shift for x in range(m)],
             widths=0.34,
             patch_artist=True,

@@ -277,13 +277,12 @@ def read_metrics(file: Path) -> list[tuple[int, dict[str, float]]]:
                 f"{file}, line {number}: expected a number or nothing in each of {len(header)} columns and a step, "
                 f"got {[cell for cell in cells if cell][:8]} in {len(cells)}"
             ) from None
-        row.pop("epoch", None)
         rows.append((step, {key: value for key, value in row.items() if isfinite(value)}))
     return rows
 
 
 def series_of(rows: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, tuple[tuple[int, float], ...]]:
-    keys = sorted({key for _, row in rows for key in row})
+    keys = sorted({key for _, row in rows for key in row} - {"epoch"})
     return {key: tuple((step, row[key]) for step, row in rows if key in row) for key in keys}
 
 
@@ -295,14 +294,14 @@ def of_evaluation(key: str) -> bool:
 def figures_of(rows: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[tuple[int, dict[str, float]], ...]:
     """What was logged at every evaluation, with the steps that had been taken.
 
-    Callbacks log the evaluation before training each in a row of its own, and Lightning names later ones by the last
-    step: an evaluation after 16 steps is logged at step 15.
+    Callbacks log the evaluation before training each in a row of its own, and Lightning names later ones, in rows with
+    an epoch, by the last step: an evaluation after 16 steps is logged at step 15.
     """
     found: list[tuple[int, dict[str, float]]] = []
     trained = False
     for step, row in rows:
         own = {key: value for key, value in row.items() if of_evaluation(key)}
-        trained = trained or "loss" in row
+        trained = trained or "loss" in row or "epoch" in row
         taken = step + 1 if trained else step
         if own and found and found[-1][0] == taken and not own.keys() & found[-1][1].keys():
             found[-1][1].update(own)

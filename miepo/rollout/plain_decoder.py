@@ -40,7 +40,7 @@ class PlainDecoder:
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows ``(n,)`` alone."""
         self.mask, self.preference = self.mask[rows], self.preference[rows.to(self.preference.device)]
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
 
     @property
     def joins(self) -> bool:

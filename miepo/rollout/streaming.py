@@ -65,17 +65,19 @@ class ResponseText:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.ids: list[int] = []
         self.stopped = False
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream: Any = DecodeStream(skip_special_tokens=True)
         self._text = self._shown = ""
 
     def add(self, token: int) -> str:
         """What has become certain with this token."""
         self.ids.append(token)
         try:
-            self._text += self._stream.step(self.tokenizer.backend_tokenizer, token) or ""
-        except Exception:  # of tokens by bytes, where a character stays incomplete
-            self._text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-            self._stream = DecodeStream(skip_special_tokens=True)
+            if self._stream is not None:
+                self._text += self._stream.step(self.tokenizer.backend_tokenizer, token) or ""
+        except Exception:  # of tokens by bytes, where a character stays incomplete: from now on all of them each time
+            self._stream = None
+        if self._stream is None:
+            self._text = self.tokenizer.decode(self.ids, skip_special_tokens=True).rstrip("\ufffd")
         cut = cut_at(self._text, self.stop)
         self.stopped = cut != self._text
         return self._show(cut if self.stopped else self._certain())
@@ -124,9 +126,15 @@ class Responder:
     Args:
         policy: In evaluation mode. Its weights stay as they are.
         most: About as many responses are written together.
+
+    Raises:
+        UserError: the network keeps a state beside its cache, of which rows can neither be padded nor leave.
     """
 
     def __init__(self, policy: Policy, most: int) -> None:
+        if getattr(policy.causal_lm, "_is_stateful", False) and not fits(policy):
+            kind = type(policy.causal_lm).__name__
+            raise UserError(f"{kind} keeps a state that padding changes: expected a network of attention alone")
         self.policy, self.most = policy, most
         self._ends = set(policy.end_ids)
         self._layout: Layout | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_MESSAGES, MOST_RESPONSES = 64, 8
 MOST_STOPS, LONGEST_STOP = 4, 256
@@ -61,12 +61,28 @@ class ChatRequest(BaseModel):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    prompt_cache_key: str | None = None
     # what they say where nothing is asked of it
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
+    repetition_penalty: Literal[1] | None = None
+    top_k: Literal[0, -1] | None = None
+    min_p: Literal[0] | None = None
     logprobs: Literal[False] | None = None
     tools: list[Any] | None = Field(None, max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    modalities: list[Literal["text"]] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, fields: Any) -> Any:
+        """A field that says nothing is not there."""
+        return (
+            {key: value for key, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
+        )
 
     @field_validator("stop", mode="after")
     @classmethod

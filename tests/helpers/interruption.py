@@ -46,7 +46,7 @@ class StopsOnOne(Callback):
 
 
 class FailsOnOne(Objective):
-    """Raises on the second process, in the second rollout."""
+    """Raises on the second process when it is asked for the second time."""
 
     def __init__(self) -> None:
         super().__init__("unlucky", {"mean": 0.0, "sd": 1.0})
@@ -57,6 +57,21 @@ class FailsOnOne(Objective):
         if self.calls == 2 and os.environ.get("RANK") == "1":
             raise ValueError("the reward server is on fire")
         return [float(len(r)) for r in responses]
+
+
+class DiffersByProcess(Objective):
+    """Says something else on every process, as a server may."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [len(r) * (1.0 + int(os.environ.get("RANK", "0"))) for r in responses]
+
+
+class TellsNormalisation(Callback):
+    """Prints by what this process normalises."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        found = [o.normalisation for o in pl_module.objectives]
+        print(f"process {trainer.global_rank} has {found}", flush=True)
 
 
 def logged(run: Path) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -197,10 +198,26 @@ def test_rewards_in_context_by_two(tiny_model: Path, tmp_path: Path, source: str
         assert torch.equal(pools[0][key]["responses"]["ids"], pools[1][key]["responses"]["ids"])
 
 
-def test_what_fails_on_one_process_ends_all_with_that_error(tiny_model: Path, tmp_path: Path) -> None:
+def test_all_processes_normalise_alike(tiny_model: Path, tmp_path: Path) -> None:
+    values = values_of(tiny_model, tmp_path, 2)
+    values["objectives"][0] = {"class_path": "tests.helpers.interruption.DiffersByProcess"}
+    told = [{"class_path": "tests.helpers.interruption.TellsNormalisation"}]
+    values["trainer"] |= {"num_sanity_val_steps": 0, "limit_val_batches": 0, "max_epochs": 1, "callbacks": told}
+    status, said, _ = fit_by_two(values, tmp_path, "ddp")
+    assert status == 0, said
+    found = re.findall(r"process \d has (.*)", said)
+    assert len(found) == 2
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("when", ["rollout", "evaluation"])
+def test_what_fails_on_one_process_ends_all_with_that_error(tiny_model: Path, tmp_path: Path, when: str) -> None:
     values = values_of(tiny_model, tmp_path, 2)
     values["objectives"][0] = {"class_path": "tests.helpers.interruption.FailsOnOne"}
-    values["trainer"] |= {"num_sanity_val_steps": 0, "limit_val_batches": 0}
+    if when == "rollout":
+        values["trainer"] |= {"num_sanity_val_steps": 0, "limit_val_batches": 0}
+    else:
+        values["data"]["validation_prompts"] = PROMPTS
     status, said, seconds = fit_by_two(values, tmp_path, "ddp")
     assert status != 0
     assert seconds < 60

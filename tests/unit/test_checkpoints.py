@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from miepo.callbacks import RunCheckpoint
-from miepo.checkpoints import DurableCheckpointIO, config_changes
+from miepo.checkpoints import DurableCheckpointIO, config_changes, read_checkpoint
 from miepo.errors import UserError
 from tests.helpers.fit import tiny_run
 
@@ -92,3 +92,52 @@ def test_what_two_configurations_differ_in() -> None:
     before = {"a": {"b": 1, "c": [1]}, "d": None, "e": {"f": 1}}
     now = {"a": {"b": 2, "c": [1]}, "e": 3, "g": {"h": 1}}
     assert config_changes(before, now) == {"a.b": (1, 2), "e": ({"f": 1}, 3), "g": (None, {"h": 1})}
+
+
+def _whole() -> dict[str, Any]:
+    entries = {"schema": 2, "objectives": ["a"], "base": "x", "policy": {}, "config": {}, "fingerprint": None}
+    return {
+        "state_dict": {"w": torch.zeros(2)},
+        "pytorch-lightning_version": "2.6.0",
+        "callbacks": {},
+        "loops": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "miepo": entries,
+    }
+
+
+BROKEN: list[tuple[Any, str]] = [
+    ([1, 2], "got a list"),
+    (torch.zeros(2), "got a Tensor"),
+    ({}, "got one without state_dict"),
+    *(({key: None}, f"got one with {key} of type NoneType") for key in _whole()),
+    ({"state_dict": {"w": 7}}, "got one whose weights are no tensors"),
+    *(
+        ({"miepo": _whole()["miepo"] | {key: value}}, said)
+        for key, value, said in [
+            ("schema", "x", "got one with miepo.schema of type str"),
+            ("objectives", 3, "got one with miepo.objectives of type int"),
+            ("objectives", [3], r"got one with objectives \[3\]"),
+            ("policy", None, "got one with miepo.policy of type NoneType"),
+            ("config", [1], "got one with miepo.config of type list"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BROKEN)
+def test_a_file_of_another_kind_is_refused(change: Any, said: str, tmp_path: Path) -> None:
+    whole = _whole()
+    torch.save(whole, tmp_path / "whole")
+    assert read_checkpoint(tmp_path / "whole", resume=True).keys() == whole.keys()
+    torch.save(whole | change if isinstance(change, dict) and change else change, tmp_path / "broken")
+    with pytest.raises(UserError, match=said):
+        read_checkpoint(tmp_path / "broken", resume=True)
+
+
+def test_weights_alone_are_read_but_are_no_run_to_go_on_with(tmp_path: Path) -> None:
+    torch.save({k: v for k, v in _whole().items() if k not in ("optimizer_states", "lr_schedulers")}, tmp_path / "x")
+    assert read_checkpoint(tmp_path / "x")["miepo"]["objectives"] == ["a"]
+    with pytest.raises(UserError, match="got one without optimizer_states"):
+        read_checkpoint(tmp_path / "x", resume=True)

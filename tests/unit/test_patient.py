@@ -80,7 +80,7 @@ def test_a_server_that_was_never_there_is_a_mistake() -> None:
 
 def test_the_time_out_is_of_loading_too() -> None:
     begin = time.monotonic()
-    with pytest.raises(ObjectiveError, match="no answer in 0.1 s"):
+    with pytest.raises(ObjectiveError, match=r"no answer in 0\.1 s"):
         Patient(Moody([lambda: time.sleep(5)]), timeout=0.1).load_checked(torch.device("cpu"))
     assert time.monotonic() - begin < 3
 

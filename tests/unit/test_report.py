@@ -56,6 +56,18 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     assert run.last.responses[4] == "answer 1 under 1"
 
 
+def test_an_evaluation_before_any_loss_is_logged(tmp_path: Path) -> None:
+    """As with ``log_every_n_steps`` above the number of steps."""
+    rows = ["step,epoch,front/hv,information/preference", "0,,1.0,0.1", "3,0,2.0,0.5"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    run = read_run(tmp_path)
+    assert run.figures == (
+        (0, {"front/hv": 1.0, "information/preference": 0.1}),
+        (4, {"front/hv": 2.0, "information/preference": 0.5}),
+    )
+    assert set(run.series) == {"front/hv", "information/preference"}
+
+
 def test_an_evaluation_after_one_step_is_told_from_the_one_before(tmp_path: Path) -> None:
     """Both are logged at step 0."""
     run = read_run(write_run(tmp_path / "run", steps=1))

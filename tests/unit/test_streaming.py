@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +208,34 @@ def test_threads_do_not_share_a_preference(policy: Policy) -> None:
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda i: texts(list(stream(policy, [asked[i % 3]])), 1), range(18)))
     assert found == expected * 6
+
+
+def _llama_like() -> PreTrainedTokenizerFast:
+    """A tokenizer with tokens of single bytes."""
+    single = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocabulary = single | {"<unk>": 256, "\u2581garden": 257, "\u2581the": 258, "ing": 259}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+LLAMA_LIKE = _llama_like()
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.sampled_from([257, 258, 259, 0xC3, 0xA9, 0xF0, 0x9F, 0x98, 0x80]), max_size=12))
+def test_text_by_token_of_tokens_by_bytes(ids: list[int]) -> None:
+    """Whatever bytes come: no word is lost or said twice. (Of a run of bytes that is none in the end, what was a
+    character so far may have been shown.)"""
+    said, shown = ResponseText(LLAMA_LIKE), ""
+    for token in ids:
+        shown += said.add(token)
+    shown += said.end()
+    whole = LLAMA_LIKE.decode(ids, skip_special_tokens=True)
+    words, wanted = (re.sub("[^a-z]", "", text) for text in (shown, whole))
+    assert words == wanted
+    if "\ufffd" not in whole:
+        assert shown == whole.strip()
 
 
 def test_bytes_that_are_no_character_end_nothing() -> None:

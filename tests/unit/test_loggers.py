@@ -1,0 +1,54 @@
+"""The log: nothing of it is lost to a crash, and a run that goes on finds it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from miepo.loggers import CSVLogger
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "run/version_0/metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def logger(folder: Path, **options: bool) -> CSVLogger:
+    return CSVLogger(str(folder), name="run", version=0, **options)
+
+
+def test_a_crash_while_columns_come_leaves_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logger(tmp_path)
+    log.log_metrics({"loss": 1.0}, step=0)
+    log.save()
+    log.log_metrics({"loss": 0.5, "front/hv": 2.0}, step=1)
+    with monkeypatch.context() as patch:
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(csv.DictWriter, "writerows", killed)
+        with pytest.raises(KeyboardInterrupt):
+            log.save()
+    assert [row["loss"] for row in rows(tmp_path)] == ["1.0"]
+    again = logger(tmp_path, resume=True)
+    again.log_metrics({"loss": 0.5, "front/hv": 2.0}, step=1)
+    again.save()
+    assert [(row["loss"], row["front/hv"]) for row in rows(tmp_path)] == [("1.0", ""), ("0.5", "2.0")]
+
+
+def test_it_goes_on_where_it_is_told_to(tmp_path: Path) -> None:
+    first = logger(tmp_path)
+    for step in range(3):
+        first.log_metrics({"loss": float(step)}, step=step)
+    first.save()
+    again = logger(tmp_path, resume=True)
+    again.forget_from(2)
+    again.log_metrics({"loss": 7.0}, step=2)
+    again.save()
+    assert [row["loss"] for row in rows(tmp_path)] == ["0.0", "1.0", "7.0"]
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        logger(tmp_path).log_metrics({"loss": 9.0}, step=0)  # another run of that version
+    assert not (tmp_path / "run/version_0/metrics.csv").exists()
