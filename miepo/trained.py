@@ -213,7 +213,7 @@ class TrainedPolicy:
         if seed < 0:
             raise UserError(f"seed must not be negative, got {seed}")
         if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
-            raise UserError(f"max_new_tokens must be a number of at least 1, got {max_new_tokens}")
+            raise UserError(f"max_new_tokens must be at least 1, a whole number, got {max_new_tokens}")
         if not 0 <= temperature <= 100:
             raise UserError(f"temperature must lie between 0 and 100, got {temperature}")
         if not 0 < top_p <= 1:

@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +28,7 @@ from miepo.cli import main
 from miepo.export import export
 from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.rollout.streaming import Piece, Responder, stream
+from miepo.serving import admission
 from miepo.serving.app import make_app
 from miepo.serving.batcher import Batcher, Ticket
 from miepo.serving.command import is_loopback
@@ -166,6 +169,8 @@ MISTAKES: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "\ud800"}, 404, "expected the model 'miepo'"),
     ({"preference": {"\ud800": 1}}, 400, "unknown objective"),
     ({"tools": [{"type": "function"}]}, 400, "tools"),
+    ({"top_k": 5}, 400, "top_k"),
+    ({"logit_bias": {"7": 1.0}}, 400, "logit_bias"),
     ({"logprobs": True}, 400, "logprobs"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
     ({"seed": -1}, 400, "seed"),
@@ -178,6 +183,47 @@ def test_a_mistake_is_told(change: dict[str, Any], status: int, said: str, addre
     answer = httpx.post(f"{address}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text
     assert said in answer.json()["error"]["message"]
+
+
+def test_what_says_nothing_is_no_mistake(address: str) -> None:
+    nothing = dict.fromkeys(["functions", "tool_choice", "audio", "top_logprobs", "logit_bias", "seed", "preference"])
+    neutral = {"top_k": -1, "repetition_penalty": 1.0, "modalities": ["text"], "frequency_penalty": 0.0, "tools": []}
+    for change in (nothing, neutral, {"tool_choice": "none", "logit_bias": {}}):
+        body = {"messages": HELLO, "max_tokens": 2} | change
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+
+
+def test_a_request_that_says_no_length_gets_what_fits(trained: TrainedPolicy) -> None:
+    """That of training, bounded by the server and by the context."""
+    longer = TrainedPolicy(replace(trained.saved, max_new_tokens=200), trained.policy, torch.device("cpu"))
+    with served(longer, most_tokens=3) as address, asking(address) as client:
+        assert ask(client, HALF, temperature=0).usage.completion_tokens <= 3
+        with pytest.raises(openai.BadRequestError, match="expected at most 3, got 4"):
+            ask(client, HALF, max_tokens=4)
+        assert client.models.retrieve("miepo").id == "miepo"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("other")
+    question = longer.question("garden " * 60, HALF)
+    assert len(question.ids) + question.max_new_tokens == longer.policy.context_length
+
+
+def test_a_request_that_does_not_come(trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission.Admission.__init__, "__defaults__", (None, None, 0.5))
+    with served(trained) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+            assert b"408" in connection.recv(100)
+
+
+def test_lines_end_where_events_do(trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Responder, "step", lambda self, _: [self.clear() or Piece(0, "a\u2028b\x85c", 1, "stop")])
+    with served(trained) as address:
+        body = {"messages": HELLO, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
+            lines = [json.loads(x[6:]) for x in answer.iter_lines() if x.startswith("data: {")]
+    assert "".join(c["delta"].get("content", "") for x in lines for c in x["choices"]) == "a\u2028b\x85c"
 
 
 def test_the_client_raises_its_own_errors(client: openai.OpenAI) -> None:
@@ -328,7 +374,9 @@ def test_the_key(trained: TrainedPolicy) -> None:
             ask(client)
         with asking(address, api_key="correct horse") as client:
             assert ask(client, max_tokens=1).choices
-        assert httpx.get(f"{address}/v1/models").status_code == 401
+        for given, status in ((None, 401), ("correct horse", 401), ("bearer correct horse", 200)):
+            headers = {} if given is None else {"authorization": given}
+            assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status
         assert httpx.get(f"{address}/health").status_code == 200
 
 

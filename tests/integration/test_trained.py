@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +16,11 @@ import miepo
 from miepo.cli import main
 from miepo.errors import UserError
 from miepo.objectives import Brevity
+from miepo.policy import GatedConditioning
 from miepo.rollout import TransformersEngine
+from miepo.trained import build_policy
 from tests.helpers.tiny import Letters, save_tiny_model
+from tests.helpers.trained import saved_policy
 from tests.integration.test_cli import config, run
 
 PROMPTS = ["the rain", "a garden"]
@@ -54,6 +59,32 @@ def test_it_scores_as_in_training(policy: miepo.TrainedPolicy, trained_run: Path
     assert policy.score("the rain", rows[0]["response"])["brevity"] == pytest.approx(rows[0]["rewards"]["brevity"])
 
 
+def test_numbers_of_numpy_are_numbers(policy: miepo.TrainedPolicy) -> None:
+    weights = dict(zip(policy.names, np.array([0.25, 0.75], np.float32), strict=True))
+    assert policy.generate("food", weights) == policy.generate("food", {"letter_e": 0.25, "brevity": 0.75})
+    assert policy.score([], []) == {"letter_e": [], "brevity": []}
+
+
+def test_a_question_alone_is_scored_as_the_dialogue_it_begins(tiny_base_model: Path) -> None:
+    """As in training on dialogues, where the objectives read them."""
+    seen: list[str] = []
+
+    class Watches(Letters):
+        def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+            seen.extend(prompts)
+            return super().score(prompts, responses)
+
+    saved, _ = saved_policy(tiny_base_model, [GatedConditioning()], template="hh")
+    built = build_policy(saved, {}).eval()
+    watching = miepo.TrainedPolicy(saved, built, torch.device("cpu"), [Watches("e"), Brevity(30)])
+    watching.objectives  # noqa: B018  # asked once when they are loaded
+    seen.clear()
+    dialogue = "\n\nHuman: the garden\n\nAssistant:"
+    watching.score(["the garden", dialogue], ["a", "b"])
+    assert seen == [dialogue] * 2
+    assert watching.encode("the garden", "") == watching.encode(dialogue, "")
+
+
 def test_the_front_renders_in_a_notebook(policy: miepo.TrainedPolicy, trained_run: Path) -> None:
     assert policy.front is not None
     shown = policy.front._repr_html_()
@@ -88,7 +119,11 @@ def test_mistakes_are_one_sentence(
         ({"preference": {"brevity": 0.0}}, "at least one weight must be positive"),
         ({"preference": [{"brevity": 1.0}] * 3}, "one preference for all or one for each of 2 prompts, got 3"),
         ({"max_new_tokens": 5000}, "expected at most 256 together"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, a whole number, got 0"),
+        ({"max_new_tokens": 3.5}, r"max_new_tokens must be at least 1, a whole number, got 3\.5"),
+        ({"preference": [0.3, 0.7]}, "expected a preference by objective name, got float"),
+        ({"preference": None}, "expected prompts as text, and a preference by objective name"),
+        ({"prompts": [{"role": "user"}]}, "expected prompts as text"),
         ({"temperature": -1.0}, "temperature must lie between 0 and 100"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"stop": [""]}, "must not be empty"),
@@ -102,7 +137,7 @@ def test_mistakes_are_one_sentence(
     with pytest.raises(UserError, match="expected a run's folder, a checkpoint or a folder of miepo export"):
         miepo.load(tmp_path / "nothing")
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
-    with pytest.raises(UserError, match="expected a checkpoint of miepo"):
+    with pytest.raises(UserError, match="expected a checkpoint at .* got a file that is none"):
         miepo.load(tmp_path / "text.ckpt")
     other = save_tiny_model(tmp_path / "other", seed=5)  # of the same shapes
     with pytest.raises(UserError, match="the adapter was trained on another base model"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +130,41 @@ def test_the_whole_simplex(way: str, tiny_model: Path, tmp_path: Path) -> None:
     assert_same({"ids": expected(policy, weights)[0], "logits": expected(again, weights)[1]}, policy, weights)
 
 
+INFORMATION = {"preference": 0.8, "preference_low": 0.6, "preference_high": 1.0, "ceiling": 1.6}
+
+
+def test_a_base_by_a_relative_path_is_found_from_anywhere(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model.parent)
+    saved, _ = saved_policy(tiny_model.name, WAYS["gated"])
+    folder = export(saved, tmp_path / "out", {"brevity": 1.0})
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
+    assert "base_model:" not in (folder / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    again = export(saved, tmp_path / "again", {"brevity": 1.0}, base=str(tiny_model))
+    assert (again / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_what_rounding_takes_is_said(tiny_model: Path, tmp_path: Path) -> None:
+    saved, _ = saved_policy(tiny_model, WAYS["gated"], scale=0.003, dtype="bfloat16")
+    with pytest.warns(UserWarning, match=r"of the adapter's update \d+ % is left after rounding"):
+        folder = export(saved, tmp_path / "out", {"brevity": 1.0}, merged=True)
+    assert "Rounding to the type of the weights has left" in (folder / "README.md").read_text()
+
+
 def test_the_card_tells_what_was_measured(tiny_model: Path, tmp_path: Path) -> None:
     saved, _ = saved_policy(tiny_model, WAYS["gated"])
+    information = {f"information/{key}": value for key, value in INFORMATION.items()}
+    for column in saved.evaluations.values():
+        column["metrics"] |= information
+    saved = replace(saved, stop=("\n\nHuman:",))
     folder = export(saved, tmp_path / "out", {"brevity": 1.0})
     card = (folder / "README.md").read_text()
+    table = [line for line in card.splitlines() if line.startswith("| ")]
+    assert any(r"I(Y;W\|X)" in line for line in table)
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1  # as many cells in each row
+    assert r"'\n\nHuman:'" in card
     assert card.startswith("---\n")
     assert "library_name: peft" in card
     assert "the preference letter_e 0.00, brevity 1.00" in card
@@ -160,6 +193,8 @@ class Squared(Conditioning):
 
 def test_what_cannot_be_exported_is_said(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved, _ = saved_policy(tiny_model, WAYS["gated"])
+    with pytest.raises(UserError, match="it is of a stage without preferences"):
+        export(replace(saved, names=()), tmp_path / "out")
     with pytest.raises(UserError, match="a merged model follows one preference"):
         export(saved, tmp_path / "out", merged=True)
     with pytest.raises(UserError, match="unknown objective humour"):
