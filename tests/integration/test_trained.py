@@ -137,7 +137,7 @@ def test_mistakes_are_one_sentence(
     with pytest.raises(UserError, match="expected a run's folder, a checkpoint or a folder of miepo export"):
         miepo.load(tmp_path / "nothing")
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
-    with pytest.raises(UserError, match="expected a checkpoint at .* got a file that is none"):
+    with pytest.raises(UserError, match=r"expected a checkpoint at .* got a file that is none"):
         miepo.load(tmp_path / "text.ckpt")
     other = save_tiny_model(tmp_path / "other", seed=5)  # of the same shapes
     with pytest.raises(UserError, match="the adapter was trained on another base model"):
