@@ -142,7 +142,8 @@ class SupervisedFineTuning(PolicyModule):
             if self.steps_before in (None, self.trainer.global_step):
                 rank_zero_info(f"Merged model, as it was: {self.folder}")
                 return
-            shutil.rmtree(self.folder)
+            if not self.save_to:  # the run's own: of a run that had ended and was given more steps
+                shutil.rmtree(self.folder)
         self.policy.causal_lm.generation_config = self.policy.generation_config  # of the base, for whoever samples
         kept = self.policy.save_merged(self.folder)
         rank_zero_info(f"Merged model: {self.folder}")
