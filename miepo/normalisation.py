@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +64,6 @@ def write_normalisation(path: Path, objectives: Sequence[Objective], offline: Of
     part.replace(path)
 
 
-def checked_normalisation(mean: Any, sd: Any) -> Normalisation:
-    """Raises ValueError where these are no finite numbers, or the standard deviation is not positive."""
-    for value in (mean, sd):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
-            raise ValueError(f"not a finite number: {value!r}")
-    if sd <= 0:
-        raise ValueError(f"not positive: {sd!r}")
-    return Normalisation(mean, sd)
-
-
 def normalisations_in(path: Path) -> tuple[dict[str, Normalisation], dict[str, Any], dict[str, Any] | None]:
     """What :func:`write_normalisation` wrote: normalisations, what objectives they are of, and the data, by name.
 
@@ -85,7 +74,7 @@ def normalisations_in(path: Path) -> tuple[dict[str, Normalisation], dict[str, A
         raise UserError(f"expected a normalisation at '{path}', there is none: miepo normalise writes it")
     try:
         content = json.loads(path.read_text())
-        values = {name: checked_normalisation(n["mean"], n["sd"]) for name, n in content["objectives"].items()}
+        values = {name: Normalisation(n["mean"], n["sd"]) for name, n in content["objectives"].items()}
         of, measured = {name: n["of"] for name, n in content["objectives"].items()}, content["data"]
         if measured is not None:
             measured = {key: measured[key] for key in ("responses", "source", "fingerprint")}

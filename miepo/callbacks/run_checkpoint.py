@@ -49,6 +49,7 @@ class RunCheckpoint(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._evaluating = self._evaluation_due = self._resumed = self._limits_changed = False
         self._loggers: list[dict[str, Any]] = []
+        self._rows_per_batch: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
@@ -58,7 +59,11 @@ class RunCheckpoint(Checkpoint):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"evaluation_due": self._evaluating, "loggers": self._loggers}
+        return {
+            "evaluation_due": self._evaluating,
+            "loggers": self._loggers,
+            "rows_per_batch": self._rows_per_batch,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._evaluation_due, self._resumed = bool(state_dict.get("evaluation_due")), True
@@ -66,6 +71,7 @@ class RunCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         before = ((checkpoint.get("miepo") or {}).get("config") or {}).get("trainer")
         self._limits_changed = before != pl_module.config.get("trainer")
+        _regroup(checkpoint, _rows_per_batch(trainer), trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         loops = checkpoint["loops"]["fit_loop"]
@@ -83,7 +89,7 @@ class RunCheckpoint(Checkpoint):
                 counts.update(dict.fromkeys(counts, 0))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._loggers = log_versions(trainer)
+        self._loggers, self._rows_per_batch = log_versions(trainer), _rows_per_batch(trainer)
         self._saved_step = trainer.global_step
         self._listen()
         if self._resumed:
@@ -206,6 +212,32 @@ def _has_stopped(callback: Any) -> bool:
     return isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience
 
 
+def _rows_per_batch(trainer: Any) -> int | None:
+    """Prompts or examples in a batch of all processes; None where the data module does not say."""
+    size = getattr(trainer.datamodule, "batch_size", None)
+    return None if size is None else size * trainer.world_size
+
+
+def _regroup(checkpoint: Mapping[str, Any], now: int | None, accumulated: int) -> None:
+    """Counts what an epoch has done in batches of the size they have now, so that it goes on at the row it reached.
+
+    What does not fill a batch, or a step of ``accumulated`` batches, is done again.
+    """
+    before = _state_in(checkpoint).get("rows_per_batch")
+    loops = checkpoint["loops"]["fit_loop"]
+    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]["current"]
+    within = epochs["ready"] > epochs["processed"] and not batches["is_last_batch"]
+    if not within or before is None or now is None or before == now:
+        return
+    rows = batches["current"]["completed"] * before
+    done = rows // (now * accumulated) * accumulated
+    batches["current"] = dict.fromkeys(batches["current"], done)
+    rank_zero_info(
+        f"A batch had {before} rows and has {now}: the epoch goes on after {done * now} rows, {rows - done * now} of "
+        f"{rows} are taken again"
+    )
+
+
 def begin_step(trainer: Any) -> None:
     """What a datamodule calls when a batch comes from its loader: all of the last step is done then."""
     if trainer.training:
@@ -216,5 +248,9 @@ def begin_step(trainer: Any) -> None:
 
 def loggers_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Class and version of the loggers of the run that wrote a checkpoint."""
+    return _state_in(checkpoint).get("loggers", [])
+
+
+def _state_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     states = [v for k, v in checkpoint.get("callbacks", {}).items() if k.startswith(RunCheckpoint.__name__)]
-    return states[0]["loggers"] if states else []
+    return states[0] if states else {}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from math import inf, isfinite, nan
+from math import isfinite, nan
 from threading import Thread
 from typing import Any
 
@@ -28,6 +28,14 @@ class Normalisation:
 
     mean: float
     sd: float
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where these are no finite numbers, or the standard deviation is not positive."""
+        for value in (self.mean, self.sd):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+                raise ValueError(f"not a finite number: {value!r}")
+        if self.sd <= 0:
+            raise ValueError(f"not positive: {self.sd!r}")
 
 
 class Objective(Callback):
@@ -55,11 +63,12 @@ class Objective(Callback):
         self.normalisation: Normalisation | None = None
         self.given = normalisation is not None
         if normalisation is not None:
-            if set(normalisation) != {"mean", "sd"} or not all(isfinite(v) for v in normalisation.values()):
-                raise UserError(f"{self.name}: normalisation needs a finite mean and sd, got {normalisation}")
-            if normalisation["sd"] <= 0:
-                raise UserError(f"{self.name}: the sd of the normalisation must be positive, got {normalisation['sd']}")
-            self.normalisation = Normalisation(**normalisation)
+            try:
+                self.normalisation = Normalisation(**normalisation)
+            except (TypeError, ValueError, OverflowError):
+                raise UserError(
+                    f"{self.name}: normalisation needs a finite mean and a positive sd, got {normalisation}"
+                ) from None
 
     # -- what a subclass writes ----------------------------------------------------------------------------------------
 
@@ -127,11 +136,15 @@ class Objective(Callback):
         return {} if n is None else {"mean": n.mean, "sd": n.sd}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not state_dict:
+        kept = {key: value for key, value in state_dict.items() if key in ("mean", "sd")}  # a subclass may keep more
+        if not kept:
             return
-        saved = Normalisation(state_dict["mean"], state_dict["sd"])
-        if not isfinite(saved.mean) or not 0 < saved.sd < inf:
-            raise UserError(f"{self.name}: expected a normalisation by finite numbers in the checkpoint, got {saved}")
+        try:
+            saved = Normalisation(**kept)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(
+                f"{self.name}: expected a normalisation by finite numbers in the checkpoint, got {kept}"
+            ) from None
         if not self.given:
             self.normalisation = saved
         elif saved != self.normalisation:

@@ -90,11 +90,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert same(kept(version), kept(straight[way]))
 
 
-@pytest.mark.parametrize("parts", [[7, 12], [5, 12], [3, 7, 10, 12]])
-def test_a_run_that_has_ended_goes_on_with_more_steps(
-    tiny_model: Path, tmp_path: Path, parts: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the prompts that come next: those of one run with all of them."""
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Epoch and position of every prompt that is trained on, as they come."""
     seen: list[tuple[int, int]] = []
     rollout = OnlinePreferenceDataModule.rollout
 
@@ -103,13 +101,46 @@ def test_a_run_that_has_ended_goes_on_with_more_steps(
         return rollout(self, batch)
 
     monkeypatch.setattr(OnlinePreferenceDataModule, "rollout", watched)
+    return seen
+
+
+@pytest.mark.parametrize("parts", [[7, 12], [5, 12], [3, 7, 10, 12]])
+def test_a_run_that_has_ended_goes_on_with_more_steps(
+    tiny_model: Path, tmp_path: Path, parts: list[int], places: list[tuple[int, int]]
+) -> None:
+    """With the prompts that come next: those of one run with all of them."""
     for steps in parts:
         values = values_of(tiny_model, tmp_path, "a number of steps")
         values["trainer"] |= {"max_steps": steps, "limit_val_batches": 0, "num_sanity_val_steps": 0}
         run("fit", values, tmp_path, "--ckpt_path", "last")
-    assert seen == [(epoch, position) for epoch in range(3) for position in range(10)][:24]
+    assert places == [(epoch, position) for epoch in range(3) for position in range(10)][:24]
     (version,) = (tmp_path / "run").iterdir()
     assert [int(row["step"]) for row in logged(version) if "loss" in row] == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("reached", "before", "after", "accumulated", "again"),
+    [(6, 2, 4, 1, 2), (8, 4, 2, 1, 0), (6, 2, 3, 1, 0), (2, 2, 4, 1, 2), (4, 2, 1, 2, 0), (6, 1, 2, 2, 2)],
+)
+def test_an_epoch_goes_on_at_the_prompt_it_reached_with_batches_of_another_size(
+    tiny_model: Path,
+    tmp_path: Path,
+    places: list[tuple[int, int]],
+    reached: int,
+    before: int,
+    after: int,
+    accumulated: int,
+    again: int,
+) -> None:
+    """What does not fill a batch, or a step, is taken again; nothing is left out."""
+    values = values_of(tiny_model, tmp_path, "an evaluation after every epoch")
+    values["data"]["batch_size"] = before
+    values["trainer"] |= {"accumulate_grad_batches": accumulated, "max_epochs": 2}
+    stopped("on_train_batch_end", reached // (before * accumulated), SIGTERM, values, tmp_path)
+    assert len(places) == reached
+    values["data"]["batch_size"] = after
+    run("fit", values, tmp_path, "--ckpt_path", "last")
+    assert places == [(0, p) for p in [*range(reached), *range(reached - again, 10)]] + [(1, p) for p in range(10)]
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGUSR1])

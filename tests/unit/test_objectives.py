@@ -315,7 +315,23 @@ def test_bad_names(name: str) -> None:
         Letters("a", name=name)
 
 
-@pytest.mark.parametrize("normalisation", [{"mean": 0.0}, {"mean": 0.0, "sd": 0.0}, {"mean": float("nan"), "sd": 1.0}])
+@pytest.mark.parametrize(
+    "normalisation",
+    [
+        {"mean": 0.0}, {"mean": 0.0, "sd": 0.0}, {"mean": float("nan"), "sd": 1.0}, {"mean": "0", "sd": 1.0},
+        {"mean": True, "sd": 1.0}, {"mean": 0.0, "sd": float("inf")}, {"mean": 10**400, "sd": 1.0},
+    ],
+)  # fmt: skip
 def test_bad_normalisation(normalisation: dict) -> None:
-    with pytest.raises(UserError, match="normalisation"):
+    with pytest.raises(UserError, match="normalisation needs a finite mean and a positive sd"):
         Letters("a", normalisation=normalisation)
+    objective = Letters("a")
+    with pytest.raises(UserError, match="a: expected a normalisation by finite numbers in the checkpoint"):
+        objective.load_state_dict(normalisation)
+    assert objective.normalisation is None
+
+
+def test_a_state_of_a_subclass_alone_is_no_normalisation() -> None:
+    objective = Letters("a")
+    objective.load_state_dict({"calls": 3})
+    assert objective.normalisation is None
