@@ -78,6 +78,8 @@ def table_rows(columns: list[dict[str, Any]]) -> list[list[str]]:
     keys = sorted({key for c in columns for key in c["metrics"]})
     named |= {f"sd of {key.removeprefix('front/sd/')}": key for key in keys if key.startswith("front/sd/")}
     named |= {f"best {key.removeprefix('front/best/')}": key for key in keys if key.startswith("front/best/")}
+    if any(c["metrics"].get("front/left_out") for c in columns):
+        named["answers without a score"] = "front/left_out"
     rows = [[title, *(_cell(c["metrics"], key) for c in columns)] for title, key in named.items()]
     return [row for row in rows if any(cell != "-" for cell in row[1:])]
 

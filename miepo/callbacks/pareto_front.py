@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from miepo.callbacks.reporting import log_evaluation, log_image, log_table, run_folder, whole_evaluation
 from miepo.front import draw_front
@@ -20,8 +21,8 @@ class ParetoFront(Callback):
     """Measures the front at every evaluation and draws it.
 
     Logs ``front/hv``, ``front/mip``, ``front/crd`` and, for every objective, ``front/sd/NAME`` and the
-    ``front/best/NAME`` that a preference vector reached. The picture goes to ``fronts/`` in the run's folder and
-    to the logger.
+    ``front/best/NAME`` that a preference vector reached; ``front/left_out`` responses had no score. The picture goes to
+    ``fronts/`` in the run's folder and to the logger.
 
     Args:
         reference_point: Coordinate of the hypervolume's reference point on every axis, in normalised rewards. With the
@@ -60,10 +61,14 @@ class ParetoFront(Callback):
         metric, names = pl_module.metrics[METRIC], pl_module.names
         result = metric.compute()
         means = result["means"].cpu()  # (M, K)
-        values = {f"front/{key}": result[key].float() for key in ("hv", "mip", "crd")}
+        values = {f"front/{key}": result[key].float() for key in ("hv", "mip", "crd", "left_out")}
         for k, name in enumerate(names):
             values[f"front/sd/{name}"] = result["sd"][k].float()
             values[f"front/best/{name}"] = means[:, k].nan_to_num(-float("inf")).max().float()
+        if result["left_out"]:
+            rank_zero_warn(
+                f"{int(result['left_out'])} responses are not in the front: an objective gave them no finite score"
+            )
         metric.reset()
         log_evaluation(trainer, pl_module, values)
         if trainer.is_global_zero:

@@ -112,6 +112,7 @@ class ParetoFrontMetric(Metric):
     count: Tensor  # (M,)
     total: Tensor  # (M, K)
     outer: Tensor  # (M, K, K)
+    left_out: Tensor  # ()
 
     def __init__(self, grid: Tensor, reference_point: float) -> None:
         super().__init__()
@@ -121,14 +122,16 @@ class ParetoFrontMetric(Metric):
         self.add_state("count", torch.zeros(m, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(m, k, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("outer", torch.zeros(m, k, k, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("left_out", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, grid_index: Tensor, scores: Tensor) -> None:
         """Adds responses: the index of their preference vector ``(N,)`` and their normalised rewards ``(N, K)``.
 
-        A response that some objective gave no finite score does not count.
+        A response that some objective gave no finite score does not count but in ``left_out``.
         """
         keep = scores.isfinite().all(-1)
         index, rows = grid_index[keep].to(self.total.device), scores[keep].double().to(self.total.device)
+        self.left_out += (~keep).sum()
         self.count.index_add_(0, index, torch.ones_like(rows[:, 0]))
         self.total.index_add_(0, index, rows)
         self.outer.index_add_(0, index, rows.unsqueeze(-1) * rows.unsqueeze(-2))
@@ -138,7 +141,8 @@ class ParetoFrontMetric(Metric):
         return reward_moments(self.count, self.total, self.outer)
 
     def compute(self) -> dict[str, Tensor]:
-        """``hv``, ``mip``, ``crd``, per-axis standard deviations ``sd`` ``(K,)`` and the front ``means`` ``(M, K)``."""
+        """``hv``, ``mip``, ``crd``, per-axis standard deviations ``sd`` ``(K,)`` and the front ``means`` ``(M, K)``;
+        ``left_out`` responses had no score."""
         means, covariances = self.moments()
         variances = covariances.diagonal(dim1=-2, dim2=-1)  # (M, K)
         return {
@@ -147,4 +151,5 @@ class ParetoFrontMetric(Metric):
             "crd": conditional_reward_dispersion(covariances),
             "sd": variances.clamp(min=0).sqrt().nanmean(0),
             "means": means,
+            "left_out": self.left_out.clone(),  # the sum goes on in place
         }

@@ -9,6 +9,7 @@ import socket
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from types import FrameType
 from typing import Any
 
 from miepo.errors import UserError, needs
@@ -96,16 +97,21 @@ def opened(options: Namespace) -> Iterator[tuple[socket.socket, TrainedPolicy]]:
 
 
 def serve_app(app: Any, listening: socket.socket, batcher: Batcher) -> None:
-    """Serves until it is interrupted."""
+    """Serves until SIGINT or SIGTERM comes; the exit status says which."""
     import uvicorn
 
+    # uvicorn raises it again when all is in order; what a shell starts in its background may have been told to ignore it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
     try:
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=MOST_CLIENTS)
         uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:  # it has ended in good order
-        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         batcher.close()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def main(args: Sequence[str]) -> None:

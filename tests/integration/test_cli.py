@@ -140,6 +140,22 @@ def test_every_answer_is_kept_with_the_run(fitted: tuple[Path, dict, str]) -> No
     assert any(row["response"] for row in rows)
 
 
+def rainless(prompts: list[str], responses: list[str]) -> list[float]:
+    """Has nothing to say of rain."""
+    return [float("nan") if "rain" in p else float(len(r)) for p, r in zip(prompts, responses, strict=True)]
+
+
+def test_responses_that_are_not_in_the_front_are_told(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = config(tiny_model, tmp_path, trainer__limit_train_batches=1)
+    function = {"function": f"{__name__}.rainless"}
+    values["objectives"][0] = {"class_path": "miepo.objectives.PythonObjective", "init_args": function}
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="3 responses are not in the front: an objective"):
+        run("fit", values, tmp_path)
+    assert table(caplog.text)["answers without a score"] == ["3.000", "3.000"]  # one prompt of three, three preferences
+
+
 def test_everything_numeric_reaches_the_csv(fitted: tuple[Path, dict, str]) -> None:
     import csv
 

@@ -399,13 +399,17 @@ def test_the_command_refuses_what_cannot_be(tmp_path: Path, capsys: pytest.Captu
     taken.close()
 
 
-def test_the_command(tiny_model: Path, tmp_path: Path) -> None:
-    """Beyond this machine it draws a key; Ctrl-C ends it."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command(tiny_model: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Beyond this machine it draws a key. Signals end it, Ctrl-C also where it was started in a script's background."""
     saved, _ = saved_policy(tiny_model, [GatedConditioning()])
     folder = export(saved, tmp_path / "exported")
     command = [sys.executable, "-m", "miepo", "serve", "--ckpt_path", str(folder), "--host", "0.0.0.0", "--port", "0"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen([*command, "--name", "mine"], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        ["bash", "-c", 'trap "" INT; exec "$@"', "bash", *command, "--name", "mine"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         said = iter(process.stdout.readline, "")
         first = next(line for line in said if line.startswith("Serving"))
@@ -421,8 +425,10 @@ def test_the_command(tiny_model: Path, tmp_path: Path) -> None:
         with asking(where, api_key=key) as client:
             assert ask(client, {"brevity": 1.0}, model="mine", max_tokens=3).usage.completion_tokens <= 3
         assert httpx.get(f"{where}/v1/models").status_code == 401
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 128 + signal.SIGINT
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 128 + number
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_loopback() -> None:

@@ -97,6 +97,7 @@ def test_a_response_without_a_score_does_not_count() -> None:
     a.update(torch.tensor([0, 0, 1]), scores)
     b.update(torch.tensor([0, 0, 1, 1]), torch.cat([scores, torch.tensor([[torch.nan, 1.0]])]))
     torch.testing.assert_close(b.compute()["means"], a.compute()["means"])
+    assert (a.compute()["left_out"], b.compute()["left_out"]) == (0, 1)
 
 
 def test_reset_forgets() -> None:
