@@ -261,7 +261,8 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             return self.evaluation(batch)
         self.ensure_normalised()
         trainer, per_epoch = self._trainer, int(self._trainer.num_training_batches)
-        index = trainer.fit_loop.epoch_loop.batch_progress.total.ready  # batches before this one, of a resumed run, too
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        index = trainer.current_epoch * per_epoch + done  # batches before this one, of a resumed run, too
         whole = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps > 0 else float("inf")
         ends = self.plan(int(min(whole, per_epoch * trainer.max_epochs if trainer.max_epochs > 0 else whole)))
         stage = next((s for s, end in enumerate(ends) if index < end), len(ends) - 1)

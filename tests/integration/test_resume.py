@@ -26,6 +26,8 @@ WAYS = {
     "a part of every epoch": {"limit_train_batches": 3},
 }
 
+METHODS = ("SupervisedFineTuning", "RewardsInContext")
+
 
 def values_of(model: Path, root: Path, way: str) -> dict:
     """Three epochs of five batches with dropout, sampling, clipping, a warm-up and evaluations."""
@@ -165,7 +167,41 @@ def test_a_run_that_was_stopped_early_stays_as_it_is(tiny_model: Path, tmp_path:
     assert [int(row["step"]) for row in logged(version) if "loss" in row] == list(range(10))
 
 
-@pytest.mark.parametrize("method", ["SupervisedFineTuning", "RewardsInContext"])
+def values_of_method(method: str, model: Path, base: Path, root: Path) -> dict:
+    """The same three epochs of another method."""
+    values = values_of(model, root, "an evaluation after every epoch")
+    policy = values["model"].pop("policy")["init_args"]
+    if method == "RewardsInContext":
+        policy["conditioning"] = [{"class_path": "miepo.methods.ric.TargetConditioning"}]
+        data = {"class_path": "miepo.methods.RewardsInContextDataModule", "init_args": values["data"]}
+    else:
+        policy |= {"conditioning": [], "base": str(base), "template": "{prompt}{preference}"}
+        rows = [{"prompt": p, "response": r} for p, r in zip(PROMPTS, PROMPTS[::-1], strict=True)]
+        write_rows(root / "examples.jsonl", rows)
+        examples = {key: str(root / "examples.jsonl") for key in ("examples", "validation_examples")}
+        data = {"class_path": "miepo.methods.SupervisedDataModule", "init_args": examples | {"batch_size": 2}}
+        values["objectives"] = []
+        stop = {"class_path": "tests.helpers.interruption.StopAt"}
+        values["trainer"] |= {"callbacks": [stop], "num_sanity_val_steps": 1}
+    arguments = {"policy": {"class_path": "miepo.Policy", "init_args": policy}, "learning_rate": 0.01}
+    return values | {"model": {"class_path": f"miepo.methods.{method}", "init_args": arguments}, "data": data}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("after", "steps"), [(1, 8 + 14), (4, 8 + 2 + 3)])
+def test_other_methods_go_on_with_batches_of_another_size(
+    tiny_model: Path, tiny_base_model: Path, tmp_path: Path, method: str, after: int, steps: int
+) -> None:
+    """After six rows of ten in the second of three epochs."""
+    values = values_of_method(method, tiny_model, tiny_base_model, tmp_path)
+    stopped("on_train_batch_end", 8, SIGTERM, values, tmp_path)
+    values["data"]["init_args"]["batch_size"] = after
+    run("fit", values, tmp_path, "--ckpt_path", "last")
+    (version,) = (tmp_path / "run").iterdir()
+    assert [int(row["step"]) for row in logged(version) if "loss" in row] == list(range(steps))
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("hook", "step"), [("on_train_batch_end", 3), ("on_train_batch_end", 8), ("on_validation_batch_end", None)]
 )
@@ -176,22 +212,7 @@ def test_other_methods_go_on_bit_for_bit(
     for name in ("straight", "stopped"):
         root = tmp_path / name
         root.mkdir()
-        values = values_of(tiny_model, root, "an evaluation after every epoch")
-        policy = values["model"].pop("policy")["init_args"]
-        if method == "RewardsInContext":
-            policy["conditioning"] = [{"class_path": "miepo.methods.ric.TargetConditioning"}]
-            data = {"class_path": "miepo.methods.RewardsInContextDataModule", "init_args": values["data"]}
-        else:
-            policy |= {"conditioning": [], "base": str(tiny_base_model), "template": "{prompt}{preference}"}
-            rows = [{"prompt": p, "response": r} for p, r in zip(PROMPTS, PROMPTS[::-1], strict=True)]
-            write_rows(root / "examples.jsonl", rows)
-            examples = {key: str(root / "examples.jsonl") for key in ("examples", "validation_examples")}
-            data = {"class_path": "miepo.methods.SupervisedDataModule", "init_args": examples | {"batch_size": 2}}
-            values["objectives"] = []
-            stop = {"class_path": "tests.helpers.interruption.StopAt"}
-            values["trainer"] |= {"callbacks": [stop], "num_sanity_val_steps": 1}
-        arguments = {"policy": {"class_path": "miepo.Policy", "init_args": policy}, "learning_rate": 0.01}
-        values |= {"model": {"class_path": f"miepo.methods.{method}", "init_args": arguments}, "data": data}
+        values = values_of_method(method, tiny_model, tiny_base_model, root)
         if name == "stopped":
             stopped(hook, step or 10, SIGTERM, values, root)
             run("fit", values, root, "--ckpt_path", "last")
