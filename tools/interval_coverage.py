@@ -1,6 +1,6 @@
 """How often the bootstrap intervals of a report have the truth: simulated evaluations whose true figures are known.
 
-``python -m tools.interval_coverage`` takes about ten minutes; the README's "Reports" has what it printed.
+``python -m tools.interval_coverage`` takes about six minutes; the README's "Reports" has what it printed.
 """
 
 from __future__ import annotations
