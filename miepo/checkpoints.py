@@ -48,6 +48,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 # what is read of a checkpoint: by all who read one, by a run that goes on, by whoever finds it
 WHOLE = {"state_dict": dict, "pytorch-lightning_version": str, "miepo": dict}
 TRAINING = {"callbacks": dict, "loops": dict, "optimizer_states": list, "lr_schedulers": list}
+PROGRESS = ("ready", "started", "processed", "completed")
 OURS = {"schema": int, "objectives": list, "base": str, "policy": dict}
 IF_THERE = {"config": (dict, type(None)), "fingerprint": (str, type(None))}
 
@@ -70,6 +71,9 @@ def read_checkpoint(path: Path, device: str = "cpu", resume: bool = False) -> di
     if not isinstance(checkpoint, dict):
         raise UserError(f"expected a checkpoint of miepo at '{path}', got a {type(checkpoint).__name__}")
     _check_kinds(path, checkpoint, WHOLE | (TRAINING if resume else {}))
+    if resume:
+        _check_kinds(path, checkpoint["callbacks"], dict.fromkeys(checkpoint["callbacks"], dict), "callbacks.")
+        _check_progress(path, checkpoint["loops"])
     saved = checkpoint["miepo"]
     _check_kinds(path, saved, OURS | {key: kind for key, kind in IF_THERE.items() if key in saved}, "miepo.")
     if not all(isinstance(name, str) for name in saved["objectives"]):
@@ -84,6 +88,20 @@ def _check_kinds(path: Path, found: Mapping[str, Any], kinds: Mapping[str, Any],
         if not isinstance(found.get(key), kind):
             got = f"with {where}{key} of type {type(found[key]).__name__}" if key in found else f"without {where}{key}"
             raise UserError(f"expected a checkpoint of miepo at '{path}', got one {got}")
+
+
+def _check_progress(path: Path, loops: Mapping[str, Any]) -> None:
+    """Refuses loops without the counts of what was done."""
+    where = "loops.fit_loop."
+    _check_kinds(path, loops, {"fit_loop": dict}, "loops.")
+    for name in ("epoch_progress", "epoch_loop.batch_progress"):
+        _check_kinds(path, loops["fit_loop"], {name: dict}, where)
+        _check_kinds(path, loops["fit_loop"][name], {"total": dict, "current": dict}, f"{where}{name}.")
+        for part in ("total", "current"):
+            counts = loops["fit_loop"][name][part]
+            _check_kinds(path, counts, dict.fromkeys(PROGRESS, int), f"{where}{name}.{part}.")
+            if min(counts.values()) < 0:
+                raise UserError(f"expected a checkpoint of miepo at '{path}', got one with {where}{name}: {counts}")
 
 
 def check_adapter(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,10 @@ class ObjectiveError(UserError):
     """An objective failed to load or to score; the message names the objective."""
 
 
+class NoBase(UserError):
+    """There is no base model where it is said to be."""
+
+
 def needs(package: str, user: str) -> UserError:
     """The error for an optional package that is not installed."""
     return UserError(f"{user} needs the package '{package}', which is not installed: pip install {package}")

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from miepo.callbacks.evaluation_table import table_rows
-from miepo.errors import UserError
+from miepo.errors import UserError, first_line
 from miepo.policy import Policy, PromptConditioning
 from miepo.policy.base_model import base_folder
 from miepo.policy.policy import ADAPTER
@@ -143,7 +143,24 @@ def export(
     vector = None if preference is None else parse_preference(preference, saved.names, strict=True)
     if not saved.names:
         raise UserError(f"'{saved.source}' has no objectives: it is of a stage without preferences")
-    policy = build_policy(saved, {"base": base}, trust).eval()
+    folder = folder.absolute()
+    try:
+        (folder if folder.is_dir() else folder.parent).mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".miepo-", dir=folder if folder.is_dir() else folder.parent) as beside:
+            partial = Path(beside) / "export"
+            _write(saved, vector, merged, build_policy(saved, {"base": base}, trust).eval(), partial)
+            if folder.is_dir():  # a shell may be in it, or a volume be mounted there
+                for path in partial.iterdir():
+                    path.replace(folder / path.name)
+            else:
+                partial.replace(folder)  # a folder of this name is whole
+    except OSError as error:
+        raise UserError(f"expected a folder to export to that can be written, got {first_line(error)}") from None
+    return folder
+
+
+def _write(saved: Saved, vector: Tensor | None, merged: bool, policy: Policy, folder: Path) -> None:
+    """Writes all files of an export into a folder that is not there yet."""
     owners: list[str | None] = []
     if vector is None:
         text, owners = preference_expression(policy), block_owners(policy)
@@ -155,36 +172,28 @@ def export(
         if gate is not None:
             policy.scale_blocks(gate[0])
     policy.tokenizer.chat_template = chat_template(policy, text)
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     kept = 1.0  # of what was trained
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-        partial = Path(beside) / "export"
-        if merged:
-            kept = policy.save_merged(partial)
-            if abs(kept - 1) > 0.1:
-                rank_zero_warn(
-                    f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights: "
-                    "the merged model is not quite the policy, the adapter (without --merged) is"
-                )
-        else:
-            partial.mkdir()
-            config: Any = policy.model.peft_config[ADAPTER]
-            where = base_folder(policy.base)
-            where = str(Path(where).resolve()) if Path(where).exists() else where  # from wherever it is loaded
-            config.base_model_name_or_path, config.inference_mode = where, True
-            policy.save_adapter(partial)
-            policy.tokenizer.save_pretrained(partial)
-            policy.causal_lm.generation_config.save_pretrained(partial)
-        if vector is None:
-            _write_card(saved, owners, policy, partial)
-        if saved.front is not None:
-            saved.front.draw().savefig(partial / "front.png", dpi=120)
-        model_card(saved, vector, merged, kept).save(partial / "README.md")
-        if folder.is_dir():
-            folder.rmdir()
-        partial.replace(folder)  # a folder of this name is whole
-    return folder
+    if merged:
+        kept = policy.save_merged(folder)
+        if abs(kept - 1) > 0.1:
+            rank_zero_warn(
+                f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights: the "
+                "merged model is not quite the policy, the adapter (without --merged) is"
+            )
+    else:
+        folder.mkdir()
+        config: Any = policy.model.peft_config[ADAPTER]
+        where = base_folder(policy.base)
+        where = str(Path(where).resolve()) if Path(where).exists() else where  # from wherever it is loaded
+        config.base_model_name_or_path, config.inference_mode = where, True
+        policy.save_adapter(folder)
+        policy.tokenizer.save_pretrained(folder)
+        policy.causal_lm.generation_config.save_pretrained(folder)
+    if vector is None:
+        _write_card(saved, owners, policy, folder)
+    if saved.front is not None:
+        saved.front.draw().savefig(folder / "front.png", dpi=120)
+    model_card(saved, vector, merged, kept).save(folder / "README.md")
 
 
 def block_factors(owners: Sequence[str | None], objectives: int) -> Tensor:
@@ -194,7 +203,7 @@ def block_factors(owners: Sequence[str | None], objectives: int) -> Tensor:
 
 def _write_card(saved: Saved, owners: Sequence[str | None], policy: Policy, folder: Path) -> None:
     rank, k = policy.lora_rank, len(saved.names)
-    card = {key: value for key, value in vars(saved).items() if key not in ("source", "adapter", "config", "front")}
+    card = {key: value for key, value in vars(saved).items() if key not in ("source", "adapter", "front")}
     card["front"] = None
     if saved.front is not None:
         front = saved.front
@@ -211,7 +220,17 @@ def _write_card(saved: Saved, owners: Sequence[str | None], policy: Policy, fold
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
-SETTINGS = ("learning_rate", "beta_c", "exploration", "router")
+def method_of(settings: Mapping[str, Any]) -> str:
+    """The method in words, from what a run keeps of its settings."""
+    if str(settings.get("method")).endswith("RewardsInContext"):
+        return "Rewards-in-Context (arXiv 2402.10207)"
+    term = (settings.get("model") or {}).get("exploration")
+    if not isinstance(term, dict):
+        return "a method that its settings below name"
+    given = term.get("init_args") or {}
+    if 0 in (given.get("beta_w", 1), given.get("weight", 1)):
+        return "MO-ODPO (online DPO under drawn preferences, no exploration term)"
+    return f"MI-EPO (arXiv 2607.01392), exploration term {str(term.get('class_path')).rpartition('.')[2]}"
 
 
 def model_card(saved: Saved, preference: Tensor | None, merged: bool, kept: float = 1.0) -> ModelCard:
@@ -227,7 +246,7 @@ def model_card(saved: Saved, preference: Tensor | None, merged: bool, kept: floa
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# A policy that follows {follows}",
-        f"Objectives: {names}. Trained with miepo (MI-EPO, arXiv 2607.01392) on the base `{saved.base}`.",
+        f"Objectives: {names}. Trained with miepo by {method_of(saved.settings)} on the base `{saved.base}`.",
         "## Use",
         _usage(saved, preference, merged),
     ]
@@ -242,8 +261,7 @@ def model_card(saved: Saved, preference: Tensor | None, merged: bool, kept: floa
         parts.append(f"Rewards are normalised: {'; '.join(by)}. All of the whole simplex, on the run's own prompts.")
     if saved.front is not None:
         parts.append("![The measured front](front.png)")
-    model = ((saved.config.get("model") or {}).get("init_args")) or {}
-    settings = {key: model[key] for key in SETTINGS if model.get(key) is not None}
+    settings = dict(saved.settings)
     settings["policy"] = {k: v for k, v in ((saved.policy or {}).get("init_args") or {}).items() if k != "base"}
     parts += ["## Settings", f"```json\n{json.dumps(settings, indent=1)}\n```"]
     return ModelCard("\n\n".join(parts) + "\n")
@@ -253,7 +271,10 @@ def _usage(saved: Saved, preference: Tensor | None, merged: bool) -> str:
     if merged:
         lines = ["model = AutoModelForCausalLM.from_pretrained(FOLDER)"]
     else:
-        lines = ["model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)"]
+        lines = [
+            "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)",
+            "model.generation_config = GenerationConfig.from_pretrained(FOLDER)  # PEFT leaves the base's",
+        ]
     lines = [*lines, "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
     option = "" if preference is not None else ", preference={" + ", ".join(f'"{n}": ..' for n in saved.names) + "}"
     lines.append(f"tokenizer.apply_chat_template([..], add_generation_prompt=True{option})")

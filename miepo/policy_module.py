@@ -16,12 +16,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
+from miepo.callbacks.reporting import log_evaluation, over_processes
 from miepo.checkpoints import DurableCheckpointIO, check_adapter, check_base, config_changes
 from miepo.errors import UserError, first_line
 from miepo.objectives import Objective
-from miepo.objectives.base import objectives_of
+from miepo.objectives.base import objectives_of, take_failures
 from miepo.policy import Policy
 from miepo.preferences import Stream, torch_seed
+from miepo.prompts import place_in_steps
 from miepo.strategies import ShardedStrategy
 from miepo.types import EvaluationBatch
 
@@ -53,6 +55,7 @@ class PolicyModule(LightningModule):
         self.metrics = nn.ModuleDict()  # filled by callbacks, so that metrics move and reduce with the module
         self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint checks that it is whole
         self.config: dict[str, Any] = {}  # of the command, where there is one
+        self.ahead = 0  # steps by which the run's place is ahead of those it took, where batches got another size
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,7 +98,7 @@ class PolicyModule(LightningModule):
     @property
     def progress(self) -> float:
         """Share of the run's optimiser steps that are done."""
-        return self.trainer.global_step / max(self.trainer.estimated_stepping_batches, 1)
+        return (self.trainer.global_step + self.ahead) / max(self.trainer.estimated_stepping_batches, 1)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout, too, is a function of the seed and of the place in the run."""
@@ -110,6 +113,16 @@ class PolicyModule(LightningModule):
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """As :meth:`validation_step`."""
+
+    def on_validation_epoch_end(self) -> None:
+        if counts := self.failures():
+            log_evaluation(self.trainer, self, over_processes(self.trainer.strategy, {}, counts)[1])
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def failures(self) -> dict[str, float]:
+        """``count/failed/NAME`` since they were last asked for."""
+        return {f"count/{key}": float(value) for key, value in take_failures(self.objectives).items()}
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One row per answer: prompt, preference by objective name, response."""
@@ -129,10 +142,8 @@ class PolicyModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Adam with :meth:`schedule`."""
         optimizer = torch.optim.Adam(self.policy.adapter_parameters().values(), lr=self.learning_rate)
-        try:
-            steps = self.trainer.estimated_stepping_batches  # here Lightning looks at the data for the first time
-        except ValueError as error:
-            raise UserError(f"the trainer's settings do not fit the data: {first_line(error)}") from None
+        self.look_at_data()
+        steps = self.trainer.estimated_stepping_batches
         if steps == inf:
             raise UserError(
                 "the schedule needs the number of steps: expected trainer.max_epochs or max_steps, got none"
@@ -140,12 +151,22 @@ class PolicyModule(LightningModule):
         schedule = self.schedule(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def look_at_data(self) -> None:
+        """Lets Lightning count the batches of an epoch, where it has not."""
+        try:
+            self.trainer.fit_loop.setup_data()
+        except ValueError as error:
+            raise UserError(f"the trainer's settings do not fit the data: {first_line(error)}") from None
+
     def on_train_start(self) -> None:
-        """The learning rate is the configuration's and not the checkpoint's."""
+        """The learning rate is the configuration's and not the checkpoint's, and so is the place in its schedule."""
+        place = place_in_steps(self.trainer)
+        self.ahead = place - self.trainer.global_step
         for entry in self.trainer.lr_scheduler_configs:
             schedule = entry.scheduler
             if not isinstance(schedule, LambdaLR):
                 continue
+            schedule.last_epoch = place
             schedule.base_lrs = [self.learning_rate] * len(schedule.base_lrs)
             for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
                 group["initial_lr"] = self.learning_rate

@@ -7,14 +7,15 @@ import queue
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Lock
 from typing import Any
 
 from miepo.errors import UserError, needs
+from miepo.objectives.base import in_thread
 from miepo.preferences import format_preference, parse_preference
 from miepo.rollout.streaming import Piece, Question
-from miepo.serving.batcher import Batcher, Busy, Ticket
+from miepo.serving.batcher import Batcher, Busy, Stopped, Ticket
 from miepo.serving.command import (
     add_options,
     address_of,
@@ -29,6 +30,7 @@ from miepo.trained import TrainedPolicy
 USER = "miepo"  # of the login, where there is one
 SIDES = ("A", "B")
 MOST_CHARACTERS = 20_000  # of a prompt
+TOLD = (UserError, TimeoutError, Stopped)  # errors that say enough
 AT_ONCE = 8  # visitors who are answered at one time
 # where the page sends something to
 POSTS = ("/login", "/login/", *(f"/gradio_api/{name}" for name in ("queue/join", "run/predict", "cancel", "reset")))
@@ -72,8 +74,7 @@ def answers(batcher: Batcher, questions: Sequence[Question], timeout: float) -> 
             except queue.Empty:
                 raise UserError("the answer took too long") from None
             if isinstance(piece, Exception):
-                told = piece if isinstance(piece, (UserError, TimeoutError)) else "the answer could not be computed"
-                raise UserError(str(told))
+                raise UserError(str(piece) if isinstance(piece, TOLD) else "the answer could not be computed")
             left -= piece.finish is not None
             texts[index] += piece.text
             yield list(texts)
@@ -100,9 +101,9 @@ class SteerPage:
     ) -> None:
         self.trained, self.batcher = trained, batcher
         self.most_tokens, self.timeout = most_tokens, timeout
-        self._scorer = ThreadPoolExecutor(1, "scorer")  # one answer at a time, as objectives can stand
+        self._scoring = Lock()  # one answer at a time, as objectives can stand
 
-    def answer(self, prompt: str, tokens: float, temperature: float, seed: float, *weights: float) -> Iterator[Any]:
+    def answer(self, prompt: str, tokens: float, temperature: float, seed: float, *weights: Any) -> Iterator[Any]:
         """Two answers as they are written, then their scores and the front: values of the page's outputs."""
         import gradio as gr
 
@@ -114,6 +115,8 @@ class SteerPage:
                 raise UserError(f"expected a prompt of at most {MOST_CHARACTERS} characters, got {len(prompt)}")
             if tokens is None or not 1 <= tokens <= self.most_tokens:
                 raise UserError(f"expected 1 to {self.most_tokens} tokens, got {tokens or 'none'}")
+            if None in weights:  # a box that was emptied
+                raise UserError("expected a weight for every objective, got none")
             both = [dict(zip(self.trained.names, weights[i : i + count], strict=True)) for i in (0, count)]
             vectors = [parse_preference(normalised(w), self.trained.names) for w in both]
             questions = [
@@ -133,13 +136,20 @@ class SteerPage:
         self, prompt: str, texts: Sequence[str], vectors: Sequence[Sequence[float]], deadline: float
     ) -> tuple[list[list[Any]], str, list[list[float]]]:
         """Rows of the table, what is to be said of it, and the reward vector of each answer."""
-        asked = self._scorer.submit(self.trained.score, [prompt] * len(texts), texts)
+
+        def score() -> dict[str, list[float]]:
+            if not self._scoring.acquire(timeout=max(deadline - time.monotonic(), 0)):
+                raise TimeoutError
+            try:
+                return self.trained.score([prompt] * len(texts), texts)
+            finally:
+                self._scoring.release()
+
         try:
-            found = asked.result(max(deadline - time.monotonic(), 0))
+            found = in_thread(score).result(max(deadline - time.monotonic(), 0))
         except UserError as error:
             return [], f" (not scored: {error})", []
         except TimeoutError:
-            asked.cancel()  # unless it is being asked already
             return [], f" (not scored within {self.timeout:g} s)", []
         rows = [
             [name, *(round(value, 3) for side in range(len(texts)) for value in (vectors[side][k], found[name][side]))]
@@ -219,13 +229,15 @@ class SteerPage:
         return page
 
     def _redraw(self, *weights: float) -> Any:
+        import gradio as gr
+
         half = len(weights) // 2
-        return self.front(weights[:half], weights[half:])
+        return gr.skip() if None in weights else self.front(weights[:half], weights[half:])
 
 
-def _others(moved: int, *weights: float) -> Any:
-    """Where the other sliders stand when one has moved."""
-    found = [round(weight, 4) for k, weight in enumerate(on_simplex(moved, weights)) if k != moved]
+def _others(moved: int, *weights: float | None) -> Any:
+    """Where the other sliders stand when one has moved; a box that was emptied stands at 0."""
+    found = [round(weight, 4) for k, weight in enumerate(on_simplex(moved, [w or 0 for w in weights])) if k != moved]
     return found if len(found) > 1 else found[0]
 
 
@@ -266,6 +278,8 @@ def main(args: Sequence[str]) -> None:
     add_options(parser, 7860)
     options = parser.parse_args(args)
     check_options(options)
+    if options.most_tokens < 2:
+        raise UserError(f"--most_tokens: expected at least 2, between which to choose, got {options.most_tokens}")
     if options.waiting < len(SIDES):
         raise UserError(f"--waiting: expected at least {len(SIDES)}, the answers of one visitor, got {options.waiting}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

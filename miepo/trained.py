@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from miepo.checkpoints import check_adapter, check_base, read_checkpoint
 from miepo.dialogue import REPLY, dialogue_of, split_turns
-from miepo.errors import UserError, first_line
+from miepo.errors import NoBase, UserError, first_line
 from miepo.front import Front
 from miepo.objectives import Objective
 from miepo.objectives.base import normalise_rewards, score_responses
@@ -29,6 +30,7 @@ from miepo.preferences import parse_preference
 from miepo.rollout.engine import prompt_seeds
 from miepo.rollout.streaming import Question, check_length, stream
 
+PAPERS_TERM = {"class_path": "miepo.exploration.InfoNCE", "init_args": {"beta_w": 0.01}}  # MIEPO's default
 CARD = "miepo.json"  # in an exported folder: what the adapter means
 PREFIX = "policy."  # of the policy's weights in a checkpoint
 MOST_AT_ONCE = 16  # responses
@@ -50,7 +52,7 @@ class Saved:
     stop: tuple[str, ...] = ()
     front: Front | None = None
     evaluations: dict[str, Any] = field(default_factory=dict)  # first and last: step and metrics
-    config: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # by which it was trained
 
     @classmethod
     def read(cls, path: str | Path) -> Saved:
@@ -62,11 +64,15 @@ class Saved:
         path = Path(path)
         if (path / CARD).is_file():
             return _read_export(path)
-        if path.is_dir():
-            path = path / "checkpoints" / "last.ckpt"
-        if not path.is_file():
-            raise UserError(f"expected a run's folder, a checkpoint or a folder of miepo export, got '{path}'")
-        return _read_checkpoint(path)
+        file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+        if not file.is_file():
+            hint = ""
+            if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+                hint = ", which is a model for Transformers and PEFT: of those miepo reads exports of the whole simplex"
+            elif runs := sorted(path.glob("version_*/checkpoints/last.ckpt")):
+                hint = f", which holds runs such as '{runs[-1].parents[1]}'"
+            raise UserError(f"expected a run's folder, a checkpoint or a folder of miepo export, got '{path}'{hint}")
+        return _read_checkpoint(file)
 
 
 def _read_checkpoint(path: Path) -> Saved:
@@ -98,8 +104,28 @@ def _saved(path: Path, checkpoint: dict[str, Any]) -> Saved:
         stop=tuple(((data.get("engine") or {}).get("init_args") or {}).get("stop") or ()),
         front=_front(names, front) if front.get("after") else None,
         evaluations={k: v for k, v in table.items() if v},
-        config=config,
+        settings=_settings(config, checkpoint.get("global_step")),
     )
+
+
+def _settings(config: Mapping[str, Any], steps: Any) -> dict[str, Any]:
+    """What of a configuration says how a policy was trained; the policy and what it was measured on apart."""
+    model, data = (config.get(key) or {} for key in ("model", "data"))
+    kept = {key: value for key, value in (model.get("init_args") or {}).items() if key != "policy"}
+    if "exploration" in kept:
+        kept["exploration"] = kept["exploration"] or PAPERS_TERM
+    rollouts = {
+        key: f"{len(value)} prompts" if isinstance(value, list) and "prompts" in key else value
+        for key, value in (data.get("init_args") or {}).items()
+        if not key.startswith("predict")
+    }
+    found = {"method": model.get("class_path"), "steps": steps, "model": kept, "data": rollouts}
+    found = {key: _stated(value) if isinstance(value, dict) else value for key, value in found.items()}
+    return {key: value for key, value in (found | {"objectives": config.get("objectives")}).items() if value}
+
+
+def _stated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _front(names: Sequence[str], state: Mapping[str, Any]) -> Front:
@@ -126,6 +152,19 @@ def _read_export(folder: Path) -> Saved:
         return Saved(**card)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"expected a folder of miepo export at '{folder}', got another: {first_line(error)}") from None
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_seed(seed: Any) -> None:
+    if not _is_number(seed, Integral) or seed < 0:
+        raise UserError(f"seed must not be negative, a whole number, got {seed!r}")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 class TrainedPolicy:
@@ -165,7 +204,10 @@ class TrainedPolicy:
         """
         template = self._template
         if not isinstance(prompt, str):
-            turns = [(message["role"], message["content"]) for message in prompt]
+            if not isinstance(prompt, Sequence) or not all(map(_is_message, prompt)):
+                raise UserError("expected a prompt as text, or messages with role and content")
+            messages: Any = prompt
+            turns = [(message["role"], message["content"]) for message in messages]
             wanted = [("user", "assistant")[i % 2] for i in range(len(turns))]
             if len(turns) % 2 == 0 or [role for role, _ in turns] != wanted:
                 raise UserError(
@@ -207,17 +249,16 @@ class TrainedPolicy:
             raise UserError(f"expected a preference by objective name, got {type(preference).__name__}")
         vector = parse_preference(preference, self.names, strict=True)
         temperature = self.policy.temperature if temperature is None else temperature
-        ends = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(ends):
-            raise UserError("a text that ends the response must not be empty")
-        if seed < 0:
-            raise UserError(f"seed must not be negative, got {seed}")
-        if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
-            raise UserError(f"max_new_tokens must be at least 1, a whole number, got {max_new_tokens}")
-        if not 0 <= temperature <= 100:
-            raise UserError(f"temperature must lie between 0 and 100, got {temperature}")
-        if not 0 < top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
+        ends = (stop,) if isinstance(stop, str) or not isinstance(stop, Sequence) else tuple(stop)
+        if not all(isinstance(end, str) and end for end in ends):
+            raise UserError(f"what ends the response must be text, and not empty, got {stop!r}")
+        _check_seed(seed)
+        if max_new_tokens is not None and (not _is_number(max_new_tokens, Integral) or max_new_tokens < 1):
+            raise UserError(f"max_new_tokens must be at least 1, a whole number, got {max_new_tokens!r}")
+        if not _is_number(temperature, Real) or not 0 <= temperature <= 100:
+            raise UserError(f"temperature must lie between 0 and 100, got {temperature!r}")
+        if not _is_number(top_p, Real) or not 0 < top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {top_p!r}")
         ids = self.encode(prompt, self.policy.preference_text(vector.tolist()))
         tokens = max_new_tokens or self.saved.max_new_tokens
         if max_new_tokens is None and self.policy.context_length is not None:
@@ -251,7 +292,7 @@ class TrainedPolicy:
             UserError: an unknown objective, weights off the simplex, a prompt that does not fit the context.
         """
         one = isinstance(prompts, str)
-        every: list[str] = [prompts] if isinstance(prompts, str) else list(prompts)
+        every: list[Any] = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Sequence) else list(prompts)
         if not isinstance(preference, (Mapping, Sequence)) or not all(isinstance(prompt, str) for prompt in every):
             raise UserError("expected prompts as text, and a preference by objective name for all or for each of them")
         under = [preference] * len(every) if isinstance(preference, Mapping) else list(preference)
@@ -259,6 +300,7 @@ class TrainedPolicy:
             raise UserError(
                 f"expected one preference for all or one for each of {len(every)} prompts, got {len(under)}"
             )
+        _check_seed(seed)
         questions = [
             self.question(prompt, weights, seed=own, **settings)
             for prompt, weights, own in zip(every, under, prompt_seeds(seed, len(every)), strict=True)
@@ -271,6 +313,7 @@ class TrainedPolicy:
 
     def stream(self, prompt: str, preference: Mapping[str, float], **settings: Any) -> Iterator[str]:
         """The response to one prompt piece by piece; arguments as for :meth:`generate`."""
+        _check_seed(settings.get("seed", 0))
         settings["seed"] = prompt_seeds(settings.get("seed", 0), 1)[0]
         return (piece.text for piece in stream(self.policy, [self.question(prompt, preference, **settings)]))
 
@@ -367,7 +410,12 @@ def build_policy(saved: Saved, changes: Mapping[str, Any], trust: bool = False) 
     spec["init_args"] |= {key: value for key, value in changes.items() if value is not None}
     spec["init_args"] |= {"lora_dropout": 0.0, "gradient_checkpointing": False}
     policy: Policy = _build(spec, Policy, saved.source, trust)
-    policy.build(saved.names)
+    try:
+        policy.build(saved.names)
+    except NoBase as error:
+        if changes.get("base") is not None:
+            raise
+        raise UserError(f"{error}; if the base model has moved, base= (--base) says where it is") from None
     parameters = policy.adapter_parameters()
     check_adapter(parameters, saved.adapter)
     check_base(policy, saved.base, saved.fingerprint)

@@ -71,7 +71,11 @@ class RunCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         before = ((checkpoint.get("miepo") or {}).get("config") or {}).get("trainer")
         self._limits_changed = before != pl_module.config.get("trainer")
-        _regroup(checkpoint, _rows_per_batch(trainer), trainer.accumulate_grad_batches)
+        if trainer.state.fn == "fit":
+            before, now = _rows_before(checkpoint, trainer), _rows_per_batch(trainer)
+            pl_module.look_at_data()
+            if before and now:
+                _regroup(checkpoint, before, now, trainer.accumulate_grad_batches, trainer.num_training_batches)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         loops = checkpoint["loops"]["fit_loop"]
@@ -218,23 +222,34 @@ def _rows_per_batch(trainer: Any) -> int | None:
     return None if size is None else size * trainer.world_size
 
 
-def _regroup(checkpoint: Mapping[str, Any], now: int | None, accumulated: int) -> None:
+def _rows_before(checkpoint: Mapping[str, Any], trainer: Any) -> int | None:
+    """The same, of the run that wrote a checkpoint; an older one tells its batch, and not of how many processes."""
+    kept = _state_in(checkpoint).get("rows_per_batch")
+    data = ((checkpoint.get("miepo") or {}).get("config") or {}).get("data") or {}
+    size = (data.get("init_args") or {}).get("batch_size")
+    of_processes = size * trainer.world_size if isinstance(size, int) else None
+    return kept if isinstance(kept, int) and kept > 0 else of_processes
+
+
+def _regroup(checkpoint: Mapping[str, Any], before: int, now: int, accumulated: int, limit: float) -> None:
     """Counts what an epoch has done in batches of the size they have now, so that it goes on at the row it reached.
 
-    What does not fill a batch, or a step of ``accumulated`` batches, is done again.
+    What does not fill a batch, or a step of ``accumulated`` batches, is done again; and where it has no batch left up
+    to the ``limit``, its last, after which it ends as epochs do.
     """
-    before = _state_in(checkpoint).get("rows_per_batch")
     loops = checkpoint["loops"]["fit_loop"]
     batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]["current"]
+    current, total = batches["current"], batches["total"]
+    rows = current["processed"] * before
+    done = int(min(rows // now, limit - 1)) // accumulated * accumulated
     within = epochs["ready"] > epochs["processed"] and not batches["is_last_batch"]
-    if not within or before is None or now is None or before == now:
+    if not within or (done, now) == (current["processed"], before):
         return
-    rows = batches["current"]["completed"] * before
-    done = rows // (now * accumulated) * accumulated
-    batches["current"] = dict.fromkeys(batches["current"], done)
+    batches["current"] = dict.fromkeys(current, done)
+    batches["total"] = dict.fromkeys(total, total["processed"])  # or Lightning would add what it counts later
     rank_zero_info(
-        f"A batch had {before} rows and has {now}: the epoch goes on after {done * now} rows, {rows - done * now} of "
-        f"{rows} are taken again"
+        f"A batch had {before} rows and has {now}: the epoch goes on after {done * now} rows, "
+        f"{max(rows - done * now, 0)} of {rows} are taken again"
     )
 
 

@@ -127,9 +127,9 @@ class RewardsInContext(PolicyModule):
         log_prob = self.policy.log_prob(prompts, batch.scores, batch.responses)  # (N, T)
         rewards = {f"reward/{name}": batch.scores[:, k] for k, name in enumerate(self.names)}
         seen = {"loss": -log_prob.detach()[batch.responses.mask], **rewards}  # over tokens, over responses
-        means, _ = over_processes(self.trainer.strategy, seen, {})
+        means, failed = over_processes(self.trainer.strategy, seen, self.failures())
         self.log("loss", means.pop("loss"), prog_bar=True, batch_size=len(batch))
-        self.log_dict(means, batch_size=len(batch))
+        self.log_dict(means | failed, batch_size=len(batch))
         return {"loss": supervised_loss(log_prob, batch.responses.mask, batch.tokens)}
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -261,10 +261,13 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             return self.evaluation(batch)
         self.ensure_normalised()
         trainer, per_epoch = self._trainer, int(self._trainer.num_training_batches)
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        index = trainer.current_epoch * per_epoch + done  # batches before this one, of a resumed run, too
-        whole = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps > 0 else float("inf")
-        ends = self.plan(int(min(whole, per_epoch * trainer.max_epochs if trainer.max_epochs > 0 else whole)))
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        steps = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps > 0 else inf
+        epochs = per_epoch * trainer.max_epochs if trainer.max_epochs > 0 else inf
+        ends = self.plan(int(min(steps, epochs)))
+        # batches before this one, of a resumed run, too, which may have had others
+        index = batches.total.ready if steps <= epochs else trainer.current_epoch * per_epoch + batches.current.ready
+        index = min(index, ends[-1] - 1)
         stage = next((s for s, end in enumerate(ends) if index < end), len(ends) - 1)
         if stage != self.stage:
             self._begin(stage, range(index, ends[stage]), per_epoch)

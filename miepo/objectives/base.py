@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import isfinite, nan
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from miepo.errors import ObjectiveError, UserError
 
+T = TypeVar("T")
 # what an objective is asked when it is loaded
 TRIAL = (["What is a garden?", "Hello"], ["A place where plants grow.", "Hi there!"])
 
@@ -204,9 +205,9 @@ def objectives_of(trainer: Trainer) -> list[Objective]:
     return objectives
 
 
-def in_thread(function: Callable[[], Tensor]) -> Future[Tensor]:
+def in_thread(function: Callable[[], T]) -> Future[T]:
     """Calls ``function`` in a thread of its own, which does not keep the process alive: it may never end."""
-    future: Future[Tensor] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:

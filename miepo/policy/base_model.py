@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from miepo.errors import UserError, first_line, needs
+from miepo.errors import NoBase, UserError, first_line, needs
 from miepo.resources import cache_folder, is_packaged, locate
 
 
@@ -39,7 +39,7 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
         )
     except (OSError, ValueError, KeyError) as error:
         reason = first_line(error)
-        raise UserError(
+        raise NoBase(
             f"expected a causal language model (hub id, folder or .gguf file), got '{base}': {reason}"
         ) from None
     if getattr(model, "_hf_peft_config_loaded", False) or any(".base_layer." in k for k in report["unexpected_keys"]):
@@ -98,12 +98,12 @@ def base_folder(base: str) -> str:
     path = locate(base)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError(f"expected a model file at '{path}': there is none")
+            raise NoBase(f"expected a model file at '{path}': there is none")
         return str(_converted(path))
     if is_packaged(base) or path.is_dir():
         return str(path)
     if path.is_absolute() or base.startswith((".", "~")):
-        raise UserError(f"expected a model folder at '{path}': there is none")
+        raise NoBase(f"expected a model folder at '{path}': there is none")
     return base
 
 

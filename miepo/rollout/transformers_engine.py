@@ -121,7 +121,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     block, rest = _invert(blocks, uniform.unsqueeze(1) * blocks[:, -1:])
     inside = mass.take_along_dim(block.unsqueeze(2), 1).squeeze(1).double().cumsum(-1)  # (N, BLOCK)
     token, _ = _invert(inside, rest)
-    return (block * BLOCK + token).squeeze(1)
+    return (block * BLOCK + token).squeeze(1).clamp(max=logits.shape[1] - 1)  # of NaN, beyond all
 
 
 def _invert(cumulative: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from miepo.errors import UserError
 from miepo.preferences import parse_preference
 from miepo.rollout.streaming import Piece
 from miepo.serving.admission import Admission, Refused
-from miepo.serving.batcher import Batcher, Busy, Ticket
+from miepo.serving.batcher import Batcher, Busy, Stopped, Ticket
 from miepo.serving.protocol import ChatRequest
 from miepo.trained import TrainedPolicy
 
@@ -35,6 +35,8 @@ def failure(error: Exception) -> Refused:
         return Refused(504, str(error), "timeout_error")
     if isinstance(error, UserError):
         return Refused(400, str(error))
+    if isinstance(error, Stopped):
+        return Refused(503, str(error), "server_error")
     return Refused(500, "the response could not be computed", "server_error")
 
 

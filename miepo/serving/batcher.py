@@ -19,6 +19,13 @@ class Busy(Exception):
     """As many requests wait as may."""
 
 
+class Stopped(Exception):
+    """The server ends."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping")
+
+
 class Ticket:
     """One request: its pieces go to ``deliver``, which must return at once, from the batcher's thread."""
 
@@ -49,6 +56,7 @@ class Batcher:
         self.most, self.limit = most, waiting
         self._responder = Responder(policy, most)
         self._tickets: deque[Ticket] = deque()
+        self._coming: list[Ticket] = []  # whose prompts are being computed
         self._answered: dict[int, Ticket] = {}  # by row
         self._changed = threading.Condition()
         self._closed = False
@@ -60,24 +68,34 @@ class Batcher:
         return len(self._tickets)
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Takes all of them or none.
+        """Takes all of them or none; after :meth:`stop` they end at once.
 
         Raises:
             Busy: too many wait already.
         """
         with self._changed:
+            if self._closed:
+                for ticket in tickets:
+                    self._end(ticket, Stopped())
+                return
             self._tickets = deque(ticket for ticket in self._tickets if not ticket.cancelled)
             if len(self._tickets) + len(tickets) > self.limit:
                 raise Busy
             self._tickets.extend(tickets)
             self._changed.notify()
 
-    def close(self) -> None:
-        """Ends the thread after the token that it is at."""
+    def stop(self) -> None:
+        """Ends all requests at once, and the thread after the token that it is at; signal handlers may call it."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join(timeout=10)
+            for ticket in [*self._answered.values(), *self._coming, *self._tickets]:
+                self._end(ticket, Stopped())
+
+    def close(self) -> None:
+        """Stops, and waits for the thread, though not for long: nobody can stop the network at a long prompt."""
+        self.stop()
+        self._thread.join(timeout=2)
 
     def _run(self) -> None:
         while True:
@@ -85,11 +103,11 @@ class Batcher:
                 self._changed.wait_for(lambda: self._tickets or self._answered or self._closed)
                 if self._closed:
                     break
-                come = self._next()
-            self._join(come)
+                self._coming = self._next()
+            self._join(self._coming)
+            self._coming = []
             self._step()
-        for ticket in (*self._answered.values(), *self._tickets):
-            self._end(ticket, RuntimeError("the server is stopped"))
+        self.stop()  # what came to be answered meanwhile
 
     def _next(self) -> list[Ticket]:
         """Who is answered from now on."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
+import os
 import secrets
 import signal
 import socket
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -17,6 +20,8 @@ from miepo.serving.batcher import Batcher
 from miepo.trained import TrainedPolicy, load
 
 MOST_CLIENTS = 512  # connections at one time
+MOST_SECONDS = 86_400  # of one response
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -41,6 +46,8 @@ def check_options(options: Namespace) -> None:
     for name in ("most_tokens", "timeout", "waiting"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name} must be positive, got {getattr(options, name)}")
+    if options.timeout > MOST_SECONDS:
+        raise UserError(f"--timeout: expected at most {MOST_SECONDS} seconds, got {options.timeout}")
     if options.key is not None and len(options.key) < 8:
         raise UserError(f"--key: expected at least 8 characters, got {len(options.key)}")
     if options.key is not None and not options.key.isascii():
@@ -91,23 +98,39 @@ def hosts_of(host: str) -> list[str] | None:
 
 @contextmanager
 def opened(options: Namespace) -> Iterator[tuple[socket.socket, TrainedPolicy]]:
-    """The socket to listen at and the policy to show there, as the options say."""
-    with closing(listen(options.host, options.port)) as listening:
-        yield listening, load(options.ckpt_path, base=options.base, device=options.device, trust=options.trust)
+    """The socket to listen at and the policy to show there, as the options say; SIGINT and SIGTERM end it quietly."""
+    # what a shell starts in its background was told to ignore SIGINT
+    before = {number: signal.signal(number, _leave) for number in SIGNALS}
+    try:
+        with closing(listen(options.host, options.port)) as listening:
+            yield listening, load(options.ckpt_path, base=options.base, device=options.device, trust=options.trust)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def serve_app(app: Any, listening: socket.socket, batcher: Batcher) -> None:
-    """Serves until SIGINT or SIGTERM comes; the exit status says which."""
+    """Serves until SIGINT or SIGTERM comes; the exit status says which, and clients who wait are told."""
     import uvicorn
 
-    # uvicorn raises it again when all is in order; what a shell starts in its background may have been told to ignore it
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            batcher.stop()
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=MOST_CLIENTS)
     try:
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=MOST_CLIENTS)
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
+        Server(config).run(sockets=[listening])  # which raises the signal again when all is in order
+    except SystemExit as ended:
+        for number in SIGNALS:  # this takes two seconds at most
+            signal.signal(number, signal.SIG_IGN)
         batcher.close()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # at once: where a thread is within the network or an objective, Python would wait for it, or abort
+        os._exit(int(ended.code or 0))
+    batcher.close()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from miepo.cli import main
+from miepo.errors import UserError
 from miepo.report import report
 from tests.helpers.browser import open_page
 from tests.integration.test_cli import config, run
@@ -52,7 +54,9 @@ def test_figures_are_those_that_the_run_logged(runs: list[Path], pages: dict[str
     assert "have others" not in html  # the answers give HV, MIP and CRD as logged
     assert html.count("[") >= 3 * 3
     assert len(html) < 3_000_000
-    assert "learning_rate" in pages["both"].read_text()
+    for name, differ in (("one", False), ("both", True)):
+        rows = pages[name].read_text().partition("<h3>Settings that differ</h3>")[2].partition("</table>")[0]
+        assert all(said in rows for said in ("learning_rate", "0.01", "0.02")) is differ
 
 
 @pytest.mark.parametrize("which", ["one", "both"])
@@ -87,6 +91,20 @@ def test_the_frame_of_a_notebook(runs: list[Path], tmp_path: Path) -> None:
         assert page.locator("iframe").bounding_box()["height"] >= 800
         assert page.title() == "notebook"
         assert not [r for r in page.requests if not r.startswith(("data:", "file:", "about:"))]
+
+
+def test_what_is_no_file_stays_as_it_is(runs: list[Path], tmp_path: Path) -> None:
+    """A link is followed; a device, or a pipe, is refused."""
+    made = report(runs[:1], 1)
+    (tmp_path / "page.html").touch()
+    (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
+    made.save(tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "page.html").read_text() == made.html
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"expected a file for the report, got '.*pipe', which is a device or the like"):
+        made.save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
+from math import cos, pi
 from pathlib import Path
 
 import pytest
+import torch
 
 from miepo import OnlinePreferenceDataModule
 from miepo.types import PreferenceBatch, PromptBatch
@@ -145,6 +147,67 @@ def test_an_epoch_goes_on_at_the_prompt_it_reached_with_batches_of_another_size(
     assert places == [(0, p) for p in [*range(reached), *range(reached - again, 10)]] + [(1, p) for p in range(10)]
 
 
+@pytest.mark.parametrize(("before", "after", "step"), [(1, 5, 17), (5, 1, 5), (1, 2, 10)])
+def test_the_learning_rate_goes_on_where_the_run_is(
+    tiny_model: Path, tmp_path: Path, before: int, after: int, step: int
+) -> None:
+    """By the share of the run that is done, with batches of another size; it falls up to the end, and to nearly 0."""
+    values = values_of(tiny_model, tmp_path, "an evaluation after every epoch")
+    values["data"]["batch_size"] = before
+    values["trainer"] |= {"limit_val_batches": 0, "num_sanity_val_steps": 0}
+    values["model"]["warmup"] = 0.0
+    stopped("on_train_batch_end", step, SIGTERM, values, tmp_path)
+    values["data"]["batch_size"] = after
+    run("fit", values, tmp_path, "--ckpt_path", "last")
+    (version,) = (tmp_path / "run").iterdir()
+    rates = [float(row["learning_rate"]) for row in logged(version) if "loss" in row]
+    whole = 30 // after  # steps of a run that had such batches from its beginning
+    left = [0.005 * (1 + cos(pi * (whole - n) / whole)) for n in range(len(rates) - step, 0, -1)]
+    assert rates[step:] == pytest.approx(left)
+    assert rates[step] >= rates[-1]
+
+
+def test_an_epoch_ends_with_its_evaluation_where_its_limit_is_behind(
+    tiny_model: Path, tmp_path: Path, places: list[tuple[int, int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its last batch is taken again then."""
+    values = values_of(tiny_model, tmp_path, "a part of every epoch")
+    values["data"]["batch_size"] = 3
+    stopped("on_train_batch_end", 2, SIGTERM, values, tmp_path)
+    values["data"]["batch_size"] = 1
+    with caplog.at_level("INFO"):
+        run("fit", values, tmp_path, "--ckpt_path", "last")
+    assert "A batch had 3 rows and has 1: the epoch goes on after 2 rows, 4 of 6 are taken again" in caplog.text
+    assert places == [(0, p) for p in (*range(6), 2)] + [(epoch, p) for epoch in (1, 2) for p in range(3)]
+    (version,) = (tmp_path / "run").iterdir()
+    assert [int(row["step"]) for row in logged(version) if "front/hv" in row][1:] == [2, 5, 8]
+
+
+@pytest.mark.parametrize(("before", "after", "begins"), [(2, 4, 4), (4, 2, 4), (2, 2, 6)])
+@pytest.mark.parametrize("old", [False, True])
+def test_other_checkpoints_within_an_epoch_know_their_place(
+    tiny_model: Path, tmp_path: Path, places: list[tuple[int, int]], before: int, after: int, begins: int, old: bool
+) -> None:
+    """Lightning's own, written before a batch is counted as completed; and ours of before they kept the batch's size."""
+    values = values_of(tiny_model, tmp_path, "an evaluation after every epoch")
+    kept_after = 1 if before == 4 else 3
+    options = {"dirpath": str(tmp_path / "own"), "filename": "{step}", "every_n_train_steps": 1}
+    options["save_top_k"] = -1
+    own = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": options}
+    values["trainer"] |= {"max_epochs": 1, "callbacks": [*values["trainer"]["callbacks"], own]}
+    values["data"]["batch_size"] = before
+    run("fit", values, tmp_path)
+    path = tmp_path / "own" / f"step={kept_after}.ckpt"
+    if old:
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["callbacks"]["RunCheckpoint"]["rows_per_batch"]
+        torch.save(checkpoint, path)
+    places.clear()
+    values["data"]["batch_size"] = after
+    run("fit", values, tmp_path, "--ckpt_path", str(path))
+    assert places == [(0, p) for p in range(begins, 10)]
+
+
 @pytest.mark.parametrize("number", [SIGTERM, SIGUSR1])
 def test_a_signal_before_the_first_step(tiny_model: Path, tmp_path: Path, number: int) -> None:
     """There is nothing to keep; but the run has not ended, and its exit status says so."""
@@ -188,12 +251,15 @@ def values_of_method(method: str, model: Path, base: Path, root: Path) -> dict:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": 12}])
 @pytest.mark.parametrize(("after", "steps"), [(1, 8 + 14), (4, 8 + 2 + 3)])
 def test_other_methods_go_on_with_batches_of_another_size(
-    tiny_model: Path, tiny_base_model: Path, tmp_path: Path, method: str, after: int, steps: int
+    tiny_model: Path, tiny_base_model: Path, tmp_path: Path, method: str, limits: dict, after: int, steps: int
 ) -> None:
-    """After six rows of ten in the second of three epochs."""
+    """After six rows of ten in the second of three epochs, or eight steps of twelve."""
     values = values_of_method(method, tiny_model, tiny_base_model, tmp_path)
+    values["trainer"] |= limits
+    steps = limits.get("max_steps", steps)
     stopped("on_train_batch_end", 8, SIGTERM, values, tmp_path)
     values["data"]["init_args"]["batch_size"] = after
     run("fit", values, tmp_path, "--ckpt_path", "last")

@@ -389,6 +389,7 @@ def test_the_command_refuses_what_cannot_be(tmp_path: Path, capsys: pytest.Captu
         (["--port", "99999"], "--port: expected a number from 0 to 65535"),
         (["--key", "short"], "--key: expected at least 8 characters, got 5"),
         (["--timeout", "0"], "--timeout must be positive"),
+        (["--timeout", "1e12"], "--timeout: expected at most 86400 seconds"),
         (["--batch_size", "0"], "--batch_size must be positive"),
         (["--host", "no such host"], "cannot listen at no such host"),
     ):
@@ -428,6 +429,55 @@ def test_the_command(tiny_model: Path, tmp_path: Path, number: signal.Signals) -
         process.send_signal(number)
         assert process.wait(timeout=20) == 128 + number
         assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+SLOW = """
+import sys, time
+from miepo.cli import main
+from miepo.rollout.streaming import Responder
+step = Responder.step
+def slow(self, gone):
+    time.sleep({seconds})
+    return step(self, gone)
+Responder.step = slow
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.2, 60.0])
+def test_who_waits_when_it_ends_is_told(tiny_model: Path, tmp_path: Path, seconds: float) -> None:
+    """Within seconds, even if the network is where nobody can stop it."""
+    saved, _ = saved_policy(tiny_model, [GatedConditioning()])
+    folder = export(saved, tmp_path / "exported")
+    command = [sys.executable, "-c", SLOW.format(seconds=seconds), "serve", "--ckpt_path", str(folder), "--port", "0"]
+    with (
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        ) as process,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said = iter(process.stdout.readline, "")
+        found = re.search(r"http://[\d.:]+", next(line for line in said if line.startswith("Serving")))
+        assert found is not None
+        with asking(found[0]) as client:
+            long: dict[str, Any] = {"max_tokens": 200, "temperature": 0}
+            streamed = pool.submit(lambda: list(ask(client, {"brevity": 1.0}, stream=True, **long)))
+            whole = pool.submit(lambda: ask(client, {"brevity": 1.0}, **long))
+            time.sleep(2)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=15) == 128 + signal.SIGTERM
+            with pytest.raises(openai.APIError, match="the server is stopping"):
+                streamed.result(5)
+            with pytest.raises(openai.InternalServerError, match="the server is stopping") as caught:
+                whole.result(5)
+            assert caught.value.status_code == 503
         assert "Traceback" not in process.stderr.read()
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import miepo
 from miepo.cli import main
 from miepo.errors import UserError
+from miepo.exploration import InfoNCE
 from miepo.objectives import Brevity
 from miepo.policy import GatedConditioning
 from miepo.rollout import TransformersEngine
@@ -101,6 +102,27 @@ def test_an_exported_folder_is_the_same_policy(
 ) -> None:
     main(["export", "--ckpt_path", str(trained_run), "--out", str(tmp_path / "out")])
     assert "Exported" in capsys.readouterr().out
+    cards = [(tmp_path / "out/README.md").read_text()]
+    one = ["--preference", '{"brevity": 1.0}', "--out", str(tmp_path / "one"), "--trust"]
+    main(["export", "--ckpt_path", str(tmp_path / "out"), *one])
+    cards.append((tmp_path / "one/README.md").read_text())
+    for card in cards:
+        assert "by MI-EPO (arXiv 2607.01392), exploration term InfoNCE on the base" in card
+        stated = json.loads(card.partition("```json\n")[2].partition("\n```")[0])
+        assert stated["model"]["exploration"] == {
+            "class_path": "miepo.exploration.InfoNCE",
+            "init_args": {"beta_w": 0.01},
+        }
+        assert (stated["method"], stated["steps"], stated["data"]["prompts"]) == ("miepo.MIEPO", 2, "6 prompts")
+        assert [o["class_path"] for o in stated["objectives"]][1] == "miepo.objectives.Brevity"
+        assert (stated["data"]["feedback"], stated["data"]["max_new_tokens"]) == ("per_objective", 5)
+    assert InfoNCE().beta_w == 0.01  # what a run without a setting has
+    with pytest.raises(
+        UserError, match="is a model for Transformers and PEFT: of those miepo reads exports of the whole"
+    ):
+        miepo.load(tmp_path / "one")
+    with pytest.raises(UserError, match=r"got '.*run', which holds runs such as '.*version_0'"):
+        miepo.load(trained_run.parent)
     again = miepo.load(tmp_path / "out", trust=True)
     assert again.generate(PROMPTS, {"brevity": 1.0}) == policy.generate(PROMPTS, {"brevity": 1.0})
     assert again.score("the rain", "e e e") == policy.score("the rain", "e e e")
@@ -126,12 +148,24 @@ def test_mistakes_are_one_sentence(
         ({"prompts": [{"role": "user"}]}, "expected prompts as text"),
         ({"temperature": -1.0}, "temperature must lie between 0 and 100"),
         ({"top_p": 0.0}, "top_p must be above 0"),
-        ({"stop": [""]}, "must not be empty"),
+        ({"stop": [""]}, "must be text, and not empty"),
+        ({"stop": [5]}, "what ends the response must be text"),
+        ({"stop": None}, "what ends the response must be text"),
         ({"seed": -1}, "seed must not be negative"),
+        ({"seed": 1.5}, r"seed must not be negative, a whole number, got 1\.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be at least 1, a whole number, got True"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be at least 1, a whole number, got '5'"),
+        ({"temperature": "hot"}, "temperature must lie between 0 and 100, got 'hot'"),
+        ({"top_p": None}, "top_p must be above 0 and at most 1, got None"),
+        ({"prompts": None}, "expected prompts as text"),
     ):
         arguments: dict[str, Any] = {"prompts": PROMPTS, "preference": {"brevity": 1.0}} | settings
         with pytest.raises(UserError, match=said):
             policy.generate(**arguments)
+    with pytest.raises(UserError, match="expected a prompt as text, or messages with role and content"):
+        policy.stream(["food"], {"brevity": 1.0})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"seed must not be negative, a whole number, got 1\.5"):
+        policy.stream("food", {"brevity": 1.0}, seed=1.5)
     with pytest.raises(UserError, match="one response for each of 2 prompts, got 1"):
         policy.score(PROMPTS, ["x"])
     with pytest.raises(UserError, match="expected a run's folder, a checkpoint or a folder of miepo export"):

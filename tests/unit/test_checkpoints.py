@@ -94,19 +94,34 @@ def test_what_two_configurations_differ_in() -> None:
     assert config_changes(before, now) == {"a.b": (1, 2), "e": ({"f": 1}, 3), "g": (None, {"h": 1})}
 
 
+def _loops(**counts: Any) -> dict[str, Any]:
+    """With ``counts`` of the current batch."""
+    none = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+    return {
+        "fit_loop": {
+            "epoch_progress": {"total": none, "current": none},
+            "epoch_loop.batch_progress": {"total": none, "current": none | counts, "is_last_batch": False},
+        }
+    }
+
+
 def _whole() -> dict[str, Any]:
     entries = {"schema": 2, "objectives": ["a"], "base": "x", "policy": {}, "config": {}, "fingerprint": None}
     return {
         "state_dict": {"w": torch.zeros(2)},
         "pytorch-lightning_version": "2.6.0",
         "callbacks": {},
-        "loops": {},
+        "loops": _loops(),
         "optimizer_states": [],
         "lr_schedulers": [],
         "miepo": entries,
     }
 
 
+BROKEN_LOOPS = [
+    (_loops(processed="3"), "got one with loops.fit_loop.epoch_loop.batch_progress.current.processed of type str"),
+    (_loops(ready=-1), "got one with loops.fit_loop.epoch_loop.batch_progress: .*-1"),
+]
 BROKEN: list[tuple[Any, str]] = [
     ([1, 2], "got a list"),
     (torch.zeros(2), "got a Tensor"),
@@ -123,6 +138,9 @@ BROKEN: list[tuple[Any, str]] = [
             ("config", [1], "got one with miepo.config of type list"),
         ]
     ),
+    ({"callbacks": {"Objective[a]": [1]}}, r"got one with callbacks.Objective\[a\] of type list"),
+    ({"loops": {}}, "got one without loops.fit_loop"),
+    *(({"loops": loops}, said) for loops, said in BROKEN_LOOPS),
 ]
 
 

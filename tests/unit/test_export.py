@@ -16,7 +16,7 @@ from torch import Tensor
 
 from miepo.cli import main
 from miepo.errors import UserError
-from miepo.export import export
+from miepo.export import export, method_of
 from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning
 from miepo.trained import CARD, Saved, _read_export, build_policy
 from tests.helpers.trained import saved_policy
@@ -144,6 +144,58 @@ def test_a_base_by_a_relative_path_is_found_from_anywhere(
     monkeypatch.chdir(tmp_path)
     again = export(saved, tmp_path / "again", {"brevity": 1.0}, base=str(tiny_model))
     assert (again / "adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_base_that_has_moved_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    saved, _ = saved_policy(tiny_model, WAYS["gated"])
+    saved.policy["init_args"]["base"] = gone = str(tmp_path / "gone")  # type: ignore[index]
+    with pytest.raises(
+        UserError, match=r"gone': there is none; if the base model has moved, base= \(--base\) says where"
+    ):
+        export(saved, tmp_path / "out", {"brevity": 1.0})
+    with pytest.raises(UserError, match=r"there is none$"):
+        export(saved, tmp_path / "out", {"brevity": 1.0}, base=gone)
+    export(saved, tmp_path / "out", {"brevity": 1.0}, base=str(tiny_model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "miepo.methods.RewardsInContext", "model": {}}, "Rewards-in-Context (arXiv 2402.10207)"),
+        (
+            {
+                "method": "miepo.MIEPO",
+                "model": {"exploration": {"class_path": "a.InfoNCE", "init_args": {"beta_w": 0.0}}},
+            },
+            "MO-ODPO (online DPO under drawn preferences, no exploration term)",
+        ),
+        (
+            {
+                "method": "miepo.MIEPO",
+                "model": {"exploration": {"class_path": "a.Matching", "init_args": {"weight": 2.0}}},
+            },
+            "MI-EPO (arXiv 2607.01392), exploration term Matching",
+        ),
+        ({}, "a method that its settings below name"),
+    ],
+)
+def test_the_card_names_the_method(settings: dict, said: str) -> None:
+    assert method_of(settings) == said
+
+
+def test_an_empty_folder_is_filled_and_stays_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    """A shell may be in it, or a volume be mounted there."""
+    saved, _ = saved_policy(tiny_model, WAYS["gated"])
+    folder = tmp_path / "out"
+    folder.mkdir()
+    before = folder.stat().st_ino
+    export(saved, folder, {"brevity": 1.0})
+    assert folder.stat().st_ino == before
+    assert {path.name[0] for path in folder.iterdir()} & {"."} == set()
+    assert (folder / "adapter_model.safetensors").is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"expected a folder to export to that can be written, got .*file"):
+        export(saved, tmp_path / "file" / "out", {"brevity": 1.0})
 
 
 def test_what_rounding_takes_is_said(tiny_model: Path, tmp_path: Path) -> None:

@@ -203,6 +203,24 @@ def test_the_ends_of_the_unit_interval_are_tokens_that_can_come() -> None:
     assert draw_tokens(logits, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)).tolist() == [10, 270]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_give_tokens_all_the_same(value: float) -> None:
+    """Of the vocabulary, so that the engine can say what is wrong."""
+    for size in (600, 512):
+        logits = torch.zeros(2, size)
+        logits[1] = value
+        assert draw_tokens(logits, torch.tensor([0.5, 0.5], dtype=torch.float64)).max() < size
+
+
+def test_weights_that_are_no_numbers_are_told(tiny_model: Path) -> None:
+    policy = tiny_policy(tiny_model)
+    assert policy.model.config.vocab_size % 256  # there is a last block that is not full
+    for parameter in policy.adapter_parameters().values():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="the policy's logits are not numbers: expected a finite learning rate"):
+        TransformersEngine().sample(policy, PROMPTS, W, 2, 4, 0)
+
+
 def test_a_recording_needs_the_fused_decoder() -> None:
     with pytest.raises(UserError, match=r"expected engine.fused true, got false"):
         TransformersEngine(fused=False, cuda_graph=True)

@@ -16,6 +16,7 @@ import torch
 from miepo.errors import ObjectiveError, UserError
 from miepo.objectives import Objective, Patient
 from miepo.objectives.base import identity_of
+from tests.helpers.fit import tiny_run
 from tests.helpers.tiny import Broken, Length, Letters
 from tests.unit.test_module import rollout, step
 
@@ -134,6 +135,18 @@ def test_a_run_goes_on_without_it_and_counts(tiny_model: Path, tmp_path: Path) -
     loss, gradients = step(module, batch)
     assert loss.isfinite()
     assert any(g.abs().sum() > 0 for g in gradients.values())
+
+
+def test_an_evaluation_counts_what_was_left_out_of_it(tiny_model: Path, tmp_path: Path) -> None:
+    inner = Moody([lambda: None, fails, lambda: None, fails])  # loaded; down in the first and the third batch
+    objectives = [Patient(inner, retries=0, on_failure="skip"), Letters("e", normalisation={"mean": 0.0, "sd": 1.0})]
+    trainer, module, data = tiny_run(
+        tiny_model, tmp_path, objectives=objectives, data={"grid": 3, "evaluation_batch_size": 2},
+        trainer={"limit_val_batches": 1.0},
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="moody is left out of a batch"):
+        (found,) = trainer.validate(module, data, verbose=False)
+    assert found["count/failed/moody"] == 2
 
 
 def test_infinite_scores_are_none(tiny_model: Path, tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from lightning.pytorch import Trainer
 from miepo.errors import UserError
 from miepo.methods import RewardsInContext, RewardsInContextDataModule, TargetConditioning
 from miepo.methods.ric import good_at_something, preference_to_target, score_range
+from miepo.objectives import Patient
 from miepo.policy import GatedConditioning, Policy
 from miepo.types import SupervisedBatch
 from tests.helpers.fit import PROMPTS, tiny_run
 from tests.helpers.tiny import Length, Letters
+from tests.unit.test_patient import Moody, fails
 
 
 def ric_run(
@@ -183,6 +185,25 @@ def test_the_target_reaches_the_policy_at_evaluation(tiny_model: Path) -> None:
     assert f"<a_score> {high:.1f}" in policy.template.text("x", policy.preference_text([1.0, 0.0]))
     with policy.silent():
         assert policy.preference_text([1.0, 0.0]) == ""
+
+
+def test_what_an_objective_gave_up_while_a_pool_was_made_is_counted(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, module, data = ric_run(tiny_model, tmp_path)
+    moody = Moody([lambda: None] * 2 + [fails] * 3)  # loaded, normalised by what it has; then down for three batches
+    trainer.callbacks.append(Patient(moody, retries=0, on_failure="skip"))
+    counted = []
+    step = module.training_step
+
+    def training_step(batch: SupervisedBatch, batch_idx: int) -> Any:
+        made = step(batch, batch_idx)
+        counted.append(float(trainer.callback_metrics["count/failed/moody"]))
+        return made
+
+    module.training_step = training_step
+    with pytest.warns(UserWarning, match="moody is left out of a batch"):
+        trainer.fit(module, data)
+    assert counted[0] == 3
+    assert sum(counted) == 3
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import gradio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from miepo.errors import UserError
 from miepo.policy import GatedConditioning
 from miepo.serving.batcher import Batcher
-from miepo.steer import SteerPage, answers, on_simplex
+from miepo.steer import SteerPage, _others, answers, on_simplex
 from tests.helpers.trained import trained_policy
 
 WEIGHTS = st.lists(st.floats(0, 1), min_size=1, max_size=5)
@@ -68,3 +69,15 @@ def test_scores_are_not_waited_for_for_ever(tiny_model: Path, monkeypatch: pytes
         assert (rows, note) == ([], " (not scored within 0.2 s)")
     assert time.monotonic() - begin < 0.9
     page.batcher.close()
+
+
+def test_a_box_that_was_emptied_and_a_server_that_stops_are_told(tiny_model: Path) -> None:
+    trained = trained_policy(tiny_model, [GatedConditioning()])
+    page = SteerPage(trained, Batcher(trained.policy))
+    with pytest.raises(gradio.Error, match="expected a weight for every objective, got none"):
+        next(page.answer("the garden", 4, 1.0, 0, 0.5, None, 0.5, 0.5))
+    assert _others(0, 0.5, None) == 0.5
+    page._redraw(0.5, None, 0.5, 0.5)
+    page.batcher.close()
+    with pytest.raises(UserError, match="the server is stopping"):
+        list(answers(page.batcher, [trained.question("the garden", {"brevity": 1.0}, 8)], 60))
