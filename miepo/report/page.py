@@ -41,9 +41,11 @@ class Report:
             raise UserError(f"expected a folder to write the report into, got '{target.parent}', which is none")
         if is_folder(target):
             raise UserError(f"expected a file for the report, got '{target}', which is a folder")
-        if target.is_symlink():
-            target = target.resolve()
-        if target.exists() and not target.is_file():
+        special = False
+        with suppress(OSError, ValueError):  # of a name that no file can have, writing tells
+            target = target.resolve() if target.is_symlink() else target
+            special = target.exists() and not target.is_file()
+        if special:
             raise UserError(f"expected a file for the report, got '{target}', which is a device or the like")
         partial = target.with_name(f".{target.name}.partial")
         try:

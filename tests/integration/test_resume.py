@@ -177,7 +177,7 @@ def test_an_epoch_ends_with_its_evaluation_where_its_limit_is_behind(
     values["data"]["batch_size"] = 1
     with caplog.at_level("INFO"):
         run("fit", values, tmp_path, "--ckpt_path", "last")
-    assert "A batch had 3 rows and has 1: the epoch goes on after 2 rows, 4 of 6 are taken again" in caplog.text
+    assert "Batches or steps have another size: the epoch goes on after 2 rows, 4 of 6 are taken again" in caplog.text
     assert places == [(0, p) for p in (*range(6), 2)] + [(epoch, p) for epoch in (1, 2) for p in range(3)]
     (version,) = (tmp_path / "run").iterdir()
     assert [int(row["step"]) for row in logged(version) if "front/hv" in row][1:] == [2, 5, 8]
