@@ -248,8 +248,8 @@ def _regroup(checkpoint: Mapping[str, Any], before: int, now: int, accumulated: 
     batches["current"] = dict.fromkeys(current, done)
     batches["total"] = dict.fromkeys(total, total["processed"])  # or Lightning would add what it counts later
     rank_zero_info(
-        f"Batches or steps have another size: the epoch goes on after {done * now} rows, {max(rows - done * now, 0)} of "
-        f"{rows} are taken again"
+        f"Batches or steps have another size: the epoch goes on after {done * now} rows, "
+        f"{max(rows - done * now, 0)} of {rows} are taken again"
     )
 
 
