@@ -119,9 +119,9 @@ def _settings(config: Mapping[str, Any], steps: Any) -> dict[str, Any]:
         for key, value in (data.get("init_args") or {}).items()
         if not key.startswith("predict")
     }
-    found = {"method": model.get("class_path"), "steps": steps, "model": kept, "data": rollouts}
-    found = {key: _stated(value) if isinstance(value, dict) else value for key, value in found.items()}
-    return {key: value for key, value in (found | {"objectives": config.get("objectives")}).items() if value}
+    found = {"method": model.get("class_path"), "steps": steps, "seed": config.get("seed_everything")}
+    found |= {"model": _stated(kept), "data": _stated(rollouts), "objectives": config.get("objectives")}
+    return {key: value for key, value in found.items() if value not in (None, {}, [])}
 
 
 def _stated(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def test_an_exported_folder_is_the_same_policy(
             "class_path": "miepo.exploration.InfoNCE",
             "init_args": {"beta_w": 0.01},
         }
-        assert (stated["method"], stated["steps"], stated["data"]["prompts"]) == ("miepo.MIEPO", 2, "6 prompts")
+        assert (stated["method"], stated["steps"], stated["seed"]) == ("miepo.MIEPO", 2, 0)
+        assert stated["data"]["prompts"] == "6 prompts"
         assert [o["class_path"] for o in stated["objectives"]][1] == "miepo.objectives.Brevity"
         assert (stated["data"]["feedback"], stated["data"]["max_new_tokens"]) == ("per_objective", 5)
     assert InfoNCE().beta_w == 0.01  # what a run without a setting has
