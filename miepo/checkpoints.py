@@ -69,7 +69,7 @@ def read_checkpoint(path: Path, device: str = "cpu", resume: bool = False) -> di
     except Exception as error:  # torch raises many kinds, all of them about this file
         raise UserError(f"expected a checkpoint at '{path}', got a file that is none: {first_line(error)}") from None
     if not isinstance(checkpoint, dict):
-        raise UserError(f"expected a checkpoint of miepo at '{path}', got a {type(checkpoint).__name__}")
+        raise _another(path, f"a {type(checkpoint).__name__}")
     _check_kinds(path, checkpoint, WHOLE | (TRAINING if resume else {}))
     if resume:
         _check_kinds(path, checkpoint["callbacks"], dict.fromkeys(checkpoint["callbacks"], dict), "callbacks.")
@@ -77,17 +77,21 @@ def read_checkpoint(path: Path, device: str = "cpu", resume: bool = False) -> di
     saved = checkpoint["miepo"]
     _check_kinds(path, saved, OURS | {key: kind for key, kind in IF_THERE.items() if key in saved}, "miepo.")
     if not all(isinstance(name, str) for name in saved["objectives"]):
-        raise UserError(f"expected a checkpoint of miepo at '{path}', got one with objectives {saved['objectives']}")
+        raise _another(path, f"one with objectives {saved['objectives']}")
     if not all(isinstance(weight, Tensor) for weight in checkpoint["state_dict"].values()):
-        raise UserError(f"expected a checkpoint of miepo at '{path}', got one whose weights are no tensors")
+        raise _another(path, "one whose weights are no tensors")
     return checkpoint
+
+
+def _another(path: Path, got: str) -> UserError:
+    return UserError(f"expected a checkpoint of miepo at '{path}', got {got}")
 
 
 def _check_kinds(path: Path, found: Mapping[str, Any], kinds: Mapping[str, Any], where: str = "") -> None:
     for key, kind in kinds.items():
         if not isinstance(found.get(key), kind):
             got = f"with {where}{key} of type {type(found[key]).__name__}" if key in found else f"without {where}{key}"
-            raise UserError(f"expected a checkpoint of miepo at '{path}', got one {got}")
+            raise _another(path, f"one {got}")
 
 
 def _check_progress(path: Path, loops: Mapping[str, Any]) -> None:
@@ -101,7 +105,7 @@ def _check_progress(path: Path, loops: Mapping[str, Any]) -> None:
             counts = loops["fit_loop"][name][part]
             _check_kinds(path, counts, dict.fromkeys(PROGRESS, int), f"{where}{name}.{part}.")
             if min(counts.values()) < 0:
-                raise UserError(f"expected a checkpoint of miepo at '{path}', got one with {where}{name}: {counts}")
+                raise _another(path, f"one with {where}{name}: {counts}")
 
 
 def check_adapter(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:

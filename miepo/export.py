@@ -24,7 +24,7 @@ from miepo.callbacks.evaluation_table import table_rows
 from miepo.errors import UserError, first_line
 from miepo.policy import Policy, PromptConditioning
 from miepo.policy.base_model import base_folder
-from miepo.policy.policy import ADAPTER
+from miepo.policy.policy import ADAPTER, rounding_note
 from miepo.preferences import format_preference, parse_preference
 from miepo.trained import CARD, Saved, build_policy
 
@@ -144,12 +144,14 @@ def export(
     if not saved.names:
         raise UserError(f"'{saved.source}' has no objectives: it is of a stage without preferences")
     folder = folder.absolute()
+    is_there = folder.is_dir()
+    place = folder if is_there else folder.parent
     try:
-        (folder if folder.is_dir() else folder.parent).mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".miepo-", dir=folder if folder.is_dir() else folder.parent) as beside:
+        place.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".miepo-", dir=place) as beside:
             partial = Path(beside) / "export"
             _write(saved, vector, merged, build_policy(saved, {"base": base}, trust).eval(), partial)
-            if folder.is_dir():  # a shell may be in it, or a volume be mounted there
+            if is_there:  # a shell may be in it, or a volume be mounted there
                 for path in partial.iterdir():
                     path.replace(folder / path.name)
             else:
@@ -175,11 +177,8 @@ def _write(saved: Saved, vector: Tensor | None, merged: bool, policy: Policy, fo
     kept = 1.0  # of what was trained
     if merged:
         kept = policy.save_merged(folder)
-        if abs(kept - 1) > 0.1:
-            rank_zero_warn(
-                f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights: the "
-                "merged model is not quite the policy, the adapter (without --merged) is"
-            )
+        if note := rounding_note(kept):
+            rank_zero_warn(f"{note}: the merged model is not quite the policy, the adapter (without --merged) is")
     else:
         folder.mkdir()
         config: Any = policy.model.peft_config[ADAPTER]
@@ -250,7 +249,7 @@ def model_card(saved: Saved, preference: Tensor | None, merged: bool, kept: floa
         "## Use",
         _usage(saved, preference, merged),
     ]
-    if abs(kept - 1) > 0.1:
+    if rounding_note(kept):
         parts.append(f"Rounding to the type of the weights has left {100 * kept:.0f} % of what was trained.")
     if columns := list(saved.evaluations.values()):
         head = ["metric", *(f"step {column['step']}" for column in columns)]

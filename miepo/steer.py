@@ -101,7 +101,7 @@ class SteerPage:
     ) -> None:
         self.trained, self.batcher = trained, batcher
         self.most_tokens, self.timeout = most_tokens, timeout
-        self._scoring = Lock()  # one answer at a time, as objectives can stand
+        self._scoring = Lock()  # beside the policy's own, which waits for ever: behind an objective that hangs none do
 
     def answer(self, prompt: str, tokens: float, temperature: float, seed: float, *weights: Any) -> Iterator[Any]:
         """Two answers as they are written, then their scores and the front: values of the page's outputs."""

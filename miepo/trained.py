@@ -20,6 +20,7 @@ from torch import Tensor
 from miepo.checkpoints import check_adapter, check_base, read_checkpoint
 from miepo.dialogue import REPLY, dialogue_of, split_turns
 from miepo.errors import NoBase, UserError, first_line
+from miepo.exploration import InfoNCE
 from miepo.front import Front
 from miepo.objectives import Objective
 from miepo.objectives.base import normalise_rewards, score_responses
@@ -27,10 +28,10 @@ from miepo.objectives.python_objective import PythonObjective
 from miepo.policy import Conditioning, Policy
 from miepo.policy.policy import ADAPTER
 from miepo.preferences import parse_preference
-from miepo.rollout.engine import prompt_seeds
+from miepo.rollout.engine import check_seed, prompt_seeds
 from miepo.rollout.streaming import Question, check_length, stream
 
-PAPERS_TERM = {"class_path": "miepo.exploration.InfoNCE", "init_args": {"beta_w": 0.01}}  # MIEPO's default
+PAPERS_TERM = {"class_path": "miepo.exploration.InfoNCE", "init_args": {"beta_w": InfoNCE().beta_w}}  # MIEPO's default
 CARD = "miepo.json"  # in an exported folder: what the adapter means
 PREFIX = "policy."  # of the policy's weights in a checkpoint
 MOST_AT_ONCE = 16  # responses
@@ -158,11 +159,6 @@ def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _check_seed(seed: Any) -> None:
-    if not _is_number(seed, Integral) or seed < 0:
-        raise UserError(f"seed must not be negative, a whole number, got {seed!r}")
-
-
 def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
@@ -252,7 +248,7 @@ class TrainedPolicy:
         ends = (stop,) if isinstance(stop, str) or not isinstance(stop, Sequence) else tuple(stop)
         if not all(isinstance(end, str) and end for end in ends):
             raise UserError(f"what ends the response must be text, and not empty, got {stop!r}")
-        _check_seed(seed)
+        check_seed(seed)
         if max_new_tokens is not None and (not _is_number(max_new_tokens, Integral) or max_new_tokens < 1):
             raise UserError(f"max_new_tokens must be at least 1, a whole number, got {max_new_tokens!r}")
         if not _is_number(temperature, Real) or not 0 <= temperature <= 100:
@@ -300,7 +296,6 @@ class TrainedPolicy:
             raise UserError(
                 f"expected one preference for all or one for each of {len(every)} prompts, got {len(under)}"
             )
-        _check_seed(seed)
         questions = [
             self.question(prompt, weights, seed=own, **settings)
             for prompt, weights, own in zip(every, under, prompt_seeds(seed, len(every)), strict=True)
@@ -313,7 +308,6 @@ class TrainedPolicy:
 
     def stream(self, prompt: str, preference: Mapping[str, float], **settings: Any) -> Iterator[str]:
         """The response to one prompt piece by piece; arguments as for :meth:`generate`."""
-        _check_seed(settings.get("seed", 0))
         settings["seed"] = prompt_seeds(settings.get("seed", 0), 1)[0]
         return (piece.text for piece in stream(self.policy, [self.question(prompt, preference, **settings)]))
 

@@ -69,8 +69,7 @@ class RunCheckpoint(Checkpoint):
         self._evaluation_due, self._resumed = bool(state_dict.get("evaluation_due")), True
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        before = ((checkpoint.get("miepo") or {}).get("config") or {}).get("trainer")
-        self._limits_changed = before != pl_module.config.get("trainer")
+        self._limits_changed = _config_in(checkpoint).get("trainer") != pl_module.config.get("trainer")
         if trainer.state.fn == "fit":
             before, now = _rows_before(checkpoint, trainer), _rows_per_batch(trainer)
             pl_module.look_at_data()
@@ -225,8 +224,7 @@ def _rows_per_batch(trainer: Any) -> int | None:
 def _rows_before(checkpoint: Mapping[str, Any], trainer: Any) -> int | None:
     """The same, of the run that wrote a checkpoint; an older one tells its batch, and not of how many processes."""
     kept = _state_in(checkpoint).get("rows_per_batch")
-    data = ((checkpoint.get("miepo") or {}).get("config") or {}).get("data") or {}
-    size = (data.get("init_args") or {}).get("batch_size")
+    size = ((_config_in(checkpoint).get("data") or {}).get("init_args") or {}).get("batch_size")
     of_processes = size * trainer.world_size if isinstance(size, int) else None
     return kept if isinstance(kept, int) and kept > 0 else of_processes
 
@@ -264,6 +262,10 @@ def begin_step(trainer: Any) -> None:
 def loggers_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Class and version of the loggers of the run that wrote a checkpoint."""
     return _state_in(checkpoint).get("loggers", [])
+
+
+def _config_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    return (checkpoint.get("miepo") or {}).get("config") or {}
 
 
 def _state_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

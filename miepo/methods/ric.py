@@ -268,7 +268,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         # batches before this one, of a resumed run, too, which may have had others
         index = batches.total.ready if steps <= epochs else trainer.current_epoch * per_epoch + batches.current.ready
         index = min(index, ends[-1] - 1)
-        stage = next((s for s, end in enumerate(ends) if index < end), len(ends) - 1)
+        stage = next(s for s, end in enumerate(ends) if index < end)
         if stage != self.stage:
             self._begin(stage, range(index, ends[stage]), per_epoch)
         assert self.pool is not None

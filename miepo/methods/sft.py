@@ -27,6 +27,7 @@ from miepo.datasets.base import Split
 from miepo.errors import UserError
 from miepo.losses import supervised_loss
 from miepo.policy import Policy
+from miepo.policy.policy import rounding_note
 from miepo.policy_module import PolicyModule
 from miepo.preferences import Stream, generator
 from miepo.prompts import EvaluationShare, RunLoader, place_in_run, split_rows
@@ -147,11 +148,10 @@ class SupervisedFineTuning(PolicyModule):
         self.policy.causal_lm.generation_config = self.policy.generation_config  # of the base, for whoever samples
         kept = self.policy.save_merged(self.folder)
         rank_zero_info(f"Merged model: {self.folder}")
-        if abs(kept - 1) > 0.1:
+        if note := rounding_note(kept):
             rank_zero_warn(
-                f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights, so "
-                "that the merged model is not quite the one that was trained: policy.dtype float32 keeps all of it, a "
-                "higher learning rate more"
+                f"{note}, so that the merged model is not quite the one that was trained: policy.dtype float32 keeps "
+                "all of it, a higher learning rate more"
             )
 
 

@@ -70,7 +70,7 @@ class Patient(Objective):
         return super().state_dict() | ({"objective": inner} if inner else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({key: state_dict[key] for key in ("mean", "sd") if key in state_dict})
+        super().load_state_dict(state_dict)
         self.objective.load_state_dict(state_dict.get("objective", {}))
 
     def unload(self) -> None:

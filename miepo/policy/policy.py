@@ -555,3 +555,10 @@ def _rows(responses: Tokens, preferences: int, wanted: Tensor | None) -> list[li
         [[row[:length] for row, length in zip(ids, under, strict=True)] for under in each]
         for ids, each in zip(responses.ids.tolist(), lengths.transpose(1, 2).tolist(), strict=True)
     ]
+
+
+def rounding_note(kept: float) -> str | None:
+    """What is to be said of a merged model where rounding has taken, or added, more than a tenth of the update."""
+    if abs(kept - 1) > 0.1:
+        return f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights"
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,12 +67,17 @@ class RolloutEngine(ABC):
         """What :meth:`sample` promises, with a seed for each prompt: what an engine of its own brings."""
 
 
+def check_seed(seed: Any) -> None:
+    """Raises UserError where ``seed`` is none."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise UserError(f"seed must not be negative, a whole number, got {seed!r}")
+
+
 def prompt_seeds(seed: int | Sequence[int], prompts: int) -> list[int]:
     """One seed for each prompt."""
-    if isinstance(seed, int):
-        if seed < 0:
-            raise UserError(f"seed must not be negative, got {seed}")
-        return [int(s) for s in np.random.SeedSequence(seed).generate_state(prompts, np.uint64) >> np.uint64(2)]
+    if not isinstance(seed, Sequence):
+        check_seed(seed)
+        return [int(s) for s in np.random.SeedSequence(int(seed)).generate_state(prompts, np.uint64) >> np.uint64(2)]
     if len(seed) != prompts:
         raise ValueError(f"expected a seed for each of {prompts} prompts, got {len(seed)}")
     return list(seed)

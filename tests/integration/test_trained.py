@@ -63,6 +63,7 @@ def test_it_scores_as_in_training(policy: miepo.TrainedPolicy, trained_run: Path
 def test_numbers_of_numpy_are_numbers(policy: miepo.TrainedPolicy) -> None:
     weights = dict(zip(policy.names, np.array([0.25, 0.75], np.float32), strict=True))
     assert policy.generate("food", weights) == policy.generate("food", {"letter_e": 0.25, "brevity": 0.75})
+    assert policy.generate("food", weights, seed=np.int64(3)) == policy.generate("food", weights, seed=3)
     assert policy.score([], []) == {"letter_e": [], "brevity": []}
 
 
