@@ -4,6 +4,7 @@ errors in one sentence."""
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -20,8 +21,9 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers.utils import logging as transformers_logging
 
-from miepo.callbacks import EvaluationRecord, ResponseWriter, RunCheckpoint
+from miepo.callbacks import EvaluationRecord, ProgressLog, ResponseWriter, RunCheckpoint
 from miepo.callbacks.run_checkpoint import loggers_of
 from miepo.checkpoints import read_checkpoint
 from miepo.datamodule import OnlinePreferenceDataModule
@@ -85,6 +87,8 @@ class MiepoCLI(LightningCLI):
         parser.add_lightning_class_args(ResponseWriter, "writer")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EvaluationRecord, "record")
+        parser.add_lightning_class_args(ProgressLog, "progress")
+        parser.set_defaults({"trainer.enable_model_summary": False})  # PolicyModule says what trains
         defaults = {"model": MIEPO, "data": OnlinePreferenceDataModule}
         parser.set_defaults({key: {"class_path": f"miepo.{value.__name__}"} for key, value in defaults.items()})
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
@@ -125,6 +129,8 @@ class MiepoCLI(LightningCLI):
         super()._run_subcommand(subcommand)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        if config.get("enable_progress_bar") is None and not sys.stderr.isatty():
+            config["enable_progress_bar"] = False  # ProgressLog writes lines
         given = config.get("callbacks") or []
         own = [c for c in (given if isinstance(given, list) else [given]) if isinstance(c, RunCheckpoint)]
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run") or own:
@@ -225,7 +231,7 @@ def main(args: ArgsType = None) -> None:
         sys.path.append(folder)  # the user's own objectives, beside the configuration
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # prompts are in memory
     warnings.filterwarnings("ignore", message=".*infer the batch indices.*")  # whole batches; no one asks which rows
-    warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")  # peft, not ours
+    quiet()
     given = sys.argv[1:] if args is None else args
     MiepoCLI.began = False
     command = given[0] if isinstance(given, list) and given else None
@@ -253,6 +259,23 @@ def main(args: ArgsType = None) -> None:
             raise
         print(f"miepo: error: {mistake}", file=sys.stderr)
         sys.exit(2)
+
+
+def quiet() -> None:
+    """Keeps other libraries' deprecations, advertisements and bars of converters out of the output."""
+    for message in (".*`is_gradient_checkpointing` is deprecated.*", ".*LeafSpec.*"):  # peft, lightning
+        warnings.filterwarnings("ignore", message=message)
+    transformers_logging.disable_progress_bar()
+    lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if not any(isinstance(f, _Unasked) for f in lightning_log.filters):
+        lightning_log.addFilter(_Unasked())
+
+
+class _Unasked(logging.Filter):
+    """Drops what Lightning says of products and of devices that nobody asked for."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "litlogger" not in record.getMessage() and not record.getMessage().startswith("TPU available")
 
 
 def refuse_loops(args: Sequence[str]) -> None:

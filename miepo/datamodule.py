@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -19,8 +20,8 @@ from miepo.callbacks.run_checkpoint import begin_step
 from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import Split
 from miepo.errors import UserError
-from miepo.exploration import draw_anchors, read_under
-from miepo.feedback import Feedback, feedback_counts, pairwise_labels, scalarised_labels
+from miepo.exploration import draw_anchors
+from miepo.feedback import Feedback, feedback_counts, pairwise_feedback
 from miepo.normalisation import (
     OfflineResponses,
     calibrate,
@@ -62,14 +63,14 @@ from miepo.router import SampleRouter
 from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses
 
 MOST_VECTORS = 10_000
-RESPONSES = 2  # the pair that every objective judges
+RESPONSES = 2  # of Algorithm 1: the pair that every objective judges
 
 
 class OnlinePreferenceDataModule(LightningDataModule):
     """Online rollouts and pairwise feedback (Algorithm 1, steps 1 to 3).
 
     The DataLoader yields prompts; once a batch has reached the device, w+ and w- are drawn, the current policy samples
-    two responses under w+, the objectives score them, and the scores become labels.
+    responses under w+, the objectives score them, and the scores become labels of pairs.
 
     Args:
         prompts: Training prompts: a preference data set of :mod:`miepo.datasets`, a ``.jsonl`` or ``.parquet`` file, a
@@ -82,6 +83,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
         batch_size: Prompts per step and process (paper: 64).
         evaluation_batch_size: Responses per evaluation batch; by default twice ``batch_size``.
         max_new_tokens: A response is cut after this many tokens (paper: 128).
+        responses: Sampled for each prompt (paper: 2, which are one pair). Of more, each objective compares the best
+            with the worst by its own score; with ``feedback: scalarised`` there is one pair, of the best and the worst
+            by the scalarised reward. Log-probabilities are taken of responses that occur in a pair alone.
+        missing_eos_penalty: Taken off the normalised rewards by which pairs are made where a response was cut at
+            ``max_new_tokens``; the rewards that are reported are without it.
         overlong: What to do with a prompt that does not fit the model's context: ``error`` or ``drop``.
         preferences: Distribution of w+ and w-.
         grid: Preference vectors of the evaluation: their number, a list of them, or the paper's grids by default.
@@ -106,6 +112,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
         batch_size: int = 64,
         evaluation_batch_size: int | None = None,
         max_new_tokens: int = 128,
+        responses: int = RESPONSES,
+        missing_eos_penalty: float = 0.0,
         overlong: Literal["error", "drop"] = "error",
         preferences: PreferenceSampler | None = None,
         grid: int | list[list[float]] | None = None,
@@ -124,6 +132,10 @@ class OnlinePreferenceDataModule(LightningDataModule):
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise UserError(f"data.{name} must be at least 1, got {value}")
+        if responses < 2:
+            raise UserError(f"a pair takes two responses: data.responses must be at least 2, got {responses}")
+        if not 0 <= missing_eos_penalty < inf:
+            raise UserError(f"data.missing_eos_penalty must not be negative, got {missing_eos_penalty}")
         if not 0 < validation_fraction < 1:
             raise UserError(f"data.validation_fraction must lie between 0 and 1, got {validation_fraction}")
         if isinstance(normalise_on, int) and normalise_on < 2:
@@ -136,6 +148,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         self.validation_fraction, self.validation_limit = validation_fraction, validation_limit
         self.batch_size, self.evaluation_batch_size = batch_size, evaluation_batch_size or 2 * batch_size
         self.max_new_tokens, self.overlong = max_new_tokens, overlong
+        self.responses, self.missing_eos_penalty = responses, missing_eos_penalty
         self.preferences = preferences or DirichletPreferences(1.0)
         self.engine = engine or TransformersEngine()
         self.grid_spec, self.feedback = grid, feedback
@@ -147,6 +160,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
         self.scored_responses = 0  # in training: the budget by which methods are compared
         self.train_set: list[str] = []
         self.validation_set: list[str] = []
+
+    def most_compared(self, objectives: int) -> int:
+        """How many responses to a prompt occur in pairs at most."""
+        pairs = 1 if self.responses == RESPONSES or self.feedback == "scalarised" else objectives
+        return min(self.responses, 2 * pairs)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scored_responses": self.scored_responses}
@@ -276,7 +294,6 @@ class OnlinePreferenceDataModule(LightningDataModule):
             self.preferences, self.seed, batch.epochs, batch.positions,
             exploration.num_counterfactuals if exploration.active else 0, len(module.names), exploration.candidates,
         )  # fmt: skip
-        anchors = draw_anchors(exploration.anchors, self.seed, batch.epochs, batch.positions)  # (B, 2)
         uniform = [
             generator(Stream.ROUTING, self.seed, e, p).random()
             for e, p in zip(batch.epochs, batch.positions, strict=True)
@@ -286,59 +303,70 @@ class OnlinePreferenceDataModule(LightningDataModule):
         synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         start = perf_counter()
         seeds = torch_seeds(Stream.SAMPLING, self.seed, batch.epochs, batch.positions)
-        responses = self.engine.sample(policy, batch.prompts, preference, RESPONSES, self.max_new_tokens, seeds)
+        responses = self.engine.sample(policy, batch.prompts, preference, self.responses, self.max_new_tokens, seeds)
         sampled = perf_counter()
         # an objective of weight 0 is not asked, unless the exploration term wants to know what it would say
         asked = torch.ones_like(routing, dtype=torch.bool) if needs_feedback else routing > 0
         scored = start_scoring(module.objectives, batch.prompts, responses.texts, asked)
-        reference, counterfactual_reference = self._reference(
-            batch.prompts, preference, counterfactual, responses, anchors
-        )
-        synchronise()  # so that the time below is that of the work and not of its launch
+
+        def refer(compared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            anchors = draw_anchors(exploration.anchors, compared, self.seed, batch.epochs, batch.positions)  # (B, n)
+            found = self._reference(batch.prompts, preference, counterfactual, responses, compared, anchors)
+            synchronise()  # so that the time below is that of the work and not of its launch
+            return anchors, *found
+
+        # of two responses both are compared, whatever their scores: the reference reads them while these are waited for
+        early = refer(torch.ones(len(batch), RESPONSES, dtype=torch.bool)) if self.responses == RESPONSES else None
         referred = perf_counter()
         raw = together(self._trainer, scored)
-        self.scored_responses += RESPONSES * len(batch) * self._trainer.world_size
-        scores = normalise_rewards(module.objectives, raw)  # (B, 2, K)
-        empty = responses.empty.cpu()
-        labels = self._labels(scores, routing, empty)  # (B, K)
-        under = [self._labels(scores, w, empty) for w in counterfactual.unbind(1)]  # C of (B, K)
-        counterfactual_labels = torch.stack(under, 1) if under else labels.new_empty(len(labels), 0, labels.shape[1])
+        self.scored_responses += self.responses * len(batch) * self._trainer.world_size
+        scores = normalise_rewards(module.objectives, raw)  # (B, n, K)
+        empty, cut = responses.empty.cpu(), ~responses.finished.cpu()
+        judged = scores - self.missing_eos_penalty * cut.unsqueeze(-1) if self.missing_eos_penalty else scores
+        feedback = pairwise_feedback(judged, empty, routing, counterfactual, self.feedback)
+        judging = perf_counter() - referred  # what was left of it
+        anchors, reference, counterfactual_reference = early or refer(feedback.compared)
         return PreferenceBatch(
             prompts=batch.prompts,
             preference=preference.to(device),
             counterfactual=counterfactual.to(device),
+            compared=feedback.compared.to(device),
             anchors=anchors.to(device),
             routing=routing.to(device),
             responses=responses,
             scores=scores.to(device),
-            labels=labels.to(device),
-            counterfactual_labels=counterfactual_labels.to(device),
+            pairs=feedback.pairs.to(device),
+            labels=feedback.labels.to(device),
+            counterfactual_labels=feedback.counterfactual_labels.to(device),
+            cross_labels=feedback.cross_labels.to(device),
             reference_log_prob=reference,
             counterfactual_reference_log_prob=counterfactual_reference,
-            counts=feedback_counts(labels, scores, asked, empty) | take_failures(module.objectives),
+            counts=feedback_counts(feedback.labels, scores, asked, empty) | take_failures(module.objectives),
             seconds={
                 "sampling": sampled - start,
-                "reference": referred - sampled,
-                "scoring": perf_counter() - referred,  # what was left of it
+                "reference": perf_counter() - sampled - judging,
+                "scoring": judging,
             },
         )
 
-    def _labels(self, scores: Tensor, weights: Tensor, empty: Tensor) -> Tensor:
-        if self.feedback == "scalarised":
-            return scalarised_labels(scores, weights, empty)
-        return pairwise_labels(scores, empty)
-
     def _reference(
-        self, prompts: Sequence[str], preference: Tensor, counterfactual: Tensor, responses: Responses, anchors: Tensor
+        self,
+        prompts: Sequence[str],
+        preference: Tensor,
+        counterfactual: Tensor,
+        responses: Responses,
+        compared: Tensor,
+        anchors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """``log pi_ref`` under w+ ``(B, 2, T)`` and of the anchors under each w- ``(B, 2, C, T)``."""
+        """``log pi_ref`` of the compared under w+ ``(B, n, T)``, of the anchors under each w- ``(B, n, C, T)``."""
         policy, own, count = self._policy, preference.unsqueeze(1), counterfactual.shape[1]
+        compared = compared.unsqueeze(-1)  # (B, n, 1)
         if not policy.reference_depends_on_preference:  # the adapter alone reads w
-            log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens)
+            log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens, compared)
             return log_prob[:, :, 0], log_prob.expand(-1, -1, count, -1)
         both = torch.cat([own, counterfactual], 1)  # (B, 1 + C, K)
-        wanted = read_under(anchors.to(policy.device), count)  # (B, 2, 1 + C)
-        log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens, wanted)  # (B, 2, 1 + C, T)
+        wanted = torch.cat([compared, anchors.unsqueeze(-1).expand(-1, -1, count)], -1)  # (B, n, 1 + C)
+        log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens, wanted)  # (B, n, 1 + C, T)
         return log_prob[:, :, 0], log_prob[:, :, 1:]
 
     def evaluation(self, batch: PromptBatch) -> EvaluationBatch:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from miepo.errors import UserError
+from miepo.feedback import extremes, of_pairs
 from miepo.losses import alignment_loss
 from miepo.metrics.information import infonce_bound
 from miepo.preferences import Stream, generator
@@ -23,48 +24,48 @@ from miepo.preferences import Stream, generator
 
 @dataclass(frozen=True)
 class Contrast:
-    """A pair of responses under the preference they were sampled with and under counterfactual ones."""
+    """Responses under the preference they were sampled with and under counterfactual ones."""
 
     preference: Tensor  # (B, K) w+
     counterfactual: Tensor  # (B, C, K) w-
-    log_prob: Tensor  # (B, 2) of the whole response under w+
-    counterfactual_log_prob: Tensor  # (B, 2, C) under each w-
-    reward: Tensor  # (B, 2) implicit reward under w+
-    counterfactual_reward: Tensor  # (B, 2, C) under each w-
-    lengths: Tensor  # (B, 2) response tokens
-    labels: Tensor  # (B, K) feedback
+    log_prob: Tensor  # (B, n) of the whole response under w+
+    counterfactual_log_prob: Tensor  # (B, n, C) under each w-
+    reward: Tensor  # (B, n) implicit reward under w+
+    counterfactual_reward: Tensor  # (B, n, C) under each w-
+    lengths: Tensor  # (B, n) response tokens
+    pairs: Tensor  # (B, Q, 2) the responses that are compared
+    labels: Tensor  # (B, K) feedback of each objective on its pair
     counterfactual_labels: Tensor  # (B, C, K) feedback as it would be under each w-
-    anchors: Tensor  # (B, 2) True where a response may be learnt from: it was read under w- and is not empty
+    cross_labels: Tensor  # (B, Q, K) feedback of every objective on every pair
+    anchors: Tensor  # (B, n) True where a response may be learnt from: it was read under w- and is not empty
     beta_c: float  # scale of the alignment logits
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------
 
 
-def draw_anchors(count: int, seed: int, epochs: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """Which responses are read under w-, too: both, or with ``count`` 1 either, equally likely.
+def draw_anchors(count: int, compared: Tensor, seed: int, epochs: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """Which of the compared responses are read under w-, too: all, or with ``count`` 1 any, equally likely.
 
-    The term of one of them, drawn at random, has the mean over both as its expectation, and so has its gradient.
+    The term of one of them, drawn at random, has the mean over all as its expectation, and so has its gradient.
 
     Args:
-        count: 1 or 2.
+        count: 1, or 2 for all.
+        compared: ``(B, n)`` bool.
         seed: Of the draw, which is a function of it and of the place in the run.
         epochs: Epoch of each prompt.
         positions: Index of each prompt in its epoch.
 
     Returns:
-        ``(B, 2)`` bool.
+        ``(B, n)`` bool.
     """
     if count == 2:
-        return torch.ones(len(epochs), 2, dtype=torch.bool)
-    first = [bool(generator(Stream.ANCHOR, seed, e, p).integers(2)) for e, p in zip(epochs, positions, strict=True)]
-    return torch.tensor([[one, not one] for one in first])
-
-
-def read_under(anchors: Tensor, counterfactuals: int) -> Tensor:
-    """Which responses are read under which of w+ and ``C`` w-: ``(B, 2) -> (B, 2, 1 + C)`` bool."""
-    under = anchors.unsqueeze(-1).expand(-1, -1, counterfactuals)
-    return torch.cat([torch.ones_like(anchors).unsqueeze(-1), under], -1)
+        return compared.clone()
+    anchors = torch.zeros_like(compared)
+    for row, (epoch, position) in enumerate(zip(epochs, positions, strict=True)):
+        if found := compared[row].nonzero().flatten().tolist():
+            anchors[row, found[-1 - int(generator(Stream.ANCHOR, seed, epoch, position).integers(len(found)))]] = True
+    return anchors
 
 
 def infonce_loss(reward: Tensor, counterfactual_reward: Tensor, beta_w: float) -> Tensor:
@@ -75,31 +76,27 @@ def infonce_loss(reward: Tensor, counterfactual_reward: Tensor, beta_w: float) -
     the policy through w- alone.
 
     Args:
-        reward: ``(B, 2)`` implicit rewards under w+.
-        counterfactual_reward: ``(B, 2, C)`` implicit rewards of the same responses under each w-.
+        reward: ``(B, n)`` implicit rewards under w+.
+        counterfactual_reward: ``(B, n, C)`` implicit rewards of the same responses under each w-.
         beta_w: Scale of the exploration logits.
 
     Returns:
-        ``(B, 2)``.
+        ``(B, n)``.
     """
-    anchor = beta_w * reward.detach().unsqueeze(-1)  # (B, 2, 1)
-    logits = torch.cat([torch.zeros_like(anchor), beta_w * counterfactual_reward - anchor], -1)  # (B, 2, 1 + C)
+    anchor = beta_w * reward.detach().unsqueeze(-1)  # (B, n, 1)
+    logits = torch.cat([torch.zeros_like(anchor), beta_w * counterfactual_reward - anchor], -1)  # (B, n, 1 + C)
     return torch.logsumexp(logits, -1)
 
 
-def information_labels(log_prob: Tensor, counterfactual_log_prob: Tensor) -> Tensor:
-    """+1 where the first response tells more about w+ than the second, -1 where less; ``(B,)``.
+def information_labels(information: Tensor) -> Tensor:
+    """+1 where the first response tells more about w+ than the second, -1 where less; ``(B, 2) -> (B,)``.
 
     0 where they differ by less than 0.001 nats, which is rounding.
 
     What a response tells is its pointwise information ``log pi(y|x,w+) - log mean_j pi(y|x,w_j)`` over w+ and the
-    counterfactual preferences. It is the reward whose score-function gradient is that of I(Y; W | X).
-
-    Args:
-        log_prob: ``(B, 2)`` under w+.
-        counterfactual_log_prob: ``(B, 2, C)`` under each w-.
+    counterfactual preferences (:func:`~miepo.metrics.infonce_bound`). It is the reward whose score-function gradient is
+    that of I(Y; W | X).
     """
-    information = infonce_bound(log_prob, counterfactual_log_prob)  # (B, 2)
     difference = information[:, 0] - information[:, 1]
     return torch.where(difference.abs() < 1e-3, 0.0, torch.sign(difference))
 
@@ -123,7 +120,7 @@ def matching_loss(
     that both preferences order alike, say nothing about w (``g = 0``).
 
     Args:
-        reward: ``(B, 2)`` implicit rewards under w+.
+        reward: ``(B, 2)`` implicit rewards of a pair under w+.
         counterfactual_reward: ``(B, 2, C)`` under each w-.
         preference: ``(B, K)`` w+.
         counterfactual: ``(B, C, K)`` w-.
@@ -143,9 +140,10 @@ def matching_loss(
 
 
 def counterfactual_alignment(contrast: Contrast) -> Tensor:
-    """Eq. 8 under every w-, routed by it, averaged over the w-: the pair once more, for other preferences; ``(B,)``."""
+    """Eq. 8 under every w-, routed by it, averaged over the w-: pairs once more, for other preferences; ``(B,)``."""
+    rewards = of_pairs(contrast.counterfactual_reward, contrast.pairs)  # (B, Q, 2, C)
     each = [
-        alignment_loss(contrast.counterfactual_reward[:, :, j], contrast.counterfactual_labels[:, j], contrast.beta_c)
+        alignment_loss(rewards[..., j], contrast.counterfactual_labels[:, j], contrast.beta_c)
         for j in range(contrast.counterfactual.shape[1])
     ]  # C of (B, K)
     return (torch.stack(each, 1) * contrast.counterfactual).sum(-1).mean(-1)
@@ -166,7 +164,7 @@ class Exploration(ABC):
 
     needs_gradient = True  # of the log-probabilities under w-
     needs_feedback = False  # of every objective on every pair
-    anchors = 2  # responses of a pair that are read under w-
+    anchors = 2  # compared responses that are read under w-: all of them, or with 1 one
 
     def __init__(
         self, weight: float = 1.0, num_counterfactuals: int = 1, candidates: int = 1, warmup: float = 0.0
@@ -204,8 +202,8 @@ class InfoNCE(Exploration):
         num_counterfactuals: Preference vectors w- per prompt (paper: 1). More give the full InfoNCE bound.
         per_token: Divide the implicit rewards by the response's length, so that length alone is no signal.
         clip: Drop a response whose likelihood under every w- is already this many nats below that under w+.
-        anchors: 2 as in the paper, or 1: one of the two responses, drawn at random, stands for both. The same gradient
-            in expectation with half of the work under w-, and more noise.
+        anchors: 2 as in the paper, or 1: one of the compared responses, drawn at random, stands for all. The same
+            gradient in expectation with half of the work under w-, or less, and more noise.
         candidates: See :class:`Exploration`.
         warmup: See :class:`Exploration`.
     """
@@ -232,15 +230,16 @@ class InfoNCE(Exploration):
         return self.beta_w > 0
 
     def loss(self, contrast: Contrast) -> Tensor:
-        scale = 1 / contrast.lengths if self.per_token else torch.ones_like(contrast.lengths)  # (B, 2)
+        scale = 1 / contrast.lengths if self.per_token else torch.ones_like(contrast.lengths)  # (B, n)
         loss = infonce_loss(
             contrast.reward * scale, contrast.counterfactual_reward * scale.unsqueeze(-1), self.beta_w
-        )  # (B, 2)
+        )  # (B, n)
         keep = contrast.anchors
         if self.clip is not None:
-            gap = contrast.log_prob - contrast.counterfactual_log_prob.amax(-1)  # (B, 2)
+            gap = contrast.log_prob - contrast.counterfactual_log_prob.amax(-1)  # (B, n)
             keep = keep & (gap.detach() < self.clip)
-        return torch.where(keep, loss, 0.0).sum(-1) / self.anchors
+        # the mean over the anchors, an empty one among two counting as 0
+        return torch.where(keep, loss, 0.0).sum(-1) / contrast.anchors.sum(-1).clamp(min=self.anchors)
 
 
 class PairwiseInformation(Exploration):
@@ -264,9 +263,11 @@ class PairwiseInformation(Exploration):
         super().__init__(weight, num_counterfactuals, candidates, warmup)
 
     def loss(self, contrast: Contrast) -> Tensor:
-        labels = information_labels(contrast.log_prob.detach(), contrast.counterfactual_log_prob.detach())  # (B,)
-        labels = labels * contrast.anchors.all(-1)
-        return alignment_loss(contrast.reward, labels.unsqueeze(-1), contrast.beta_c).squeeze(-1)
+        information = infonce_bound(contrast.log_prob.detach(), contrast.counterfactual_log_prob.detach())  # (B, n)
+        pairs = extremes(information, contrast.anchors).unsqueeze(1)  # (B, 1, 2)
+        labels = information_labels(of_pairs(information, pairs).squeeze(1))  # (B,)
+        labels = labels * of_pairs(contrast.anchors, pairs).all(-1).squeeze(1)
+        return alignment_loss(of_pairs(contrast.reward, pairs), labels.unsqueeze(-1), contrast.beta_c).squeeze(-1)
 
 
 class Matching(Exploration):
@@ -301,10 +302,15 @@ class Matching(Exploration):
         self.beta, self.reuse = beta, reuse
 
     def loss(self, contrast: Contrast) -> Tensor:
-        matching = matching_loss(
-            contrast.reward, contrast.counterfactual_reward, contrast.preference, contrast.counterfactual,
-            contrast.labels, contrast.counterfactual_labels, contrast.beta_c if self.beta is None else self.beta,
-        ).mean(-1)  # fmt: skip
+        beta = contrast.beta_c if self.beta is None else self.beta
+        own, other = (of_pairs(r, contrast.pairs) for r in (contrast.reward, contrast.counterfactual_reward))
+        each, under = [], contrast.counterfactual_labels
+        for q, labels in enumerate(contrast.cross_labels.unbind(1)):
+            if contrast.pairs.shape[1] > 1:  # each objective's pair, which w- does not order in another way
+                under = labels.unsqueeze(1).expand_as(under)
+            weights = contrast.preference, contrast.counterfactual
+            each.append(matching_loss(own[:, q], other[:, q], *weights, labels, under, beta).mean(-1))
+        matching = torch.stack(each).mean(0)
         return matching + self.reuse * counterfactual_alignment(contrast) if self.reuse else matching
 
 

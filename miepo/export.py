@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from miepo.callbacks.evaluation_table import table_rows
+from miepo.callbacks.evaluation_table import obedience, table_rows
 from miepo.errors import UserError, first_line
 from miepo.policy import Policy, PromptConditioning
 from miepo.policy.base_model import base_folder
@@ -256,6 +256,8 @@ def model_card(saved: Saved, preference: Tensor | None, merged: bool, kept: floa
         rows = [head, ["---"] * len(head), *table_rows(columns)]
         cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         parts += ["## Measured", "\n".join(f"| {' | '.join(row)} |" for row in cells)]
+        if said := obedience(columns[-1]["metrics"], saved.names):
+            parts.append("\n".join(f"- {line}" for line in said))
         by = [f"{name} by mean {n['mean']:.4g}, sd {n['sd']:.4g}" for name, n in saved.normalisations.items()]
         parts.append(f"Rewards are normalised: {'; '.join(by)}. All of the whole simplex, on the run's own prompts.")
     if saved.front is not None:

@@ -32,14 +32,15 @@ def alignment_loss(reward: Tensor, labels: Tensor, beta_c: float) -> Tensor:
     A label of 0 (tie, not a number, empty response) gives ``log 2``, the value of knowing nothing, and no gradient.
 
     Args:
-        reward: ``(B, 2)`` implicit rewards of the two responses under w+.
+        reward: ``(B, 2)`` implicit rewards of the two responses under w+, or ``(B, Q, 2)`` of each objective's pair.
         labels: ``(B, K)`` +1 where objective k prefers the first response, -1 the second, 0 neither.
         beta_c: Scale of the alignment logits.
 
     Returns:
         ``(B, K)``.
     """
-    margin = (reward[:, :1] - reward[:, 1:]).expand(labels.shape)  # (B, K)
+    margin = reward[..., 0] - reward[..., 1]  # (B,) or (B, Q)
+    margin = (margin if margin.dim() == 2 else margin.unsqueeze(-1)).expand(labels.shape)  # (B, K)
     # where, not a product: 0 * inf would turn an unlabelled pair into NaN
     logit = torch.where(labels == 0, 0.0, beta_c * margin * labels)
     return -F.logsigmoid(logit)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from miepo.callbacks.reporting import over_processes
 from miepo.errors import UserError
-from miepo.exploration import Contrast, Exploration, InfoNCE, read_under
+from miepo.exploration import Contrast, Exploration, InfoNCE
+from miepo.feedback import of_pairs
 from miepo.losses import alignment_loss, implicit_reward, mean_distance, total_loss
 from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.parts import part_by_part
@@ -27,11 +28,12 @@ from miepo.types import PreferenceBatch
 class Terms:
     """What the loss of each prompt is made of, without gradient."""
 
-    reward: Tensor  # (B, 2) implicit, under w+
+    reward: Tensor  # (B, n) implicit, under w+; NaN where a response is not compared
+    margin: Tensor  # (B, K) of the implicit rewards of each objective's pair
     alignment: Tensor  # (B, K)
     exploration: Tensor | None  # (B,)
-    bound: Tensor | None  # (B, 2) of the information between preference and response, in nats; NaN if no anchor
-    gap: Tensor | None  # (B, 2) mean distance from the engine's log-probabilities, in nats per token
+    bound: Tensor | None  # (B, n) of the information between preference and response, in nats; NaN if no anchor
+    gap: Tensor | None  # (B, n) mean distance from the engine's log-probabilities, in nats per token
 
     @classmethod
     def of(
@@ -49,8 +51,12 @@ class Terms:
             bound = torch.where(batch.anchors, bound, torch.nan)
         if batch.responses.log_prob is not None:
             gap = mean_distance(log_prob.detach(), batch.responses.log_prob, batch.responses.tokens.mask)
+            gap = torch.where(batch.compared, gap, torch.nan)
         exploration = None if exploration is None else exploration.detach()
-        return cls(reward.detach(), alignment.detach(), exploration, bound, gap)
+        compared = of_pairs(reward.detach(), batch.pairs)  # (B, Q, 2)
+        margin = (compared[..., 0] - compared[..., 1]).expand(batch.labels.shape)
+        reward = torch.where(batch.compared, reward.detach(), torch.nan)
+        return cls(reward, margin, alignment.detach(), exploration, bound, gap)
 
     @classmethod
     def join(cls, parts: Sequence[Terms]) -> Terms:
@@ -94,8 +100,8 @@ class MIEPO(PolicyModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> STEP_OUTPUT:
         """One rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""
         both = torch.cat([batch.preference.unsqueeze(1), batch.counterfactual], 1)  # (B, 1 + C, K)
-        wanted = read_under(batch.anchors, batch.counterfactual.shape[1])  # (B, 2, 1 + C)
-        parts = [batch[some] for some in self.policy.passes(batch.prompts, both, batch.responses.tokens, wanted)]
+        passes = self.policy.passes(batch.prompts, both, batch.responses.tokens, batch.read_under)
+        parts = [batch[some] for some in passes]
         loss, each = part_by_part(self.terms, parts, list(self.policy.adapter_parameters().values()))
         terms = Terms.join(each)
         self._log_step(batch, loss, terms)
@@ -103,10 +109,10 @@ class MIEPO(PolicyModule):
 
     def terms(self, batch: PreferenceBatch) -> tuple[Tensor, Terms]:
         """Eq. 13, averaged over the prompts, and what it is made of; the flow chart of the method."""
-        mask = batch.responses.tokens.mask  # (B, 2, T)
-        log_prob, counterfactual = self.log_prob(batch)  # (B, 2, T), (B, 2, C, T)
-        reward = implicit_reward(log_prob, batch.reference_log_prob, mask)  # (B, 2)
-        alignment = alignment_loss(reward, batch.labels, self.beta_c)  # (B, K), Eq. 8
+        mask = batch.responses.tokens.mask  # (B, n, T)
+        log_prob, counterfactual = self.log_prob(batch)  # (B, n, T), (B, n, C, T)
+        reward = implicit_reward(log_prob, batch.reference_log_prob, mask)  # (B, n)
+        alignment = alignment_loss(of_pairs(reward, batch.pairs), batch.labels, self.beta_c)  # (B, K), Eq. 8
         routed = self.router.combine(alignment, batch.routing)  # (B,)
 
         exploration = contrast = None
@@ -118,20 +124,19 @@ class MIEPO(PolicyModule):
         return loss, Terms.of(batch, log_prob, reward, alignment, exploration, contrast)
 
     def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Token log-probabilities of the pair under w+, ``(B, 2, T)``, of the anchors under w-, ``(B, 2, C, T)``."""
-        under, tokens = self.policy.response_log_prob, batch.responses.tokens
+        """Token log-probabilities: compared responses under w+, ``(B, n, T)``, anchors under w-, ``(B, n, C, T)``."""
+        under, tokens, wanted = self.policy.response_log_prob, batch.responses.tokens, batch.read_under
         own, others = batch.preference.unsqueeze(1), batch.counterfactual  # (B, 1, K), (B, C, K)
-        wanted = read_under(batch.anchors, others.shape[1])  # (B, 2, 1 + C)
         if self.exploration.needs_gradient:
-            both = under(batch.prompts, torch.cat([own, others], 1), tokens, wanted)  # (B, 2, 1 + C, T)
+            both = under(batch.prompts, torch.cat([own, others], 1), tokens, wanted)  # (B, n, 1 + C, T)
             return both[:, :, 0], both[:, :, 1:]
         with torch.no_grad():
             counterfactual = under(batch.prompts, others, tokens, wanted[..., 1:])
-        return under(batch.prompts, own, tokens).squeeze(2), counterfactual
+        return under(batch.prompts, own, tokens, wanted[..., :1]).squeeze(2), counterfactual
 
     def contrast(self, batch: PreferenceBatch, log_prob: Tensor, counterfactual: Tensor, reward: Tensor) -> Contrast:
-        """The pair under w+, ``(B, 2, T)`` and ``(B, 2)``, beside the same pair under every w-, ``(B, 2, C, T)``."""
-        mask = batch.responses.tokens.mask  # (B, 2, T)
+        """Responses under w+, ``(B, n, T)`` and ``(B, n)``, beside the same under every w-, ``(B, n, C, T)``."""
+        mask = batch.responses.tokens.mask  # (B, n, T)
         return Contrast(
             batch.preference,
             batch.counterfactual,
@@ -140,21 +145,24 @@ class MIEPO(PolicyModule):
             reward,
             implicit_reward(counterfactual, batch.counterfactual_reference_log_prob, mask.unsqueeze(2)),
             mask.sum(-1),
+            batch.pairs,
             batch.labels,
             batch.counterfactual_labels,
+            batch.cross_labels,
             anchors=batch.anchors & ~batch.responses.empty,
             beta_c=self.beta_c,
         )
 
     def _log_step(self, batch: PreferenceBatch, loss: Tensor, terms: Terms) -> None:
         values = {
-            # on the policy's own samples the mean implicit reward estimates KL(policy || reference)
+            # on the policy's own samples the mean implicit reward estimates KL(policy || reference); of more than two
+            # it is of those that were chosen for a pair
             "kl": terms.reward,
-            "response/tokens": batch.responses.tokens.mask.sum(-1).float(),  # (B, 2)
+            "response/tokens": batch.responses.tokens.mask.sum(-1).float(),  # (B, n)
             "response/finished": batch.responses.finished.float(),
         }
-        labelled, margin = batch.labels != 0, terms.reward[:, :1] - terms.reward[:, 1:]
-        agrees = torch.where(labelled, (torch.sign(margin) == batch.labels).float(), torch.nan)
+        labelled = batch.labels != 0
+        agrees = torch.where(labelled, (torch.sign(terms.margin) == batch.labels).float(), torch.nan)
         for k, name in enumerate(self.names):
             values[f"reward/{name}"] = batch.scores[..., k]
             values[f"alignment/{name}"] = torch.where(labelled[:, k], terms.alignment[:, k], torch.nan)

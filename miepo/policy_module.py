@@ -91,7 +91,7 @@ class PolicyModule(LightningModule):
             )
 
     def configure_model(self) -> None:
-        self.policy.build(self.names)
+        self.policy.build(self.names, self.trainer.strategy.root_device)
         if isinstance(self.trainer.strategy, ShardedStrategy) and self.policy.shards is None:
             self.trainer.strategy.shard(self.policy)
 
@@ -158,6 +158,12 @@ class PolicyModule(LightningModule):
         except ValueError as error:
             raise UserError(f"the trainer's settings do not fit the data: {first_line(error)}") from None
 
+    def on_fit_start(self) -> None:
+        """Says what trains."""
+        trained = sum(p.numel() for p in self.policy.adapter_parameters().values())
+        whole = sum(p.numel() for p in self.policy.parameters())
+        rank_zero_info(f"{trained / 1e6:.3g} M parameters train, beside {(whole - trained) / 1e6:.3g} M of the base")
+
     def on_train_start(self) -> None:
         """The learning rate is the configuration's and not the checkpoint's, and so is the place in its schedule."""
         place = place_in_steps(self.trainer)
@@ -180,6 +186,7 @@ class PolicyModule(LightningModule):
         checkpoint["miepo"] = {"schema": SCHEMA, "objectives": list(self.names), "base": self.policy.base}
         checkpoint["miepo"] |= {"policy": self.policy.settings(), "config": self.config}
         checkpoint["miepo"]["fingerprint"] = self.policy.fingerprint
+        checkpoint["miepo"]["precision"] = str(self.policy.weight_dtype).removeprefix("torch.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of other objectives or another adapter; restores the normalisation for evaluation."""
@@ -201,6 +208,11 @@ class PolicyModule(LightningModule):
         check_base(self.policy, saved["base"], saved.get("fingerprint"))
         for objective in self.objectives:  # Lightning restores callbacks for fit alone
             objective.load_state_dict(checkpoint.get("callbacks", {}).get(objective.state_key, {}))
+        precision = str(self.policy.weight_dtype).removeprefix("torch.")
+        if saved.get("precision", precision) != precision:
+            rank_zero_info(
+                f"The checkpoint was trained in {saved['precision']}; the policy computes in {precision} here"
+            )
         if self.trainer.state.fn == "fit" and saved.get("config") and self.config:
             for key, (before, now) in sorted(config_changes(saved["config"], self.config).items()):
                 rank_zero_info(f"{key}: {before} in the checkpoint, {now} now, which counts")

@@ -11,6 +11,7 @@ from functools import partial
 from threading import Lock
 from typing import Any
 
+from miepo.callbacks.evaluation_table import obedience
 from miepo.errors import UserError, needs
 from miepo.objectives.base import in_thread
 from miepo.preferences import format_preference, parse_preference
@@ -210,6 +211,8 @@ class SteerPage:
                 headers=heads, label="Scores, normalised as in training", interactive=False, elem_id="scores"
             )
             weights = [slider for side in SIDES for slider in sliders[side]]
+            if said := obedience(self.trained.saved.evaluations.get("last", {}).get("metrics", {}), names):
+                gr.Markdown("Measured at the end of training: " + "; ".join(said) + ".", elem_id="obedience")
             known = self.trained.front is not None
             plot = gr.Plot(label="Measured front", format="png", elem_id="front", visible=known)
             quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}

@@ -385,17 +385,20 @@ def load(
         raise UserError(f"'{saved.source}' has no objectives: it is of a stage without preferences")
     if objectives is not None and (given := tuple(o.name for o in objectives)) != saved.names:
         raise UserError(f"'{saved.source}' has the objectives {list(saved.names)}, in this order, got {list(given)}")
-    policy = build_policy(saved, {"base": base, "dtype": dtype}, trust)
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        policy.to(where).eval()
+        torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"expected a device such as cpu or cuda, got '{device}': {first_line(error)}") from None
+    policy = build_policy(saved, {"base": base, "dtype": dtype}, trust, where)
+    policy.to(where).eval()
     return TrainedPolicy(saved, policy, where, objectives, trust)
 
 
-def build_policy(saved: Saved, changes: Mapping[str, Any], trust: bool = False) -> Policy:
-    """The network with the saved adapter, on the CPU."""
+def build_policy(
+    saved: Saved, changes: Mapping[str, Any], trust: bool = False, device: torch.device | None = None
+) -> Policy:
+    """The network with the saved adapter, on the CPU, for ``device``."""
     if saved.policy is None:
         raise UserError(f"'{saved.source}' keeps no configuration: expected one written by miepo fit")
     spec = json.loads(json.dumps(saved.policy))
@@ -405,7 +408,7 @@ def build_policy(saved: Saved, changes: Mapping[str, Any], trust: bool = False) 
     spec["init_args"] |= {"lora_dropout": 0.0, "gradient_checkpointing": False}
     policy: Policy = _build(spec, Policy, saved.source, trust)
     try:
-        policy.build(saved.names)
+        policy.build(saved.names, device)
     except NoBase as error:
         if changes.get("base") is not None:
             raise

@@ -2,8 +2,9 @@
 
 =====  ==========================================================================
 ``B``  prompts in a batch
-``2``  responses per prompt (the pair that every objective judges)
-``N``  sequences in a flat batch (``2 B`` for a rollout, ``B M`` for an evaluation)
+``n``  responses per prompt (2 in the paper)
+``Q``  pairs of responses per prompt: 1 that every objective judges, or K, one for each objective
+``N``  sequences in a flat batch (``n B`` for a rollout, ``B M`` for an evaluation)
 ``K``  objectives; column ``k`` of every ``(.., K)`` tensor is objective ``k``
 ``P``  prompt tokens, padded on the left
 ``T``  response tokens, padded on the right
@@ -50,7 +51,7 @@ class Tokens:
         return Tokens(self.ids[rows], self.mask[rows])
 
     def flat(self) -> Tokens:
-        """All leading dimensions in one: ``(B, 2, T) -> (2 B, T)``."""
+        """All leading dimensions in one: ``(B, n, T) -> (n B, T)``."""
         return Tokens(self.ids.flatten(0, -2), self.mask.flatten(0, -2))
 
 
@@ -100,19 +101,28 @@ class PreferenceBatch:
     prompts: Sequence[str]
     preference: Tensor  # (B, K) w+, the vector the responses were sampled under
     counterfactual: Tensor  # (B, C, K) w-, C = 0 where the exploration term is off
-    anchors: Tensor  # (B, 2) bool: the responses that are read under w-, too
+    compared: Tensor  # (B, n) bool: the responses that occur in a pair; of the others no log-probability is taken
+    anchors: Tensor  # (B, n) bool: those of them that are read under w-, too
     routing: Tensor  # (B, K) weights of the objectives, from the router
-    responses: Responses  # (B, 2, T)
-    scores: Tensor  # (B, 2, K) normalised, higher is better; NaN where not asked or not a number
-    labels: Tensor  # (B, K) +1 the first response is preferred, -1 the second, 0 no preference
+    responses: Responses  # (B, n, T)
+    scores: Tensor  # (B, n, K) normalised, higher is better; NaN where not asked or not a number
+    pairs: Tensor  # (B, Q, 2) which responses are compared, by index
+    labels: Tensor  # (B, K) each objective on its pair: +1 prefers the first response, -1 the second, 0 neither
     counterfactual_labels: Tensor  # (B, C, K) the same feedback as it would be under each w-
-    reference_log_prob: Tensor  # (B, 2, T) under w+, adapter off
-    counterfactual_reference_log_prob: Tensor  # (B, 2, C, T) of the anchors under w-, adapter off
+    cross_labels: Tensor  # (B, Q, K) every objective on every pair
+    reference_log_prob: Tensor  # (B, n, T) under w+, adapter off; 0 where not compared
+    counterfactual_reference_log_prob: Tensor  # (B, n, C, T) of the anchors under w-, adapter off
     counts: dict[str, int] = field(default_factory=dict)  # ties, nan scores, empty responses
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, scoring, reference
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def read_under(self) -> Tensor:
+        """Which responses are read under which of w+ and ``C`` w-, ``(B, n, 1 + C)`` bool."""
+        others = self.anchors.unsqueeze(-1).expand(-1, -1, self.counterfactual.shape[1])
+        return torch.cat([self.compared.unsqueeze(-1), others], -1)
 
     def __getitem__(self, prompts: slice) -> PreferenceBatch:
         """Some of the prompts, with all that belongs to them; counts and seconds are of the whole."""

@@ -23,7 +23,7 @@ from miepo.policy import Policy, attention, log_prob
 from miepo.policy import policy as policy_file
 from miepo.rollout import TransformersEngine, fused_decoder
 from miepo.types import Tokens
-from tools.benchmark import BASE, Workload, policy_of, prompts_of
+from tools.benchmark import BASE, DTYPES, Workload, dtype_on, policy_of, prompts_of
 from tools.memory import peak_of
 
 ONE_PASS = 10**9  # tokens
@@ -99,7 +99,7 @@ def precision(workload: Workload, prompts: list[str], w: Tensor, responses: Toke
     """Distance from the plain network in float32."""
     upstream = torch.randn(*responses.ids.shape[:2], w.shape[1], 1, generator=torch.Generator().manual_seed(0))
     found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dict.fromkeys(("float32", workload.dtype)):
         policy = policy_of(workload, gated=False)
         policy.dtype = dtype
         policy.build(["letters", "brevity"]).train()
@@ -125,8 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m tools.ablation", description=__doc__)
     parser.add_argument("--base", default=BASE)
     parser.add_argument("--times", type=int, default=3, help="calls of each way, after one that warms up")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="by default what the CPU computes natively")
     options = parser.parse_args(arguments)
-    workload = Workload(options.base, 8, 53, 64, 16, False, "cpu")
+    workload = Workload(options.base, 8, 53, 64, 16, False, "cpu", dtype=dtype_on(options.dtype, "cpu"))
     policy = policy_of(workload, gated=False).build(["letters", "brevity"]).train()
     policy.end_ids = []  # every response has all its tokens
     prompts = prompts_of(policy, workload)

@@ -51,6 +51,17 @@ class Workload:
     tokens_per_pass: int | None = None
     objectives: int = 2
     counterfactuals: int = 1
+    dtype: str = "float32"
+
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def dtype_on(dtype: str, device: str) -> str:
+    """``auto`` as :class:`~miepo.policy.Policy` takes it: what the device computes natively."""
+    from miepo.policy.precision import chosen_dtype  # not into the process of TRL
+
+    return chosen_dtype(dtype, torch.device(device))
 
 
 # -- a side ------------------------------------------------------------------------------------------------------------
@@ -152,7 +163,7 @@ def policy_of(workload: Workload, gated: bool) -> Any:
 
     return Policy(
         workload.base, [GatedConditioning() if gated else PromptConditioning()], lora_rank=workload.rank,
-        lora_alpha=2 * workload.rank, lora_dropout=0.0, dtype="bfloat16", template="paper",
+        lora_alpha=2 * workload.rank, lora_dropout=0.0, dtype=workload.dtype, template="paper",
         gradient_checkpointing=workload.checkpointing, tokens_per_pass=workload.tokens_per_pass,
     )  # fmt: skip
 
@@ -215,13 +226,14 @@ def run_trl(workload: Workload) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             turns.done()
 
-    model, tokenizer = load_base(workload.base, "bfloat16")
+    model, tokenizer = load_base(workload.base, workload.dtype)
     tokenizer.padding_side = "left"
     with tempfile.TemporaryDirectory() as folder:
         args = OnlineDPOConfig(
             output_dir=folder, per_device_train_batch_size=workload.batch_size, gradient_accumulation_steps=1,
             max_new_tokens=workload.response_tokens, max_length=workload.prompt_tokens + workload.response_tokens + 8,
-            temperature=1.0, beta=0.1, learning_rate=1e-4, bf16=True, use_cpu=workload.device == "cpu",
+            temperature=1.0, beta=0.1, learning_rate=1e-4, bf16=workload.dtype == "bfloat16",
+            use_cpu=workload.device == "cpu",
             gradient_checkpointing=workload.checkpointing, report_to=[], save_strategy="no", logging_steps=10**6,
             max_steps=10**6, disable_tqdm=True, generation_kwargs={"min_new_tokens": workload.response_tokens},
         )  # fmt: skip
@@ -276,9 +288,9 @@ class Side:
         self.process.wait()
 
 
-def matrix_rate(device: str) -> float:
-    """FLOP per second of a large product in bfloat16."""
-    a, b = (torch.randn(2048, 2048, device=device, dtype=torch.bfloat16) for _ in range(2))
+def matrix_rate(device: str, dtype: str) -> float:
+    """FLOP per second of a large product."""
+    a, b = (torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
 
     def once() -> float:
         start = perf_counter()
@@ -316,6 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--tokens_per_pass", type=int, help="of miepo's policy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="by default what the device computes natively")
     parser.add_argument("--steps", type=int, default=5, help="of each side, after one that warms up")
     parser.add_argument("--side", choices=SIDES, help="(the parent's)")
     parser.add_argument("--workload", help="(the parent's)")
@@ -330,18 +343,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     workload = Workload(
         options.base, options.batch_size, options.prompt_tokens, options.response_tokens, options.rank,
-        options.checkpointing, options.device, options.tokens_per_pass,
+        options.checkpointing, options.device, options.tokens_per_pass, dtype=dtype_on(options.dtype, options.device),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         sides = [Side(name, workload, Path(folder) / f"{name}.log") for name in options.sides]
         try:
-            rates = [matrix_rate(options.device)]
+            rates = [matrix_rate(options.device, workload.dtype)]
             for side in sides:
                 side.step()
             for _ in range(options.steps):
                 for side in sides:
                     side.steps.append(side.step())
-                rates.append(matrix_rate(options.device))
+                rates.append(matrix_rate(options.device, workload.dtype))
             flops = {side.name: side.step("count")["flops"] for side in sides}
             print(table(sides, flops, workload, statistics.median(rates), copy_rate(options.device)))
         finally:
@@ -359,7 +372,7 @@ def table(sides: list[Side], flops: dict[str, int], workload: Workload, ceiling:
         f"{where}, torch {torch.__version__}; {workload.batch_size} prompts of {workload.prompt_tokens} tokens, 2 x "
         f"{workload.response_tokens} new tokens, LoRA rank {workload.rank}"
         f"{', gradient checkpointing' if workload.checkpointing else ''}; {len(sides[0].steps)} steps each, in turn",
-        f"Ceilings: {ceiling / 1e9:.0f} GFLOP/s (bfloat16 product), {copy / 1e9:.0f} GB/s (copy)",
+        f"Ceilings: {ceiling / 1e9:.0f} GFLOP/s ({workload.dtype} product), {copy / 1e9:.0f} GB/s (copy)",
         "",
         "| | s a step (median, all) | ratio | of it sampling | reference | GB above the model | ratio | TFLOP a step | "
         "share of the ceiling | tokens/s sampling | training |",

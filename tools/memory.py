@@ -40,9 +40,11 @@ from miepo.policy import Policy, attention, log_prob
 from miepo.policy.base_model import base_folder
 from miepo.policy.packing import tree_size
 from miepo.policy.policy import TOKENS_PER_PASS
+from miepo.policy.precision import chosen_dtype
 from miepo.policy_module import PolicyModule
 from miepo.preferences import evaluation_grid
 from miepo.rollout import fused_decoder
+from miepo.rollout.fused_decoder import orders_weights
 from miepo.rollout.transformers_engine import draw_tokens
 from miepo.types import PreferenceBatch, Tokens
 
@@ -133,7 +135,7 @@ def plan_memory(
     device = "cuda" if cuda else "cpu"
     config = _config(base_folder(policy.base), f"the policy's base '{policy.base}'")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=_dtype(policy.dtype, config))
+        model = AutoModelForCausalLM.from_config(config, dtype=_policy_dtype(policy, cuda))
         policy.adapt(model, [o.name for o in objectives])
         networks = {o.name: _network(o) for o in objectives if isinstance(o, ModelObjective)}
     policy.train()
@@ -144,7 +146,12 @@ def plan_memory(
         patch.dict(TOKENS_PER_PASS, cpu=TOKENS_PER_PASS[device]),
         patch.object(attention, "PRODUCT_KEYS", 0 if cuda else attention.PRODUCT_KEYS),
         # what is done with the memory of weights, tensors without contents cannot do
-        patch.multiple(fused_decoder, orders_weights=lambda weight: not cuda, _packed=_in_order, _laid_out=_in_place),
+        patch.multiple(
+            fused_decoder,
+            orders_weights=lambda weight: not cuda and orders_weights(weight),
+            _packed=_in_order,
+            _laid_out=_in_place,
+        ),
     ):
         _materialise(policy)
         adapter = list(policy.adapter_parameters().values())
@@ -179,17 +186,23 @@ def _online(plan: Plan, module: PolicyModule, data: OnlinePreferenceDataModule, 
     elif data.grid_spec is not None:
         m = len(data.grid_spec)
     sample = _decode if getattr(data.engine, "fused", False) and fused_decoder.fits(policy) else _generate
-    plan.phases["sampling"] = peak_of(lambda: sample(policy, n, RESPONSES, p, t))
+    plan.phases["sampling"] = peak_of(lambda: sample(policy, n, data.responses, p, t))
+    compared = data.most_compared(len(policy.names))
     if exploration is None:
         plan.phases["training step"] = peak_of(lambda: _imitate(policy, n, p, t))
     else:
         c = exploration.num_counterfactuals if exploration.active else 0
         read = 1 + c if policy.reference_depends_on_preference else 1
-        anchors = exploration.anchors
-        plan.phases["reference"] = peak_of(lambda: _read(policy, n, read, RESPONSES, p, t, anchors))
-        plan.phases["training step"] = peak_of(lambda: _train(policy, exploration, n, c, p, t))
+        anchors = anchors_of(exploration, compared)
+        plan.phases["reference"] = peak_of(lambda: _read(policy, n, read, compared, p, t, anchors))
+        plan.phases["training step"] = peak_of(lambda: _train(policy, exploration, n, c, p, t, compared))
     plan.phases["evaluation: sampling"] = peak_of(lambda: sample(policy, answers, 1, p, t))
     plan.phases["evaluation: information"] = peak_of(lambda: _read(policy, -(-answers // m), m, 1, p, t))
+
+
+def anchors_of(exploration: Exploration, compared: int) -> int:
+    """How many of the compared responses are read under w-, too."""
+    return compared if exploration.anchors == 2 else 1
 
 
 def _mask(n: int, length: int) -> Tensor:
@@ -217,19 +230,22 @@ def _log_prob(
     return policy.trees_log_prob(under, weights, answers, t)
 
 
-def _train(policy: Policy, exploration: Exploration, n: int, counterfactuals: int, p: int, t: int) -> None:
+def _train(
+    policy: Policy, exploration: Exploration, n: int, counterfactuals: int, p: int, t: int, compared: int = RESPONSES
+) -> None:
     """The fullest pass, beside the gradients of those before it."""
-    under, answers = _trees(policy, 1, 1 + counterfactuals, RESPONSES, p, t, exploration.anchors)
+    anchors = anchors_of(exploration, compared)
+    under, answers = _trees(policy, 1, 1 + counterfactuals, compared, p, t, anchors)
     size = tree_size(under[0], answers[0], share=not policy.gated)
     some, kept = min(n, -(-policy.pass_limit // size)), []  # prompts of several lengths fill it better than whole ones
     if some < n:
         kept = [torch.zeros_like(parameter) for parameter in policy.adapter_parameters().values()]
     if exploration.needs_gradient:
-        value = _log_prob(policy, some, 1 + counterfactuals, RESPONSES, p, t, exploration.anchors)
+        value = _log_prob(policy, some, 1 + counterfactuals, compared, p, t, anchors)
     else:
         with torch.no_grad():
-            _log_prob(policy, some, counterfactuals, RESPONSES, p, t)
-        value = _log_prob(policy, some, 1, RESPONSES, p, t)
+            _log_prob(policy, some, counterfactuals, compared, p, t)
+        value = _log_prob(policy, some, 1, compared, p, t)
     found = torch.autograd.grad(value.sum(), list(policy.adapter_parameters().values()))
     del found, kept
 
@@ -315,6 +331,13 @@ def _reward_model(plan: Plan, objective: ModelObjective, network: nn.Module, len
     else:
         plan.resident[f"reward model {objective.name}"] = size
     plan.phases[f"scoring {objective.name}"] = work
+
+
+def _policy_dtype(policy: Policy, cuda: bool) -> torch.dtype:
+    """On a card that computes bfloat16 natively, or on this machine's CPU."""
+    on_card = "bfloat16" if policy.dtype == "auto" else policy.dtype
+    found: torch.dtype = getattr(torch, on_card if cuda else chosen_dtype(policy.dtype, torch.device("cpu")))
+    return found
 
 
 def _dtype(given: str, config: Any) -> torch.dtype:

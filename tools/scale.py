@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from miepo.policy.log_prob import token_log_prob
-from tools.benchmark import BASE, Side, Workload
+from tools.benchmark import BASE, DTYPES, Side, Workload, dtype_on
 from tools.memory import peak_of
 
 AXES = {
@@ -65,11 +65,11 @@ def steps_table(base: Workload, side: str, steps: int) -> list[str]:
     return lines
 
 
-def head_table(tokens: int = 1024, width: int = 576, vocabulary: int = 151_936) -> list[str]:
+def head_table(dtype: str, tokens: int = 1024, width: int = 576, vocabulary: int = 151_936) -> list[str]:
     """Forward and backward of log-probabilities, at once and in chunks."""
     torch.manual_seed(0)
-    weight = torch.randn(vocabulary, width, dtype=torch.bfloat16) / width**0.5
-    states = torch.randn(tokens, width, dtype=torch.bfloat16)
+    weight = torch.randn(vocabulary, width, dtype=getattr(torch, dtype)) / width**0.5
+    states = torch.randn(tokens, width, dtype=weight.dtype)
     targets = torch.randint(vocabulary, (tokens,))
 
     def plain(x: Tensor) -> Tensor:
@@ -107,9 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--side", default="miepo", choices=["miepo", "miepo_gated"])
     parser.add_argument("--steps", type=int, default=2, help="of each shape, after one that warms up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="by default what the device computes natively")
     options = parser.parse_args(arguments)
-    base = Workload(options.base, 4, 53, 64, 16, False, options.device)
-    print("\n".join([*head_table(), ""]), flush=True)
+    dtype = dtype_on(options.dtype, options.device)
+    base = Workload(options.base, 4, 53, 64, 16, False, options.device, dtype=dtype)
+    print("\n".join([*head_table(dtype), ""]), flush=True)
     print(
         "\n".join(
             ["B = 4, P = 53, T = 64, K = 2, C = 1, but for one:", "", *steps_table(base, options.side, options.steps)]

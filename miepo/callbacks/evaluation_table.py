@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from math import nan
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -9,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from miepo.callbacks.pareto_front import ParetoFront
 from miepo.callbacks.reporting import log_table, whole_evaluation
+from miepo.metrics import follows
 
-PREFIXES = ("front/", "information/")
+PREFIXES = ("front/", "information/", "steerability", "side_effect/")
 OF_STEPS = "information/infonce"  # the only figure of these that a step of training logs
 
 
@@ -52,6 +55,8 @@ class EvaluationTable(Callback):
             log_table(trainer, "evaluation", ["metric", *columns], [[r[0], *map(str, r[1:])] for r in rows])
         fronts = [c for c in trainer.callbacks if isinstance(c, ParetoFront)]  # type: ignore[attr-defined]
         rank_zero_info("\n" + format_table(["metric", *head], rows))
+        for line in obedience([*columns.values()][-1]["metrics"], module.names):
+            rank_zero_info(line)
         by = [
             f"{o.name} by mean {o.normalisation.mean:.4g}, sd {o.normalisation.sd:.4g}"
             for o in module.objectives
@@ -67,17 +72,32 @@ class EvaluationTable(Callback):
             rank_zero_info(f"Checkpoint: {best}")
 
 
+def obedience(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """For each objective whose slope was measured, a sentence that says whether it follows its weight."""
+    found = []
+    for name in names:
+        key = f"steerability/{name}"
+        if key in metrics:
+            found.append(follows(name, metrics[key], *(metrics.get(f"{key}_{end}", nan) for end in ("low", "high"))))
+    return found
+
+
 def table_rows(columns: list[dict[str, Any]]) -> list[list[str]]:
     """Rows of the printed table, from figures by their logged names."""
-    named = {
+    keys = sorted({key for c in columns for key in c["metrics"]})
+    slopes = [key for key in keys if key.startswith("steerability/")]
+    slopes = [key for key in slopes if not any(f"{other}_{end}" == key for other in slopes for end in ("low", "high"))]
+    named = {f"slope of {key.removeprefix('steerability/')}, sd (up)": key for key in slopes}
+    named |= {
         "HV (up)": "front/hv",
+        "HV, bias taken off (up)": "front/hv_corrected",
+        "HV above chance (up)": "front/hv_above_chance",
         "MIP (up)": "front/mip",
+        "of it following w (up)": "front/mip_covariance",
         "CRD (down)": "front/crd",
         "I(Y;W|X), nats (up)": "information/preference",
     }
-    keys = sorted({key for c in columns for key in c["metrics"]})
     named |= {f"sd of {key.removeprefix('front/sd/')}": key for key in keys if key.startswith("front/sd/")}
-    named |= {f"best {key.removeprefix('front/best/')}": key for key in keys if key.startswith("front/best/")}
     if any(c["metrics"].get("front/left_out") for c in columns):
         named["answers without a score"] = "front/left_out"
     rows = [[title, *(_cell(c["metrics"], key) for c in columns)] for title, key in named.items()]
@@ -88,6 +108,8 @@ def _cell(metrics: dict[str, float], key: str) -> str:
     if key not in metrics:
         return "-"
     text = f"{metrics[key]:.3g}" if abs(metrics[key]) < 0.01 else f"{metrics[key]:.3f}"
+    if key == "front/hv_above_chance" and "front/hv_p" in metrics:
+        text += f" (p {metrics['front/hv_p']:.3f})"
     if f"{key}_low" in metrics:
         text += f" [{metrics[f'{key}_low']:z.3f}, {metrics[f'{key}_high']:z.3f}]"  # no -0.000
         if key == "information/preference":

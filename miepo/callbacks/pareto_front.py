@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -21,8 +22,12 @@ class ParetoFront(Callback):
     """Measures the front at every evaluation and draws it.
 
     Logs ``front/hv``, ``front/mip``, ``front/crd`` and, for every objective, ``front/sd/NAME`` and the
-    ``front/best/NAME`` that a preference vector reached; ``front/left_out`` responses had no score. The picture goes to
-    ``fronts/`` in the run's folder and to the logger.
+    ``front/best/NAME`` that a preference vector reached, which is the largest of several noisy means and so flattered;
+    ``front/left_out`` responses had no score. The hypervolume is flattered, too: ``front/hv_above_chance`` is what it
+    has above that of permuted preferences, ``front/hv_p`` how often these reach it, ``front/hv_corrected``
+    (``.._low``, ``.._high``) the value without the bias that a bootstrap over prompts shows. MIP is
+    ``front/mip_level``, where the rewards lie, plus ``front/mip_covariance``, how far they follow the preferences. The
+    picture goes to ``fronts/`` in the run's folder and to the logger.
 
     Args:
         reference_point: Coordinate of the hypervolume's reference point on every axis, in normalised rewards. With the
@@ -54,14 +59,15 @@ class ParetoFront(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
     ) -> None:
-        pl_module.metrics[METRIC].update(batch.grid_index, batch.scores)
+        pl_module.metrics[METRIC].update(batch.grid_index, batch.scores, torch.tensor(batch.positions))
 
     @whole_evaluation
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         metric, names = pl_module.metrics[METRIC], pl_module.names
         result = metric.compute()
         means = result["means"].cpu()  # (M, K)
-        values = {f"front/{key}": result[key].float() for key in ("hv", "mip", "crd", "left_out")}
+        values = {f"front/{key}": result[key].float() for key in result if key not in ("sd", "means")}
+        values = {key: value for key, value in values.items() if not value.isnan()}
         for k, name in enumerate(names):
             values[f"front/sd/{name}"] = result["sd"][k].float()
             values[f"front/best/{name}"] = means[:, k].nan_to_num(-float("inf")).max().float()

@@ -7,22 +7,45 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from miepo.callbacks.reporting import gathered_rows, log_evaluation, whole_evaluation
 from miepo.metrics import PreferenceInformationMetric, bootstrap_interval
 from miepo.policy import Policy
-from miepo.types import EvaluationBatch
+from miepo.types import EvaluationBatch, Tokens
 
 METRIC = "preference_information"
+
+
+def grid_log_prob(policy: Policy, batch: EvaluationBatch, grid: Tensor) -> Tensor:
+    """Log-probability of each response under every preference vector of a grid, ``(N, M)``.
+
+    A prompt is read once under each vector, for all its responses in the batch.
+    """
+    rows: dict[int, list[int]] = {}  # of each prompt
+    for row, position in enumerate(batch.positions):
+        rows.setdefault(position, []).append(row)
+    index = pad_sequence([torch.tensor(group) for group in rows.values()], batch_first=True, padding_value=-1)  # (B, n)
+    index = index.to(batch.responses.tokens.ids.device)
+    tokens = batch.responses.tokens.flat()  # (N, T)
+    wanted = (index >= 0).unsqueeze(-1).expand(-1, -1, len(grid))  # (B, n, M)
+    found = policy.response_log_prob(
+        [batch.prompts[group[0]] for group in rows.values()],
+        grid.expand(len(rows), -1, -1),
+        Tokens(tokens.ids[index], tokens.mask[index]),
+        wanted,
+    ).sum(-1)  # (B, n, M)
+    log_prob = torch.empty(len(batch), len(grid), device=found.device)
+    return log_prob.index_put((index[index >= 0],), found[index >= 0])
 
 
 class PreferenceInformation(Callback):
     """I(Y; W | X) over the evaluation grid and, for each objective, the information of its feedback; in nats.
 
-    At every evaluation it logs ``information/preference`` with its 95 % bootstrap interval over prompts
-    (``.._low``, ``.._high``) and ``information/ceiling``, which is ``log M``. It costs M passes over the evaluation
-    responses. From the training pairs since the last evaluation it logs ``information/feedback/NAME`` with its
-    interval: a lower bound of I(Y; C_k | X, W), see :func:`~miepo.metrics.feedback_information`.
+    At every evaluation it logs ``information/preference`` with its 95 % t interval over prompts (``.._low``,
+    ``.._high``) and ``information/ceiling``, which is ``log M``. It costs M passes over the evaluation responses. From
+    the training pairs since the last evaluation it logs ``information/feedback/NAME`` with its interval: a lower bound
+    of I(Y; C_k | X, W), see :func:`~miepo.metrics.feedback_information`.
     """
 
     def __init__(self) -> None:
@@ -55,9 +78,7 @@ class PreferenceInformation(Callback):
         grid = trainer.datamodule.grid  # type: ignore[attr-defined]
         policy: Policy = pl_module.policy
         with policy.evaluating():
-            every = grid.expand(len(batch), -1, -1)  # (N, M, K)
-            log_prob = policy.response_log_prob(batch.prompts, every, batch.responses.tokens)  # (N, 1, M, T)
-        log_prob = log_prob.squeeze(1).sum(-1)  # (N, M)
+            log_prob = grid_log_prob(policy, batch, grid)  # (N, M)
         pl_module.metrics[METRIC].update(log_prob, batch.grid_index, torch.tensor(batch.positions))
 
     @whole_evaluation

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from miepo.callbacks.reporting import gathered, gathered_rows, over_processes, together
-from miepo.datamodule import RESPONSES, OnlinePreferenceDataModule
+from miepo.datamodule import OnlinePreferenceDataModule
 from miepo.datasets import PreferenceDataset
 from miepo.errors import UserError
 from miepo.losses import supervised_loss
@@ -273,7 +273,10 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             self._begin(stage, range(index, ends[stage]), per_epoch)
         assert self.pool is not None
         rng = generator(Stream.SHUFFLE, self.seed, stage, 1)
-        each, processes = RESPONSES * trainer.world_size, trainer.world_size  # rows of a step for each of our prompts
+        each, processes = (
+            self.responses * trainer.world_size,
+            trainer.world_size,
+        )  # rows of a step for each of our prompts
         begin, size = ends[stage - 1] if stage else 0, each * self.batch_size
         passes = -(-(ends[stage] - begin) * size // len(self.pool))  # over the pool in this stage
         order = np.concatenate([rng.permutation(len(self.pool)) for _ in range(passes)])
@@ -299,7 +302,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         rank_zero_info(f"RiC stage {stage}: {len(fresh)} responses scored, {len(self.pool)} to imitate")
 
     def _sample(self, stage: int, batches: range, per_epoch: int) -> Pool:
-        """Two responses for each prompt of the stage; under drawn preferences in an online round."""
+        """``n`` responses for each prompt of the stage; under drawn preferences in an online round."""
         module, policy, prompts = self._module, self._policy, self._train_prompts
         pools, places = [], []
         for index in batches:
@@ -313,17 +316,19 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             preference = torch.from_numpy(np.stack(draws)).float()  # (B, K)
             seeds = torch_seeds(Stream.SAMPLING, self.seed, [epoch] * len(texts), positions)
             with policy.silent() if stage == 0 else nullcontext():  # the base has not read scores yet
-                responses = self.engine.sample(policy, texts, preference, RESPONSES, self.max_new_tokens, seeds)
+                responses = self.engine.sample(policy, texts, preference, self.responses, self.max_new_tokens, seeds)
             raw = together(self._trainer, start_scoring(module.objectives, texts, responses.texts))
             scores = normalise_rewards(module.objectives, raw)
-            self.scored_responses += RESPONSES * len(texts) * self._trainer.world_size
+            self.scored_responses += self.responses * len(texts) * self._trainer.world_size
             usable = (scores.isfinite().all(-1) & ~responses.empty.cpu()).flatten()
             pool = Pool(
-                [t for t in texts for _ in range(RESPONSES)], responses.tokens.flat().to("cpu"), scores.flatten(0, 1)
+                [t for t in texts for _ in range(self.responses)],
+                responses.tokens.flat().to("cpu"),
+                scores.flatten(0, 1),
             )
             kept = usable.nonzero().flatten().tolist()
             pools.append(pool.rows(kept))
-            places += [(epoch, positions[row // RESPONSES], row) for row in kept]
+            places += [(epoch, positions[row // self.responses], row) for row in kept]
         return self._of_all(join(pools, policy.tokenizer.pad_token_id), places)
 
     def _of_all(self, pool: Pool, places: Sequence[Any]) -> Pool:

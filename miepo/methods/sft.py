@@ -100,6 +100,7 @@ class SupervisedFineTuning(PolicyModule):
             self.steps_before: int | None = None
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if not self.trainer.ckpt_path:
             self._check_folder()
 

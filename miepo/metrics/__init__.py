@@ -1,10 +1,10 @@
-"""What is measured: the Pareto front and the information that responses carry about their preference."""
+"""What is measured: obedience, the Pareto front, and the information that responses carry about their preference."""
 
 from miepo.metrics.front import (
-    ParetoFrontMetric,
     conditional_reward_dispersion,
     hypervolume,
     mean_inner_product,
+    mip_parts,
     reward_overlap,
 )
 from miepo.metrics.information import (
@@ -14,16 +14,34 @@ from miepo.metrics.information import (
     infonce_bound,
     pointwise_information,
 )
+from miepo.metrics.pareto_front import ParetoFrontMetric
+from miepo.metrics.resampling import AnswerSums, HypervolumeEstimate, estimate_hypervolume
+from miepo.metrics.steerability import (
+    SteerabilityMetric,
+    follows,
+    preference_slopes,
+    rank_correlation,
+    t_interval,
+)
 
 __all__ = [
+    "AnswerSums",
+    "HypervolumeEstimate",
     "ParetoFrontMetric",
     "PreferenceInformationMetric",
+    "SteerabilityMetric",
     "bootstrap_interval",
     "conditional_reward_dispersion",
+    "estimate_hypervolume",
     "feedback_information",
+    "follows",
     "hypervolume",
     "infonce_bound",
     "mean_inner_product",
+    "mip_parts",
     "pointwise_information",
+    "preference_slopes",
+    "rank_correlation",
     "reward_overlap",
+    "t_interval",
 ]

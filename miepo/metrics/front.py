@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import moocore
+import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 
 def hypervolume(means: Tensor, reference_point: float) -> Tensor:
@@ -22,13 +22,18 @@ def hypervolume(means: Tensor, reference_point: float) -> Tensor:
     >>> hypervolume(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), reference_point=-1.0)
     tensor(3., dtype=torch.float64)
     """
-    points = means[means.isfinite().all(-1)].double().cpu()
-    if len(points) == 0:
-        return torch.tensor(0.0, dtype=torch.float64)
-    reference = [reference_point] * points.shape[1]
-    if points.shape[1] == 1:  # moocore starts at two objectives
-        return (points.max() - reference_point).clamp(min=0)
-    return torch.tensor(float(moocore.hypervolume(points.numpy(), ref=reference, maximise=True)), dtype=torch.float64)
+    return torch.tensor(float(hypervolumes(means.unsqueeze(0), reference_point)[0]), dtype=torch.float64)
+
+
+def hypervolumes(means: Tensor, reference_point: float) -> np.ndarray:
+    """:func:`hypervolume` of each of many sets of mean reward vectors, ``(S, M, K) -> (S,)`` float64."""
+    sets = means.double().cpu().numpy()
+    measured = np.isfinite(sets).all(-1)  # (S, M)
+    if sets.shape[-1] == 1:  # moocore starts at two objectives
+        highest = np.where(measured, sets[..., 0], -np.inf).max(-1, initial=-np.inf)
+        return np.maximum(highest - reference_point, 0.0)
+    indicator = moocore.Hypervolume(ref=[reference_point] * sets.shape[-1], maximise=True)
+    return np.array([float(indicator(s[keep])) if keep.any() else 0.0 for s, keep in zip(sets, measured, strict=True)])
 
 
 def mean_inner_product(preferences: Tensor, means: Tensor) -> Tensor:
@@ -42,6 +47,24 @@ def mean_inner_product(preferences: Tensor, means: Tensor) -> Tensor:
     tensor(2.)
     """
     return (preferences.to(means) * means).sum(-1).nanmean()
+
+
+def mip_parts(preferences: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """What MIP is made of: ``mean(w) . mean(s)`` and ``sum_k Cov(w_k, s_k)``, over vectors that were measured.
+
+    The first tells where the normalisation lies; only the second tells that the rewards follow the preferences.
+
+    Args:
+        preferences: ``(M, K)``.
+        means: ``(M, K)`` mean reward vector under each.
+
+    >>> mip_parts(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    (tensor(1.), tensor(1.))
+    """
+    keep = means.isfinite().all(-1)
+    weights, rewards = preferences[keep].to(means), means[keep]
+    level = (weights.mean(0) * rewards.mean(0)).sum()
+    return level, mean_inner_product(weights, rewards) - level
 
 
 def conditional_reward_dispersion(covariances: Tensor) -> Tensor:
@@ -97,59 +120,3 @@ def reward_moments(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor,
     means = torch.where(n > 0, total / n, torch.nan)
     centred = outer - n.unsqueeze(-1) * means.unsqueeze(-1) * means.unsqueeze(-2)
     return means, torch.where(n.unsqueeze(-1) > 1, centred / (n.unsqueeze(-1) - 1), torch.nan)
-
-
-class ParetoFrontMetric(Metric):
-    """Means and covariances of reward vectors by preference vector; exact under any split into batches or processes.
-
-    Args:
-        grid: ``(M, K)`` preference vectors of the evaluation.
-        reference_point: Of the hypervolume.
-    """
-
-    full_state_update = False
-    grid: Tensor
-    count: Tensor  # (M,)
-    total: Tensor  # (M, K)
-    outer: Tensor  # (M, K, K)
-    left_out: Tensor  # ()
-
-    def __init__(self, grid: Tensor, reference_point: float) -> None:
-        super().__init__()
-        m, k = grid.shape
-        self.register_buffer("grid", grid, persistent=False)
-        self.reference_point = reference_point
-        self.add_state("count", torch.zeros(m, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(m, k, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("outer", torch.zeros(m, k, k, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("left_out", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, grid_index: Tensor, scores: Tensor) -> None:
-        """Adds responses: the index of their preference vector ``(N,)`` and their normalised rewards ``(N, K)``.
-
-        A response that some objective gave no finite score does not count but in ``left_out``.
-        """
-        keep = scores.isfinite().all(-1)
-        index, rows = grid_index[keep].to(self.total.device), scores[keep].double().to(self.total.device)
-        self.left_out += (~keep).sum()
-        self.count.index_add_(0, index, torch.ones_like(rows[:, 0]))
-        self.total.index_add_(0, index, rows)
-        self.outer.index_add_(0, index, rows.unsqueeze(-1) * rows.unsqueeze(-2))
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean reward vectors ``(M, K)`` and sample covariances ``(M, K, K)``; NaN where responses are too few."""
-        return reward_moments(self.count, self.total, self.outer)
-
-    def compute(self) -> dict[str, Tensor]:
-        """``hv``, ``mip``, ``crd``, per-axis standard deviations ``sd`` ``(K,)`` and the front ``means`` ``(M, K)``;
-        ``left_out`` responses had no score."""
-        means, covariances = self.moments()
-        variances = covariances.diagonal(dim1=-2, dim2=-1)  # (M, K)
-        return {
-            "hv": hypervolume(means, self.reference_point),
-            "mip": mean_inner_product(self.grid, means),
-            "crd": conditional_reward_dispersion(covariances),
-            "sd": variances.clamp(min=0).sqrt().nanmean(0),
-            "means": means,
-            "left_out": self.left_out.clone(),  # the sum goes on in place
-        }

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from miepo.metrics.steerability import t_interval
 from miepo.preferences import Stream, generator
 
 
@@ -95,7 +96,7 @@ def bootstrap_interval(
 
 
 class PreferenceInformationMetric(Metric):
-    """I(Y; W | X) for W uniform on a grid, with a bootstrap interval over prompts; in nats.
+    """I(Y; W | X) for W uniform on a grid, with a t interval over prompts; in nats.
 
     Args:
         grid_size: ``M``, the number of preference vectors; the ceiling is ``log M``.
@@ -119,10 +120,15 @@ class PreferenceInformationMetric(Metric):
     def compute(self) -> dict[str, Tensor]:
         """``preference`` (the estimate), ``preference_low``, ``preference_high``, ``ceiling``."""
         values, prompts = dim_zero_cat(self.information), dim_zero_cat(self.prompt)
-        low, high = bootstrap_interval(values.cpu(), prompts.cpu())
+        _, inverse = prompts.unique(return_inverse=True)
+        sums, counts = (
+            torch.zeros(int(inverse.max()) + 1, dtype=torch.float64, device=values.device).index_add_(0, inverse, x)
+            for x in (values.double(), torch.ones_like(values, dtype=torch.float64))
+        )
+        mean, low, high = t_interval(sums / counts)
         return {
-            "preference": values.mean(),
-            "preference_low": torch.tensor(low),
-            "preference_high": torch.tensor(high),
+            "preference": mean,
+            "preference_low": low,
+            "preference_high": high,
             "ceiling": torch.tensor(log(self.grid_size)),
         }

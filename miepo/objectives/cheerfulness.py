@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -7,9 +8,26 @@ import torch
 from miepo.errors import needs
 from miepo.objectives.base import Objective
 
+SENTENCE = re.compile(r"[^.!?\n]+[.!?\n]*")
+
 
 class Cheerfulness(Objective):
-    """Positive sentiment by the VADER lexicon, in [-1, 1] (package ``vaderSentiment``)."""
+    """Positive sentiment by the VADER lexicon, in [-1, 1] (package ``vaderSentiment``).
+
+    Args:
+        by_sentence: The mean over sentences, as VADER's authors advise for longer texts. Of the whole text the score
+            grows with the number of cheerful words, so that it pays for length.
+        name: See :class:`~miepo.objectives.base.Objective`.
+        normalisation: See :class:`~miepo.objectives.base.Objective`.
+    """
+
+    identity = ("higher_is_better", "by_sentence")
+
+    def __init__(
+        self, by_sentence: bool = False, name: str | None = None, normalisation: dict[str, float] | None = None
+    ) -> None:
+        super().__init__(name, normalisation)
+        self.by_sentence = by_sentence
 
     def load(self, device: torch.device) -> None:
         try:
@@ -19,4 +37,8 @@ class Cheerfulness(Objective):
         self.analyzer = SentimentIntensityAnalyzer()
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        return [self.analyzer.polarity_scores(response)["compound"] for response in responses]
+        return [self._sentiment(response) for response in responses]
+
+    def _sentiment(self, text: str) -> float:
+        parts = [part for part in SENTENCE.findall(text) if part.strip(" .!?\n")] if self.by_sentence else [text]
+        return sum(self.analyzer.polarity_scores(part)["compound"] for part in parts) / max(len(parts), 1)

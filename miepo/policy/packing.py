@@ -34,6 +34,7 @@ class Packed:
 
 def tree_size(under: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], share: bool) -> int:
     """Places that a prompt under its preferences, and its responses under each, take in :func:`pack`."""
+    under = [prompt for prompt, each in zip(under, answers, strict=True) if any(each)]
     common = len(_common(under)) if share else 0
     prompts = common + sum(len(prompt) - common for prompt in under)
     return prompts + sum(max(len(answer) - 1, 0) for each in answers for answer in each)
@@ -115,7 +116,10 @@ def pack(
     trees = _Trees()
     for b, (under, answers) in enumerate(zip(prompts, responses, strict=True)):
         count = len(under)
-        for group in [range(count)] if share else [[c] for c in range(count)]:
+        for group in [[*range(count)]] if share else [[c] for c in range(count)]:
+            group = [c for c in group if any(answers[c])]  # under which something is read
+            if not group:
+                continue
             common = _common([under[c] for c in group])
             root = trees.add(common, [], b * count + group[0])
             for c in group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import inf
@@ -22,6 +23,7 @@ from miepo.policy.base_model import fingerprint, load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
 from miepo.policy.packing import pack, passes, tree_size
+from miepo.policy.precision import chosen_dtype
 from miepo.policy.sharding import Shards
 from miepo.policy.template import HH, PromptTemplate
 from miepo.types import Tokens
@@ -74,10 +76,13 @@ class Policy(nn.Module):
         lora_alpha: LoRA scale; ``alpha / rank`` multiplies the update (paper: 128).
         lora_dropout: Dropout in front of the adapter, training only (paper: 0.05).
         lora_targets: Names of the layers to adapt, or ``all-linear``.
+        lora_layers: Adapt the last so many transformer layers alone: no gradient goes below them, which is faster. By
+            default all.
         template: See :class:`~miepo.policy.template.PromptTemplate`.
         dialogue: See there.
-        dtype: Type of the base weights. Adapter weights are float32; with bfloat16 the computation is autocast to it,
-            alike for sampling and training.
+        dtype: Type of the base weights. ``auto`` is bfloat16 where the device computes it natively and float32
+            elsewhere. Adapter weights are float32; with bfloat16 the computation is autocast to it, alike for sampling
+            and training.
         temperature: Of the distribution the policy stands for: responses are sampled from it and all
             log-probabilities are taken of it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
@@ -93,6 +98,7 @@ class Policy(nn.Module):
         lora_alpha: float = 128,
         lora_dropout: float = 0.05,
         lora_targets: str | list[str] = "all-linear",
+        lora_layers: int | None = None,
         template: str = "auto",
         dialogue: bool = False,
         dtype: str = "auto",
@@ -108,13 +114,15 @@ class Policy(nn.Module):
                 raise UserError(f"policy.{name} must be positive, got {number}")
         if not 0 <= lora_dropout < 1:
             raise UserError(f"policy.lora_dropout is a share, at least 0 and below 1, got {lora_dropout}")
-        for name, value in (("lora_rank", lora_rank), ("tokens_per_pass", tokens_per_pass)):
+        for name, value in (
+            ("lora_rank", lora_rank), ("lora_layers", lora_layers), ("tokens_per_pass", tokens_per_pass),
+        ):  # fmt: skip
             if value is not None and value < 1:
                 raise UserError(f"policy.{name} must be at least 1, got {value}")
         self.base = base
         self.conditioning = [PromptConditioning()] if conditioning is None else list(conditioning)
         self.lora_rank, self.lora_alpha, self.lora_dropout = lora_rank, lora_alpha, lora_dropout
-        self.lora_targets = lora_targets
+        self.lora_targets, self.lora_layers = lora_targets, lora_layers
         self.template_spec, self.dialogue = template, dialogue or template == HH
         self.dtype = dtype
         self.temperature = temperature
@@ -128,13 +136,20 @@ class Policy(nn.Module):
 
     # -- construction --------------------------------------------------------------------------------------------------
 
-    def build(self, names: Sequence[str]) -> Policy:
-        """Loads the base model and attaches the adapter for the objectives ``names``. Does nothing a second time."""
+    def build(self, names: Sequence[str], device: torch.device | None = None) -> Policy:
+        """Loads the base model and attaches the adapter for the objectives ``names``. Does nothing a second time.
+
+        Args:
+            names: Of the objectives, in column order.
+            device: On which the policy will compute, which decides its type where ``dtype`` is ``auto``; by default the
+                CPU. The weights are loaded on the CPU.
+        """
         if self._built:
             if self.names != tuple(names):
                 raise UserError(f"the policy was built for the objectives {self.names}, got {tuple(names)}")
             return self
-        model, self.tokenizer = load_base(self.base, self.dtype)
+        dtype = chosen_dtype(self.dtype, device or torch.device("cpu"))
+        model, self.tokenizer = load_base(self.base, dtype)
         self.fingerprint = fingerprint(model)
         self.tokenizer.padding_side = "left"
         self.generation_config = model.generation_config  # the base's own
@@ -162,6 +177,7 @@ class Policy(nn.Module):
             lora_alpha=self.lora_alpha * blocks,  # type: ignore[arg-type]
             lora_dropout=self.lora_dropout,
             target_modules=self.lora_targets,
+            exclude_modules=None if self.lora_layers is None else lower_layers(model, self.lora_layers),
         )
         try:
             self.model = get_peft_model(model, config, adapter_name=ADAPTER)
@@ -241,6 +257,7 @@ class Policy(nn.Module):
             "temperature": self.temperature,
             "template": self.template_spec,
             **({"dialogue": True} if self.dialogue else {}),
+            **({} if self.lora_layers is None else {"lora_layers": self.lora_layers}),
             "conditioning": [{"class": type(c).__name__, **vars(c)} for c in self.conditioning],
         }
 
@@ -478,6 +495,9 @@ class Policy(nn.Module):
         width: int,
     ) -> Tensor:
         shape = (len(prompts), len(responses[0][0]), len(prompts[0]), width)  # B, n, C, T
+        if not any(answer for under in responses for answers in under for answer in answers):
+            # nothing is read: zeros, of which the adapter has a gradient where it trains, and it is zero
+            return torch.zeros(shape, device=self.device) + sum(0 * p.sum() for p in self.adapter_parameters().values())
         if not self.plain_attention:
             return self._padded_log_prob(prompts, gate, responses, shape)
         packed = pack(prompts, responses, width, gate is None, self.weight_dtype, self.device)
@@ -500,14 +520,18 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Sequence by sequence: for networks that a tree cannot pass through."""
         b, n, c, t = shape
-        each = self.padded([row for under in prompts for row in under]).repeat(n)  # (B C n, P)
-        rows = [answer for under in responses for answers in under for answer in answers]
-        pad = [[*row, *[0] * (t - len(row))] for row in rows]
-        mask = torch.arange(t) < torch.tensor([[len(row)] for row in rows])
-        answers = Tokens(torch.tensor(pad), mask).to(self.device)  # (B C n, T)
-        with self._gate.set(None if gate is None else gate.repeat_interleave(n, 0)), self.autocast():
+        rows = [answer for under in responses for answers in under for answer in answers]  # B C n
+        read = [i for i, row in enumerate(rows) if row]
+        flat = [prompt for under in prompts for prompt in under]  # B C
+        each = self.padded([flat[i // n] for i in read])  # (N, P)
+        pad = [[*rows[i], *[0] * (t - len(rows[i]))] for i in read]
+        mask = torch.arange(t) < torch.tensor([[len(rows[i])] for i in read])
+        answers = Tokens(torch.tensor(pad), mask).to(self.device)  # (N, T)
+        places = torch.tensor(read, device=self.device)
+        with self._gate.set(None if gate is None else gate[places // n]), self.autocast():
             log_prob = self._token_log_prob(each, answers)
-        return log_prob.view(b, c, n, t).transpose(1, 2)
+        out = torch.zeros(b * c * n, t, device=self.device).index_put((places,), log_prob)
+        return out.view(b, c, n, t).transpose(1, 2)
 
     @property
     def plain_attention(self) -> bool:
@@ -531,6 +555,24 @@ class Policy(nn.Module):
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
+def lower_layers(model: Any, upper: int) -> str | None:
+    """A pattern of the names of modules below the last ``upper`` transformer layers; None where there are none.
+
+    Raises:
+        UserError: the model has fewer layers, or keeps them in no list.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise UserError(
+            f"policy.lora_layers needs a network with one list of layers, got {len(lists)} lists of {count}"
+        )
+    if upper > count:
+        raise UserError(f"policy.lora_layers must be at most the network's {count} layers, got {upper}")
+    lower = "|".join(str(i) for i in range(count - upper))
+    return rf"{re.escape(lists[0])}\.({lower})\..*" if lower else None
+
+
 def _attends_to_all(model: Any) -> bool:
     config = model.config.get_text_config()
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
@@ -550,7 +592,7 @@ def _rows(responses: Tokens, preferences: int, wanted: Tensor | None) -> list[li
     """``(B, n, T)`` as token ids without padding under each of ``C`` preferences, empty where not wanted."""
     lengths = responses.mask.sum(-1, keepdim=True).expand(-1, -1, preferences)  # (B, n, C)
     if wanted is not None:
-        lengths = torch.where(wanted, lengths, 0)
+        lengths = torch.where(wanted.to(lengths.device), lengths, 0)
     return [
         [[row[:length] for row, length in zip(ids, under, strict=True)] for under in each]
         for ids, each in zip(responses.ids.tolist(), lengths.transpose(1, 2).tolist(), strict=True)

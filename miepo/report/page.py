@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from miepo.callbacks.evaluation_table import table_rows
+from miepo.callbacks.evaluation_table import obedience, table_rows
 from miepo.errors import UserError, first_line
 from miepo.preferences import format_preference
 from miepo.report import intervals, pictures
@@ -96,6 +96,7 @@ def page_of(runs: Sequence[RunRecord], prompts: int) -> dict[str, Any]:
         ],
         "columns": [columns for columns, _ in measured],
         "rows": table_rows([column for columns, _ in measured for column in columns]),
+        "obedience": [(run.label, obedience(last, run.names)) for run, last in latest(runs, measured)],
         "incomparable": incomparable(runs),
         "notes": [note for _, note in measured if note],
         "reference_points": [f"{point:g}" for point in sorted({run.reference_point for run in runs})],
@@ -131,12 +132,26 @@ def before_and_after(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
             )
         draws = intervals.bootstrap(evaluation, run.reference_point)
         drawn.append((points, draws))
-        columns.append(_column(evaluation.title, logged_here | intervals.with_interval(points, draws)))
+        measured = logged_here | intervals.chance_of(evaluation, run.reference_point) | intervals.slopes_of(evaluation)
+        columns.append(_column(evaluation.title, measured | intervals.with_interval(points, draws)))
     if len(evaluations) == 2 and intervals.same_prompts(*evaluations):
         (old, old_draws), (new, new_draws) = drawn
         change = intervals.with_interval({key: new[key] - old[key] for key in old}, new_draws - old_draws)
+        change |= intervals.slopes_of(evaluations[1], evaluations[0])
         columns.append(_column("change", change))
     return columns, ""
+
+
+def latest(
+    runs: Sequence[RunRecord], measured: Sequence[tuple[list[dict[str, Any]], str]]
+) -> list[tuple[RunRecord, dict[str, float]]]:
+    """Each run that was evaluated with the figures of its last evaluation."""
+    found = []
+    for run, (columns, _) in zip(runs, measured, strict=True):
+        of_runs = [column["metrics"] for column in columns if column["title"] != "change"]
+        if of_runs:
+            found.append((run, of_runs[-1]))
+    return found
 
 
 def _column(title: str, figures: Mapping[str, float]) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def curves(runs: Sequence[RunRecord]) -> tuple[list[str], list[str], list[str]]:
     zero = [k for k in keys if all(v == 0 for run in runs for _, v in run.series.get(k, ()))]
     first = (
         "loss", "kl", "reward/", "agreement/", "information/infonce", "information/preference",
-        "front/hv", "front/mip", "front/crd",
+        "steerability/", "front/hv", "front/mip", "front/crd",
     )  # fmt: skip
     places = {k: next((i for i, start in enumerate(first) if k.startswith(start)), None) for k in keys if k not in zero}
     main = sorted((k for k in places if places[k] is not None), key=lambda k: (places[k], k))

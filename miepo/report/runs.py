@@ -288,7 +288,16 @@ def series_of(rows: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, tupl
 
 def of_evaluation(key: str) -> bool:
     """Whether a metric is logged at evaluations, and not at steps."""
-    return key.startswith(("front/", "information/preference", "information/ceiling", "information/feedback"))
+    return key.startswith(
+        (
+            "front/",
+            "steerability",
+            "side_effect/",
+            "information/preference",
+            "information/ceiling",
+            "information/feedback",
+        )
+    )
 
 
 def figures_of(rows: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[tuple[int, dict[str, float]], ...]:

@@ -21,7 +21,7 @@ POLICY = SETTINGS["model"]["policy"]["init_args"]
 def policy() -> Policy:
     try:
         return Policy(
-            POLICY["base"], [GatedConditioning()], lora_rank=2, dtype="bfloat16", template=POLICY["template"]
+            POLICY["base"], [GatedConditioning()], lora_rank=2, dtype="auto", template=POLICY["template"]
         ).build(["cheerfulness", "brevity"])
     except UserError as error:
         if "could not fetch" in str(error):

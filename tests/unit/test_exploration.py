@@ -22,9 +22,9 @@ from miepo.exploration import (
     infonce_loss,
     information_labels,
     matching_loss,
-    read_under,
 )
 from miepo.losses import alignment_loss
+from miepo.metrics import infonce_bound
 
 
 def rewards(b: int = 6, seed: int = 0) -> torch.Tensor:
@@ -40,8 +40,24 @@ def contrast(b: int = 5, c: int = 2, seed: int = 0, gradient: bool = False) -> C
     preferences = torch.cat([weights, 1 - weights], -1)  # (B, 1 + C, 2)
     labels = torch.tensor([[1, -1], [-1, 1], [1, 1], [1, 0], [0, 0]]).float()[torch.arange(b) % 5]
     return Contrast(
-        preferences[:, 0], preferences[:, 1:], own, other, own + 3, other + 3, torch.full((b, 2), 4), labels,
-        labels.unsqueeze(1).expand(-1, c, -1), torch.ones(b, 2, dtype=torch.bool), 0.1,
+        preferences[:, 0], preferences[:, 1:], own, other, own + 3, other + 3, torch.full((b, 2), 4),
+        torch.tensor([[[0, 1]]]).expand(b, 1, 2), labels, labels.unsqueeze(1).expand(-1, c, -1), labels.unsqueeze(1),
+        torch.ones(b, 2, dtype=torch.bool), 0.1,
+    )  # fmt: skip
+
+
+def contrast_of_four(seed: int = 0) -> Contrast:
+    """Four responses to each of five prompts, a pair for each of two objectives; the third response is in no pair."""
+    generator = torch.Generator().manual_seed(seed)
+    two = contrast(seed=seed)
+    own, other = torch.randn(5, 4, generator=generator), torch.randn(5, 4, 2, generator=generator)
+    cross = torch.tensor([[1.0, 0.0], [-1.0, -1.0]]).expand(5, 2, 2)
+    labels = torch.tensor([1.0, -1.0]).expand(5, 2)
+    return replace(
+        two, log_prob=own, counterfactual_log_prob=other, reward=own + 3, counterfactual_reward=other + 3,
+        lengths=torch.full((5, 4), 4), pairs=torch.tensor([[0, 1], [0, 3]]).expand(5, 2, 2), labels=labels,
+        counterfactual_labels=labels.unsqueeze(1).expand(-1, 2, -1), cross_labels=cross,
+        anchors=torch.tensor([True, True, False, True]).expand(5, 4),
     )  # fmt: skip
 
 
@@ -81,16 +97,24 @@ def test_infonce_is_the_mean_over_the_anchors_that_are_not_empty() -> None:
 
 
 def test_anchors_are_a_function_of_the_place_in_the_run() -> None:
-    assert draw_anchors(2, 0, [0, 0], [0, 1]).all()
-    drawn = draw_anchors(1, 3, [0] * 400, range(400))
+    both = torch.ones(400, 2, dtype=torch.bool)
+    assert draw_anchors(2, both[:2], 0, [0, 0], [0, 1]).all()
+    drawn = draw_anchors(1, both, 3, [0] * 400, range(400))
     assert (drawn.sum(1) == 1).all()
     assert 160 < int(drawn[:, 0].sum()) < 240
-    assert torch.equal(drawn[100:], draw_anchors(1, 3, [0] * 300, range(100, 400)))
-    assert not torch.equal(drawn, draw_anchors(1, 3, [1] * 400, range(400)))
-    assert not torch.equal(drawn, draw_anchors(1, 4, [0] * 400, range(400)))
-    under = read_under(drawn, 3)  # (B, 2, 1 + C)
-    assert under[..., 0].all()
-    assert torch.equal(under[..., 1:], drawn.unsqueeze(-1).expand(-1, -1, 3))
+    assert torch.equal(drawn[100:], draw_anchors(1, both[100:], 3, [0] * 300, range(100, 400)))
+    assert not torch.equal(drawn, draw_anchors(1, both, 3, [1] * 400, range(400)))
+    assert not torch.equal(drawn, draw_anchors(1, both, 4, [0] * 400, range(400)))
+
+
+def test_anchors_are_among_the_compared() -> None:
+    compared = torch.tensor([[True, False, True, True], [False] * 4] * 300)
+    assert torch.equal(draw_anchors(2, compared, 0, [0] * 600, range(600)), compared)
+    drawn = draw_anchors(1, compared, 0, [0] * 600, range(600))
+    assert (drawn & ~compared).sum() == 0
+    assert torch.equal(drawn.any(1), compared.any(1))
+    assert drawn[::2].sum(0).tolist()[1] == 0
+    assert all(70 < count < 130 for count in drawn[::2].sum(0)[[0, 2, 3]].tolist())
 
 
 def test_one_anchor_stands_for_both() -> None:
@@ -115,7 +139,7 @@ def test_the_judge_prefers_the_response_with_more_pointwise_information() -> Non
     log_prob = torch.tensor([[-1.0, -1.0], [-5.0, -2.0], [-1.0, -1.0]])
     others = torch.tensor([[[-9.0], [-1.0]], [[-5.0], [-2.0]], [[-2.0], [-4.0]]])
     # the first response is unlikely under w- and so tells more; both tell nothing; the second tells more
-    assert information_labels(log_prob, others).tolist() == [1.0, 0.0, -1.0]
+    assert information_labels(infonce_bound(log_prob, others)).tolist() == [1.0, 0.0, -1.0]
 
 
 def test_pointwise_information_is_the_score_of_the_gradient_and_pairs_point_its_way() -> None:
@@ -132,7 +156,7 @@ def test_pointwise_information_is_the_score_of_the_gradient_and_pairs_point_its_
     for w, a, b in product(range(2), range(3), range(3)):  # every pair under w, with its probability
         own = torch.stack([log_pi[w, a], log_pi[w, b]]).unsqueeze(0)
         other = torch.stack([log_pi[1 - w, a], log_pi[1 - w, b]]).view(1, 2, 1)
-        label = information_labels(own.detach(), other.detach())
+        label = information_labels(infonce_bound(own.detach(), other.detach()))
         loss = loss + pi[w, a].detach() * pi[w, b].detach() * alignment_loss(own, label.unsqueeze(-1), 1.0).sum()
     (judged,) = torch.autograd.grad(loss, logits)
     assert F.cosine_similarity(-judged.flatten(), exact.flatten(), 0) > 0.9
@@ -213,6 +237,33 @@ def test_matching_reuses_the_pair_under_w_minus() -> None:
     both = Matching(reuse=0.7, num_counterfactuals=2).loss(pair)
     parts = Matching(reuse=0.0, num_counterfactuals=2).loss(pair) + 0.7 * CounterfactualAlignment().loss(pair)
     torch.testing.assert_close(both, parts)
+
+
+def test_terms_of_several_pairs_by_hand() -> None:
+    """Four responses, of which one is in no pair: each term over the pairs or the compared responses."""
+    four = contrast_of_four()
+    read = [0, 1, 3]
+    each = infonce_loss(four.reward, four.counterfactual_reward, 0.3)
+    torch.testing.assert_close(InfoNCE(0.3, 2).loss(four), each[:, read].mean(1))
+
+    information = infonce_bound(four.log_prob, four.counterfactual_log_prob)[:, read]
+    best, worst = (torch.tensor(read)[i] for i in (information.argmax(1), information.argmin(1)))
+    rows = torch.arange(5)
+    expected = -F.logsigmoid(0.1 * (four.reward[rows, best] - four.reward[rows, worst]))
+    torch.testing.assert_close(PairwiseInformation().loss(four), expected)
+
+    margins = [four.counterfactual_reward[:, 0] - four.counterfactual_reward[:, j] for j in (1, 3)]  # (B, C) each
+    under = [-F.logsigmoid(0.1 * margins[0]), -F.logsigmoid(-0.1 * margins[1])]  # as labelled, +1 and -1
+    routed = sum(loss * four.counterfactual[..., k] for k, loss in enumerate(under))
+    torch.testing.assert_close(CounterfactualAlignment().loss(four), routed.mean(1))
+
+    pairs = []
+    for q, j in enumerate((1, 3)):
+        own, other = four.reward[:, [0, j]], four.counterfactual_reward[:, [0, j]]
+        labels = four.cross_labels[:, q]
+        after = labels.unsqueeze(1).expand(-1, 2, -1)
+        pairs.append(matching_loss(own, other, four.preference, four.counterfactual, labels, after, 0.1).mean(1))
+    torch.testing.assert_close(Matching(reuse=0.0, num_counterfactuals=2).loss(four), (pairs[0] + pairs[1]) / 2)
 
 
 def test_the_control_is_the_alignment_loss_under_w_minus() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from miepo.feedback import feedback_counts, pairwise_labels, scalarised_labels
+from miepo.feedback import extremes, feedback_counts, of_pairs, pairwise_feedback, pairwise_labels, scalarised_labels
 
 NAN, INF = float("nan"), float("inf")
 SCORES = torch.tensor(
@@ -44,3 +44,64 @@ def test_scalarised_feedback_differs_where_objectives_conflict() -> None:
     assert labels[:, 0].tolist() == [1, 1, 1, 0, 0]
     assert torch.equal(labels[:, 0], labels[:, 1])
     assert pairwise_labels(SCORES, EMPTY)[0].tolist() == [1, -1]
+
+
+def test_extremes() -> None:
+    values = torch.tensor([[1.0, 5.0, -2.0, 5.0], [3.0, NAN, 1.0, 2.0], [7.0, 7.0, 7.0, 7.0], [NAN, 4.0, NAN, NAN]])
+    usable = values.isfinite()
+    assert extremes(values, usable).tolist() == [[1, 2], [0, 2], [0, 0], [1, 1]]
+    usable[0, 1:3] = False
+    assert extremes(values, usable)[0].tolist() == [0, 3]
+    assert extremes(values, torch.zeros(4, 4, dtype=torch.bool)).tolist() == [[0, 0]] * 4
+    assert extremes(values[:, :2], usable[:, :2]).tolist() == [[0, 1]] * 4  # of two both, always
+
+
+def test_two_answers_are_one_pair_for_all_objectives() -> None:
+    routing = torch.full((5, 2), 0.5)
+    made = pairwise_feedback(SCORES, EMPTY, routing, torch.zeros(5, 0, 2), "per_objective")
+    assert torch.equal(made.labels, pairwise_labels(SCORES, EMPTY))
+    assert made.pairs.tolist() == [[[0, 1]]] * 5
+    assert made.compared.all()
+    assert made.counterfactual_labels.shape == (5, 0, 2)
+    scalarised = pairwise_feedback(SCORES, EMPTY, routing, routing.unsqueeze(1), "scalarised")
+    assert torch.equal(scalarised.labels, scalarised_labels(SCORES, routing, EMPTY))
+    assert torch.equal(scalarised.counterfactual_labels[:, 0], scalarised.labels)
+
+
+def test_each_objective_compares_its_best_with_its_worst() -> None:
+    scores = torch.tensor([[[1.0, 9.0], [4.0, 3.0], [2.0, 5.0], [0.0, 4.0]]])
+    empty = torch.tensor([[False, False, False, False]])
+    made = pairwise_feedback(scores, empty, torch.tensor([[0.5, 0.5]]), torch.tensor([[[0.1, 0.9]]]), "per_objective")
+    assert made.pairs.tolist() == [[[1, 3], [0, 1]]]
+    assert made.labels.tolist() == [[1.0, 1.0]]
+    assert made.cross_labels.tolist() == [[[1.0, -1.0], [-1.0, 1.0]]]
+    assert made.compared.tolist() == [[True, True, False, True]]
+    assert torch.equal(made.counterfactual_labels, made.labels.unsqueeze(1))
+    assert of_pairs(scores, made.pairs)[0, 0].tolist() == [[4.0, 3.0], [0.0, 4.0]]
+    # the best is empty: the next one stands for it
+    made = pairwise_feedback(
+        scores, torch.tensor([[False, True, False, False]]), torch.tensor([[0.5, 0.5]]), torch.zeros(1, 0, 2),
+        "per_objective",
+    )  # fmt: skip
+    assert made.pairs.tolist() == [[[2, 3], [0, 3]]]
+
+
+def test_the_scalarised_reward_chooses_one_pair() -> None:
+    scores = torch.tensor([[[1.0, 9.0], [4.0, 3.0], [2.0, 5.0], [0.0, 4.0]]])
+    empty = torch.zeros(1, 4, dtype=torch.bool)
+    routing, under = torch.tensor([[0.9, 0.1]]), torch.tensor([[[0.1, 0.9]]])
+    made = pairwise_feedback(scores, empty, routing, under, "scalarised")  # 1.8, 3.9, 2.3, 0.4 and 8.2, 3.1, 4.7, 3.6
+    assert made.pairs.tolist() == [[[1, 3]]]
+    assert made.labels.tolist() == [[1.0, 1.0]]
+    assert made.counterfactual_labels.tolist() == [[[-1.0, -1.0]]]
+    assert made.compared.tolist() == [[False, True, False, True]]
+
+
+def test_groups_without_a_pair_are_counted() -> None:
+    scores = torch.tensor([[[1.0]] * 3, [[NAN], [NAN], [2.0]], [[1.0], [2.0], [3.0]], [[1.0], [2.0], [3.0]]])
+    empty = torch.tensor([[False] * 3, [False] * 3, [True, True, False], [False, False, True]])
+    made = pairwise_feedback(scores, empty, torch.ones(4, 1), torch.zeros(4, 0, 1), "per_objective")
+    assert made.labels.flatten().tolist() == [0, 0, 0, -1]
+    counts = feedback_counts(made.labels, scores, torch.ones(4, 1, dtype=torch.bool), empty)
+    assert counts == {"empty_responses": 3, "empty": 1, "not_a_number": 1, "ties": 1, "labels": 1}
+    assert made.compared.sum(1).tolist() == [0, 0, 0, 2]

@@ -76,9 +76,10 @@ def test_metric_equals_numpy_and_does_not_depend_on_batches() -> None:
     grid = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
     index, scores = torch.randint(0, 3, (50,), generator=g), torch.randn(50, 2, generator=g) + 100
     whole, parts = ParetoFrontMetric(grid, -1.0), ParetoFrontMetric(grid, -1.0)
-    whole.update(index, scores)
-    for part in torch.arange(50).split(7):
-        parts.update(index[part], scores[part])
+    prompts = torch.arange(50) % 9
+    whole.update(index, scores, prompts)
+    for part in torch.arange(50).split(7)[::-1]:
+        parts.update(index[part], scores[part], prompts[part])
     groups = [scores[index == m].double().numpy() for m in range(3)]
     means, covariances = whole.moments()
     np.testing.assert_allclose(means, [group.mean(0) for group in groups], rtol=1e-12)
@@ -94,14 +95,16 @@ def test_a_response_without_a_score_does_not_count() -> None:
     grid = torch.eye(2)
     a, b = ParetoFrontMetric(grid, -1.0), ParetoFrontMetric(grid, -1.0)
     scores = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]])
-    a.update(torch.tensor([0, 0, 1]), scores)
-    b.update(torch.tensor([0, 0, 1, 1]), torch.cat([scores, torch.tensor([[torch.nan, 1.0]])]))
+    a.update(torch.tensor([0, 0, 1]), scores, torch.tensor([0, 1, 0]))
+    b.update(
+        torch.tensor([0, 0, 1, 1]), torch.cat([scores, torch.tensor([[torch.nan, 1.0]])]), torch.tensor([0, 1, 0, 1])
+    )
     torch.testing.assert_close(b.compute()["means"], a.compute()["means"])
     assert (a.compute()["left_out"], b.compute()["left_out"]) == (0, 1)
 
 
 def test_reset_forgets() -> None:
     metric = ParetoFrontMetric(torch.eye(2), -1.0)
-    metric.update(torch.tensor([0, 1]), torch.ones(2, 2))
+    metric.update(torch.tensor([0, 1]), torch.ones(2, 2), torch.tensor([0, 0]))
     metric.reset()
     assert metric.moments()[0].isnan().all()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from math import log
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from miepo.callbacks.preference_information import grid_log_prob
 from miepo.metrics import (
     PreferenceInformationMetric,
     bootstrap_interval,
@@ -13,6 +15,10 @@ from miepo.metrics import (
     infonce_bound,
     pointwise_information,
 )
+from miepo.policy import GatedConditioning, PromptConditioning
+from miepo.rollout import TransformersEngine
+from miepo.types import EvaluationBatch
+from tests.helpers.tiny import randomise_adapter, tiny_policy
 
 
 def channel(m: int, error: float) -> tuple[torch.Tensor, float]:
@@ -102,3 +108,17 @@ def test_bootstrap_covers_as_often_as_it_says() -> None:
 
 def test_bootstrap_without_values() -> None:
     assert all(np.isnan(bootstrap_interval([float("nan")], [0])))
+
+
+@pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
+def test_a_prompt_is_read_once_for_all_its_answers(tiny_model: Path, conditioning) -> None:
+    """As if every answer were read by itself, whatever the order of the batch and however many answers a prompt has."""
+    policy, grid = randomise_adapter(tiny_policy(tiny_model, [conditioning])), torch.eye(2)
+    positions, index = [4, 0, 4, 2, 0, 4], torch.tensor([0, 0, 1, 1, 1, 0])
+    prompts = [("the garden", "food", "rain comes in spring")[p // 2] for p in positions]
+    with policy.evaluating():
+        made = TransformersEngine().sample(policy, prompts, grid[index], 1, 5, 0)
+        batch = EvaluationBatch(prompts, positions, index, grid[index], made, None)
+        found = grid_log_prob(policy, batch, grid)
+        each = policy.response_log_prob(prompts, grid.expand(6, -1, -1), made.tokens).squeeze(1).sum(-1)
+    torch.testing.assert_close(found, each)

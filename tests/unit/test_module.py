@@ -220,11 +220,11 @@ def test_accumulation_1x8_equals_8x1(tiny_model: Path, tmp_path: Path) -> None:
             step(
                 module,
                 PreferenceBatch(
-                    batch.prompts[one], batch.preference[one], batch.counterfactual[one], batch.anchors[one],
-                    batch.routing[one],
+                    batch.prompts[one], batch.preference[one], batch.counterfactual[one], batch.compared[one],
+                    batch.anchors[one], batch.routing[one],
                     Responses(Tokens(y.tokens.ids[one], y.tokens.mask[one]), y.texts[one], y.finished[one]),
-                    batch.scores[one], batch.labels[one], batch.counterfactual_labels[one],
-                    batch.reference_log_prob[one], batch.counterfactual_reference_log_prob[one],
+                    batch.scores[one], batch.pairs[one], batch.labels[one], batch.counterfactual_labels[one],
+                    batch.cross_labels[one], batch.reference_log_prob[one], batch.counterfactual_reference_log_prob[one],
                 ),
             )[1]
         )  # fmt: skip
@@ -350,6 +350,106 @@ def test_feedback_under_w_minus(tiny_model: Path, tmp_path: Path, feedback: str)
         expected = torch.where(usable[:, None, None], order, 0.0).expand(-1, -1, 2)
         assert not torch.equal(expected, batch.labels.unsqueeze(1).expand(-1, 2, -1))
     assert torch.equal(batch.counterfactual_labels, expected)
+
+
+@pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
+def test_a_step_on_more_answers_is_the_loss_on_the_best_and_the_worst(
+    tiny_model: Path, tmp_path: Path, conditioning
+) -> None:
+    """Written out: for each objective a DPO loss on its best and its worst answer; no other answer is read."""
+    module, batch, logged = rollout(
+        tiny_model, tmp_path, conditioning=[conditioning], data={"responses": 5},
+        module={"exploration": InfoNCE(0.4, 2)},
+    )  # fmt: skip
+    policy, y = randomise_adapter(module.policy), batch.responses
+    assert batch.scores.shape == (4, 5, 2)
+    assert logged["count/empty"] + logged["count/ties"] + logged["count/labels"] == 8
+    loss, _ = step(module, batch)
+    expected, read = 0.0, set()
+    with torch.no_grad():
+        for b, prompt in enumerate(batch.prompts):
+
+            def reward(i: int, w: torch.Tensor, b: int = b, prompt: str = prompt) -> torch.Tensor:
+                tokens = Tokens(y.tokens.ids[b, i : i + 1], y.tokens.mask[b, i : i + 1])
+                x = policy.encode([prompt], w.unsqueeze(0))
+                own = policy.log_prob(x, w.unsqueeze(0), tokens).sum()
+                return own - policy.reference_log_prob(x, tokens).sum()
+
+            usable = [i for i in range(5) if y.texts[b][i].strip()]
+            mine = set()
+            for k in range(2):
+                order = sorted(usable, key=lambda i: float(batch.scores[b, i, k]))
+                if len(order) < 2 or batch.scores[b, order[0], k] == batch.scores[b, order[-1], k]:
+                    expected += batch.preference[b, k] * log(2)
+                    continue
+                best = next(i for i in usable if batch.scores[b, i, k] == batch.scores[b, order[-1], k])
+                worst = next(i for i in usable if batch.scores[b, i, k] == batch.scores[b, order[0], k])
+                mine |= {best, worst}
+                margin = reward(best, batch.preference[b]) - reward(worst, batch.preference[b])
+                expected -= batch.preference[b, k] * torch.nn.functional.logsigmoid(module.beta_c * margin)
+            for i in mine:
+                logits = torch.stack([reward(i, w) for w in (batch.preference[b], *batch.counterfactual[b])]) * 0.4
+                expected -= logits.log_softmax(0)[0] / len(mine)
+            read |= {(b, i) for i in mine}
+    assert {tuple(place) for place in batch.compared.nonzero().tolist()} == read
+    assert len(read) < 20
+    assert loss.item() == pytest.approx(float(expected) / 4, rel=1e-4)
+    assert not batch.reference_log_prob[~batch.compared].any()
+
+
+@pytest.mark.parametrize("term", [Matching(num_counterfactuals=2), PairwiseInformation(), InfoNCE(0.3, anchors=1)])
+@pytest.mark.parametrize("feedback", ["per_objective", "scalarised"])
+def test_more_answers_with_every_term(tiny_model: Path, tmp_path: Path, term, feedback: str) -> None:
+    """A group in which all are alike makes no pair and no gradient; answers without a pair leave no trace."""
+    module, batch, _ = rollout(
+        tiny_model, tmp_path, data={"responses": 4, "feedback": feedback}, module={"exploration": term}
+    )
+    assert batch.pairs.shape == (4, 1 if feedback == "scalarised" else 2, 2)
+    assert batch.compared.sum(1).max() <= (2 if feedback == "scalarised" else 4)
+    randomise_adapter(module.policy)
+    loss, gradients = step(module, batch)
+    other = torch.where(batch.compared.unsqueeze(-1), batch.responses.tokens.ids, 5)
+    changed = replace(batch, responses=replace(batch.responses, tokens=Tokens(other, batch.responses.tokens.mask)))
+    again, same = step(module, changed)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+    alike = [Chosen([1.0] * 32, "a"), Chosen([2.0] * 32, "b")]
+    module, batch, logged = rollout(
+        tiny_model,
+        tmp_path,
+        data={"responses": 4, "feedback": feedback},
+        module={"exploration": term},
+        objectives=alike,
+    )
+    assert logged["count/labels"] == 0 < logged["count/ties"]
+    assert not batch.compared.any()
+    loss, gradients = step(module, batch)
+    assert loss.isfinite()
+    assert not any(g.any() for g in gradients.values())
+
+
+def test_a_cut_answer_is_penalised_where_pairs_are_made(tiny_model: Path, tmp_path: Path) -> None:
+    alike = [Chosen([1.0] * 16, "a"), Chosen([2.0] * 16, "b")]
+    _, batch, logged = rollout(
+        tiny_model, tmp_path, data={"missing_eos_penalty": 0.5, "max_new_tokens": 12, "batch_size": 8}, objectives=alike
+    )
+    finished = batch.responses.finished.float()
+    expected = torch.sign(finished[:, 0] - finished[:, 1]) * ~batch.responses.empty.any(1)
+    assert torch.equal(batch.labels, expected.unsqueeze(1).expand(-1, 2))
+    assert expected.any()
+    assert logged["reward/a"] == 1.0  # what is reported is without it
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"responses": 1}, "data.responses must be at least 2, got 1"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must not be negative, got -1"),
+    ],
+)
+def test_bad_numbers_of_answers(settings, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OnlinePreferenceDataModule(["x"], **settings)
 
 
 def test_scalarised_feedback_is_one_order_for_all(tiny_model: Path, tmp_path: Path) -> None:

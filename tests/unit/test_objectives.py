@@ -62,6 +62,7 @@ def everyone(classifier: Path, scorer: Path) -> list[Objective]:
     return [
         Brevity(),
         Cheerfulness(),
+        Cheerfulness(by_sentence=True, name="mood"),
         Harmlessness(),
         Relevance(),
         RewardModel(str(classifier), "reward", label=0),
@@ -335,3 +336,15 @@ def test_a_state_of_a_subclass_alone_is_no_normalisation() -> None:
     objective = Letters("a")
     objective.load_state_dict({"calls": 3})
     assert objective.normalisation is None
+
+
+def test_cheerfulness_by_sentence_does_not_pay_for_length() -> None:
+    whole, mean = Cheerfulness(), Cheerfulness(by_sentence=True)
+    for objective in (whole, mean):
+        objective.load(torch.device("cpu"))
+    one, two = "What a wonderful day!", "What a wonderful day! What a wonderful day!"
+    assert whole.score(["x"], [two])[0] > whole.score(["x"], [one])[0]
+    assert mean.score(["x"], [two]) == pytest.approx(mean.score(["x"], [one]))
+    assert mean.score(["x"] * 3, ["", "...", one + " It is a table."]) == pytest.approx(
+        [0, 0, mean.score(["x"], [one])[0] / 2]
+    )

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from miepo.errors import UserError
 from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning
+from miepo.rollout import TransformersEngine
 from miepo.types import Tokens
 from tests.helpers.tiny import randomise_adapter, tiny_policy
 
@@ -206,6 +207,38 @@ def test_bad_base(tmp_path: Path) -> None:
 def test_bad_targets(tiny_model: Path) -> None:
     with pytest.raises(UserError, match=r"lora_targets \['nowhere'\] do not fit"):
         tiny_policy(tiny_model, lora_targets=["nowhere"])
+
+
+def test_upper_layers_alone(tiny_model: Path) -> None:
+    """Only the last layers have an adapter; what it computes there is what a whole adapter does with zeros below."""
+    upper = randomise_adapter(tiny_policy(tiny_model, [GatedConditioning()], lora_layers=1))
+    names = [*upper.adapter_parameters()]
+    assert names
+    assert all(".layers.1." in name for name in names)
+    assert upper.settings()["lora_layers"] == 1
+    whole = tiny_policy(tiny_model, [GatedConditioning()])
+    with torch.no_grad():
+        for name, parameter in whole.adapter_parameters().items():
+            parameter.copy_(upper.get_parameter(name) if name in names else torch.zeros_like(parameter))
+    y = responses(upper)
+    one, other = (p.log_prob(p.encode(PROMPTS, W), W, y) for p in (upper, whole))
+    torch.testing.assert_close(one, other)
+    one.sum().backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n, p in upper.adapter_parameters().items() if "lora_A" in n
+    )
+    sampled = [TransformersEngine().sample(p, PROMPTS, W, 2, 6, 0).texts for p in (upper, whole)]
+    assert sampled[0] == sampled[1]
+    assert [*tiny_policy(tiny_model, lora_layers=2).adapter_parameters()] == [*whole.adapter_parameters()]
+    assert "lora_layers" not in whole.settings()
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [(3, "at most the network's 2 layers, got 3"), (0, "at least 1, got 0")]
+)
+def test_bad_numbers_of_layers(tiny_model: Path, layers: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_policy(tiny_model, lora_layers=layers)
 
 
 def test_bfloat16_base_keeps_a_float32_adapter(tiny_model: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from miepo.callbacks.pareto_front import METRIC as FRONT
 from miepo.callbacks.reporting import whole_evaluation
 from miepo.metrics import reward_overlap
+from miepo.metrics.steerability import preference_slopes, t_interval
 from miepo.types import EvaluationBatch
 
 EVALUATIONS, RESULT = "evaluations.jsonl", "result.json"
@@ -39,6 +40,8 @@ class Record(Callback):
     def _clear(self) -> None:
         self.scores: list[Tensor] = []
         self.index: list[Tensor] = []
+        self.positions: list[int] = []
+        self.finished: list[Tensor] = []
         self.kl: list[Tensor] = []
         self.lengths: list[Tensor] = []
 
@@ -67,6 +70,8 @@ class Record(Callback):
         assert batch.scores is not None
         self.scores.append(batch.scores.cpu())
         self.index.append(batch.grid_index.cpu())
+        self.positions += batch.positions
+        self.finished.append(batch.responses.finished.float().cpu())
 
     @whole_evaluation
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -77,9 +82,17 @@ class Record(Callback):
         finite = scores.isfinite().all(-1)
         means = [scores[finite & (index == i)].double().mean(0).tolist() for i in range(len(grid))]
         logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("front/", "information/"))}
+        slopes = t_interval(preference_slopes(scores, index, torch.tensor(self.positions), grid.cpu()))  # (K, K) each
+        obedience = {
+            f"slope{suffix}/{name}": float(part[k, k])
+            for k, name in enumerate(pl_module.names)
+            for suffix, part in zip(("", "_low", "_high"), slopes, strict=True)
+        }
         row = {
             "step": trainer.global_step,
             **logged,
+            **obedience,
+            "finished": torch.cat(self.finished).mean().item(),
             "overlap": reward_overlap(scores, index, grid).item(),
             "kl": torch.cat(self.kl).mean().item(),
             "length": torch.cat(self.lengths).mean().item(),

@@ -39,6 +39,8 @@ METRICS = {
     "overlap": ("overlap", "overlap", "down"),
     "kl": ("kl", "KL, nats", ""),
     "length": ("length", "tokens", ""),
+    "slope": ("slope/*", "slope", "up"),  # along its own weight, sd
+    "finished": ("finished", "finished", "up"),
     "seconds": ("seconds", "seconds", ""),
 }
 

@@ -1,0 +1,65 @@
+"""Whether the policy obeys its preference vector, measured at every evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from miepo.callbacks.reporting import log_evaluation, log_table, whole_evaluation
+from miepo.metrics import SteerabilityMetric
+from miepo.types import EvaluationBatch
+
+METRIC = "steerability"
+
+
+class Steerability(Callback):
+    """Measures how far each objective follows its weight.
+
+    At every evaluation it logs, for each objective, ``steerability/NAME``: the slope of its mean normalised reward
+    along its own weight, in standard deviations from weight 0 to weight 1, with a 95 % t interval over prompts
+    (``.._low``, ``.._high``); ``steerability_rank/NAME``, the rank correlation of the two over the grid; and
+    ``side_effect/NAME/OTHER``, the slope of NAME along the weight of OTHER, with its interval in the table of the
+    loggers that take tables. How much of a slope is too much (overshoot) is not measured: nothing says which reward
+    belongs to which weight.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "predict":
+            grid = trainer.datamodule.grid  # type: ignore[attr-defined]
+            pl_module.metrics[METRIC] = SteerabilityMetric(grid)
+            if len(grid.unique(dim=0)) < 2:
+                rank_zero_warn("the evaluation grid has one preference vector: nothing tells whether the policy obeys")
+
+    @whole_evaluation
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
+    ) -> None:
+        pl_module.metrics[METRIC].update(batch.grid_index, batch.scores, torch.tensor(batch.positions))
+
+    @whole_evaluation
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        metric, names = pl_module.metrics[METRIC], pl_module.names
+        result = {key: value.cpu() for key, value in metric.compute().items()}
+        metric.reset()
+        values = {}
+        for j, name in enumerate(names):
+            for suffix, part in (("", "slope"), ("_low", "low"), ("_high", "high")):
+                values[f"steerability/{name}{suffix}"] = result[part][j, j]
+            values[f"steerability_rank/{name}"] = result["rank"][j]
+            for k, other in enumerate(names):
+                if k != j:
+                    values[f"side_effect/{name}/{other}"] = result["slope"][j, k]
+        log_evaluation(trainer, pl_module, {key: v.float() for key, v in values.items() if not v.isnan()})
+        if trainer.is_global_zero:
+            rows = [
+                (name, other, *(float(result[part][j, k]) for part in ("slope", "low", "high")))
+                for j, name in enumerate(names)
+                for k, other in enumerate(names)
+            ]
+            log_table(trainer, "steerability/table", ["reward", "weight", "slope", "low", "high"], rows)
+
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end

@@ -1,0 +1,187 @@
+"""Obedience: slopes against numpy's least squares, intervals against their promise, words against the numbers."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from miepo.metrics import (
+    AnswerSums,
+    SteerabilityMetric,
+    estimate_hypervolume,
+    follows,
+    hypervolume,
+    mip_parts,
+    preference_slopes,
+    rank_correlation,
+    t_interval,
+)
+from miepo.metrics.resampling import permuted_means
+from miepo.preferences import Stream, evaluation_grid, generator
+
+
+def answers(
+    seed: int, prompts: int, grid: torch.Tensor, means: torch.Tensor, repeat: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards with what the answers to a prompt share (sd 0.6) and what each has of its own (sd 0.8)."""
+    rng, (m, k) = np.random.default_rng([17, seed]), means.shape
+    shared = rng.normal(size=(prompts, 1, 1, k)) * 0.6
+    scores = means.numpy()[:, None] + shared + rng.normal(size=(prompts, m, repeat, k)) * 0.8
+    index = torch.arange(m).repeat_interleave(repeat).repeat(prompts)
+    return torch.tensor(scores).flatten(0, 2), index, torch.arange(prompts).repeat_interleave(m * repeat)
+
+
+@pytest.mark.parametrize(("k", "points"), [(1, None), (2, 5), (2, 11), (3, None)])
+def test_slopes_are_least_squares(k: int, points: int | None) -> None:
+    grid = evaluation_grid(k, points) if k > 1 else torch.tensor([[1.0], [0.5]])
+    scores, index, positions = answers(k, 6, grid, 2 * grid.double(), repeat=2)
+    scores[3, 0] = torch.nan
+    scores[:1, -1] = torch.inf
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0))
+    slopes = preference_slopes(scores[order], index[order], 7 * positions[order], grid)
+    assert slopes.shape == (6, k, k)
+    for p in range(6):
+        for j in range(k):
+            keep = (positions == p) & scores[:, j].isfinite()
+            for i in range(k):
+                expected = np.polyfit(grid.double()[index[keep], i].numpy(), scores[keep, j].numpy(), 1)[0]
+                assert slopes[p, j, i].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_no_slope_without_two_weights() -> None:
+    grid = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    scores = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [5.0, 5.0]])
+    slopes = preference_slopes(scores, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), grid)
+    assert slopes[0, 0, 0] == -2
+    assert slopes[0, 1].isnan().all()  # one reward
+    assert slopes[1].isnan().all()  # one preference vector
+    assert preference_slopes(scores[:0], torch.zeros(0, dtype=torch.long), torch.zeros(0), grid).shape == (0, 2, 2)
+
+
+def test_t_interval_is_scipys() -> None:
+    values = torch.randn(9, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mean, low, high = t_interval(values)
+    expected = stats.ttest_1samp(values.numpy(), 0).confidence_interval(0.95)
+    np.testing.assert_allclose(mean, values.mean(0))
+    np.testing.assert_allclose([low.numpy(), high.numpy()], [expected.low, expected.high])
+    values[4, 1] = torch.nan
+    seven = values[[0, 1, 2, 3, 5, 6, 7, 8]]
+    torch.testing.assert_close(t_interval(values)[1][1], t_interval(seven)[1][1])
+    for few in (values[:1], values[:0]):
+        assert t_interval(few)[1].isnan().all()
+
+
+def test_intervals_of_slopes_cover_as_often_as_they_say() -> None:
+    """Ten prompts, 400 evaluations: 95 % within 4 sd, for a policy that obeys and one that does not."""
+    grid = evaluation_grid(2, 5).double()
+    for size in (0.0, 1.5):
+        inside = 0
+        for seed in range(400):
+            _, low, high = t_interval(preference_slopes(*answers(seed, 10, grid, size * grid), grid))
+            inside += bool(low[0, 0] <= size <= high[0, 0])
+        assert abs(inside / 400 - 0.95) < 4 * (0.95 * 0.05 / 400) ** 0.5
+
+
+def test_rank_correlation() -> None:
+    grid = evaluation_grid(2, 5)
+    means = torch.tensor([[0.0, 1.0], [1.0, 1.0], [5.0, 1.0], [5.5, 1.0], [9.0, 1.0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = rank_correlation(means, grid)
+    assert found[0].item() == pytest.approx(1)
+    assert found[1].isnan()  # the same reward everywhere
+    assert rank_correlation(-means, grid)[0].item() == pytest.approx(-1)
+    means[1] = torch.nan
+    assert rank_correlation(means, grid)[0].item() == pytest.approx(1)
+
+
+def test_the_metric_does_not_depend_on_batches() -> None:
+    grid = evaluation_grid(3).float()
+    scores, index, positions = answers(0, 4, grid, grid.double())
+    whole, parts = SteerabilityMetric(grid), SteerabilityMetric(grid)
+    whole.update(index, scores, positions)
+    for part in torch.arange(len(scores)).split(5)[::-1]:
+        parts.update(index[part], scores[part], positions[part])
+    result = whole.compute()
+    for key, value in parts.compute().items():
+        assert torch.equal(value, result[key]), key
+    assert (result["low"] < result["slope"]).all()
+    none = SteerabilityMetric(grid)
+    none.update(index[:0], scores[:0], positions[:0])
+    assert none.compute()["slope"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((1.9, 1.4, 2.4), "x follows its weight: +1.9 sd [+1.4, +2.4]"),
+        ((-0.9, -1.4, -0.4), "x goes against its weight: -0.9 sd [-1.4, -0.4]"),
+        ((0.1, -0.3, 0.5), "x: no evidence that it follows its weight: +0.1 sd [-0.3, +0.5]"),
+        ((0.3, float("nan"), float("nan")), "x: no evidence that it follows its weight: +0.3 sd, without an interval"),
+        ((float("nan"),) * 3, "x: its slope is not known: there are no rewards under two different weights"),
+    ],
+)
+def test_in_words(numbers: tuple[float, float, float], said: str) -> None:
+    assert follows("x", *numbers) == said
+
+
+def test_parts_of_mip() -> None:
+    grid = evaluation_grid(2, 5).double()
+    means = torch.stack([grid[:, 0] * 3 - 1, grid[:, 1] ** 2], 1)
+    level, covariance = mip_parts(grid, means)
+    assert float(level + covariance) == pytest.approx(float((grid * means).sum(-1).mean()))
+    centred = (grid - grid.mean(0)) * (means - means.mean(0))
+    assert float(covariance) == pytest.approx(float(centred.sum(-1).mean()))
+    assert float(mip_parts(grid, torch.ones_like(grid) * 7)[1]) == pytest.approx(0)
+    means[1] = torch.nan
+    assert all(part.isfinite() for part in mip_parts(grid, means))
+
+
+def test_permuted_preferences_keep_prompts_and_rewards() -> None:
+    grid = evaluation_grid(2, 5)
+    scores, index, positions = answers(0, 7, grid, 2 * grid.double())
+    sums = AnswerSums.of(scores, index, positions, 5)
+    means = permuted_means(sums, 50)
+    assert means.shape == (50, 5, 2)
+    torch.testing.assert_close(means.mean(1), scores.mean(0).expand(50, 2))
+    assert len({tuple(each.flatten().tolist()) for each in means}) > 40
+
+
+def test_the_hypervolume_of_a_policy_that_ignores_its_preference_is_not_above_chance() -> None:
+    """Centred at 0, and p <= .05 in about one of twenty; with a front it is found."""
+    grid = evaluation_grid(2, 5).double()
+    above, found = [], 0
+    for seed in range(60):
+        sums = AnswerSums.of(*answers(seed, 10, grid, 0 * grid), 5)
+        estimate = estimate_hypervolume(sums, -1.0, seed)
+        above.append(estimate.above_chance)
+        found += estimate.p_value <= 0.05
+        assert estimate.low <= estimate.corrected <= estimate.high
+        assert estimate.corrected < estimate.value
+    assert abs(np.mean(above)) < 4 * np.std(above) / 60**0.5
+    assert found <= 9  # of 60 at 5 %: more than 9 in one case of 1,500
+    estimate = estimate_hypervolume(AnswerSums.of(*answers(0, 20, grid, 2 * grid), 5), -1.0)
+    assert estimate.p_value < 0.05
+    assert estimate.above_chance > 0.5
+
+
+def test_the_correction_of_the_hypervolume_is_the_bootstraps_bias() -> None:
+    """By a slow loop over the same resamples."""
+    grid = evaluation_grid(2, 5).double()
+    scores, index, positions = answers(3, 8, grid, grid)
+    sums = AnswerSums.of(scores, index, positions, 5)
+    drawn = []
+    for chosen in generator(Stream.BOOTSTRAP, 5).integers(8, size=(1000, 8)):
+        rows = torch.cat([torch.arange(40).view(8, 5)[p] for p in chosen])
+        means = torch.stack([scores[rows][index[rows] == i].mean(0) for i in range(5)])
+        drawn.append(float(hypervolume(means, -1.0)))
+    estimate = estimate_hypervolume(sums, -1.0, 5)
+    assert estimate.corrected == pytest.approx(2 * estimate.value - np.mean(drawn))
+    assert estimate.high == pytest.approx(2 * estimate.value - np.quantile(drawn, 0.025))
+    one = estimate_hypervolume(AnswerSums.of(scores[:5], index[:5], positions[:5], 5), -1.0)
+    assert np.isnan(one.corrected)
+    assert one.value > 0
