@@ -113,7 +113,15 @@ class Killer(Callback):
 
 
 def configuration(model: Path, root: Path, seed: int) -> Path:
-    names = ("ParetoFront", "PreferenceInformation", "EvaluationTable", "SampleTable", "Throughput", "CollapseGuard")
+    names = (
+        "Steerability",
+        "ParetoFront",
+        "PreferenceInformation",
+        "EvaluationTable",
+        "SampleTable",
+        "Throughput",
+        "CollapseGuard",
+    )
     values = {
         "seed_everything": seed,
         "trainer": {

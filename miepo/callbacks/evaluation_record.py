@@ -18,8 +18,8 @@ class EvaluationRecord(Callback):
     """Writes ``evaluations/step_000016.jsonl`` into the run's folder, a line for each prompt and preference vector.
 
     A line has ``prompt``, ``position`` (of the prompt in the evaluation set), ``grid_index``, ``preference`` by
-    objective name, ``response`` and ``rewards`` by name, normalised, null where there is none. An evaluation outside
-    of training is ``validate.jsonl`` or ``test.jsonl``.
+    objective name, ``response``, whether it ``finished`` before the token limit, and ``rewards`` by name, normalised,
+    null where there is none. An evaluation outside of training is ``validate.jsonl`` or ``test.jsonl``.
 
     Args:
         prompts: Keep the answers to this many prompts at most; all by default, none with 0.
@@ -48,6 +48,7 @@ class EvaluationRecord(Callback):
                     "grid_index": int(batch.grid_index[i]),
                     "preference": dict(zip(names, weights, strict=True)),
                     "response": batch.responses.texts[i][0],
+                    "finished": bool(batch.responses.finished[i, 0]),
                     "rewards": dict(zip(names, rewards, strict=True)),
                 }
             )

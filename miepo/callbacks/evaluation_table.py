@@ -98,6 +98,7 @@ def table_rows(columns: list[dict[str, Any]]) -> list[list[str]]:
         "I(Y;W|X), nats (up)": "information/preference",
     }
     named |= {f"sd of {key.removeprefix('front/sd/')}": key for key in keys if key.startswith("front/sd/")}
+    named["answers that ended (up)"] = "front/finished"
     if any(c["metrics"].get("front/left_out") for c in columns):
         named["answers without a score"] = "front/left_out"
     rows = [[title, *(_cell(c["metrics"], key) for c in columns)] for title, key in named.items()]

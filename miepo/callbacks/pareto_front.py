@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torchmetrics import MeanMetric
 
 from miepo.callbacks.reporting import log_evaluation, log_image, log_table, run_folder, whole_evaluation
 from miepo.front import draw_front
@@ -15,7 +16,7 @@ from miepo.metrics import ParetoFrontMetric
 from miepo.preferences import format_preference
 from miepo.types import EvaluationBatch
 
-METRIC = "pareto_front"
+METRIC, FINISHED = "pareto_front", "finished"
 
 
 class ParetoFront(Callback):
@@ -23,11 +24,12 @@ class ParetoFront(Callback):
 
     Logs ``front/hv``, ``front/mip``, ``front/crd`` and, for every objective, ``front/sd/NAME`` and the
     ``front/best/NAME`` that a preference vector reached, which is the largest of several noisy means and so flattered;
-    ``front/left_out`` responses had no score. The hypervolume is flattered, too: ``front/hv_above_chance`` is what it
-    has above that of permuted preferences, ``front/hv_p`` how often these reach it, ``front/hv_corrected``
-    (``.._low``, ``.._high``) the value without the bias that a bootstrap over prompts shows. MIP is
-    ``front/mip_level``, where the rewards lie, plus ``front/mip_covariance``, how far they follow the preferences. The
-    picture goes to ``fronts/`` in the run's folder and to the logger.
+    ``front/left_out`` responses had no score, and the share ``front/finished`` ended before the token limit. The
+    hypervolume is flattered, too: ``front/hv_above_chance`` is what it has above that of permuted preferences,
+    ``front/hv_p`` how often these reach it, ``front/hv_corrected`` (``.._low``, ``.._high``) the value without the bias
+    that a bootstrap over prompts shows. MIP is ``front/mip_level``, where the rewards lie, plus
+    ``front/mip_covariance``, how far they follow the preferences. The picture goes to ``fronts/`` in the run's folder
+    and to the logger.
 
     Args:
         reference_point: Coordinate of the hypervolume's reference point on every axis, in normalised rewards. With the
@@ -54,12 +56,14 @@ class ParetoFront(Callback):
         if stage != "predict":
             grid = trainer.datamodule.grid  # type: ignore[attr-defined]
             pl_module.metrics[METRIC] = ParetoFrontMetric(grid, self.reference_point)
+            pl_module.metrics[FINISHED] = MeanMetric()
 
     @whole_evaluation
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
     ) -> None:
         pl_module.metrics[METRIC].update(batch.grid_index, batch.scores, torch.tensor(batch.positions))
+        pl_module.metrics[FINISHED].update(batch.responses.finished.float())
 
     @whole_evaluation
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -75,7 +79,9 @@ class ParetoFront(Callback):
             rank_zero_warn(
                 f"{int(result['left_out'])} responses are not in the front: an objective gave them no finite score"
             )
+        values["front/finished"] = pl_module.metrics[FINISHED].compute()
         metric.reset()
+        pl_module.metrics[FINISHED].reset()
         log_evaluation(trainer, pl_module, values)
         if trainer.is_global_zero:
             rows = [(format_preference(w, names), *s) for w, s in zip(metric.grid.cpu(), means.tolist(), strict=True)]

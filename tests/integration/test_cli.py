@@ -16,7 +16,15 @@ from tests.helpers.tiny import save_tiny_model
 
 
 def callbacks(*extra: dict) -> list[dict]:
-    names = ["ParetoFront", "PreferenceInformation", "EvaluationTable", "SampleTable", "Throughput", "CollapseGuard"]
+    names = [
+        "Steerability",
+        "ParetoFront",
+        "PreferenceInformation",
+        "EvaluationTable",
+        "SampleTable",
+        "Throughput",
+        "CollapseGuard",
+    ]
     return [*({"class_path": f"miepo.callbacks.{name}"} for name in names), *extra]
 
 
