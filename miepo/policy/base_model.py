@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from miepo.errors import NoBase, UserError, first_line, needs
 from miepo.resources import cache_folder, is_packaged, locate
@@ -25,11 +26,12 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        UserError: no model can be loaded from ``base``.
+        UserError: no model can be loaded from ``base``, or this machine's memory does not hold it.
     """
     folder = base_folder(base)
     if (Path(folder) / "adapter_config.json").is_file():
         raise _unmerged(base)
+    check_memory(base, folder, dtype)
     model: Any
     report: Any
     try:
@@ -52,6 +54,26 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def check_memory(base: str, folder: str, dtype: str) -> None:
+    """Refuses weights that this machine's free memory does not hold, before they are read."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError):
+        return  # what is wrong with it, loading tells
+    weights, free = sum(p.numel() for p in model.parameters()), psutil.virtual_memory().available
+    size = {kind: weights * getattr(torch, kind).itemsize for kind in ("float32", "bfloat16")}
+    kind = str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    if size.get(kind, 0) > free:
+        other = "" if kind != "float32" or size["bfloat16"] > free else (
+            f" or policy.dtype bfloat16, which takes {size['bfloat16'] / 1e9:.1f} GB"
+        )  # fmt: skip
+        raise UserError(
+            f"the weights of '{base}' take {size[kind] / 1e9:.1f} GB in {kind}, and {free / 1e9:.1f} GB of memory are "
+            f"free: expected a smaller base, more memory{other}"
+        )
 
 
 @torch.no_grad()

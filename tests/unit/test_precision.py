@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from miepo.policy import GatedConditioning, Policy, precision
+from miepo.errors import UserError
+from miepo.policy import GatedConditioning, Policy, base_model, precision
 from miepo.policy.precision import chosen_dtype, native_bfloat16
 
 CPU = torch.device("cpu")
@@ -81,6 +83,21 @@ def test_bfloat16_that_is_emulated_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         assert chosen_dtype("bfloat16", CPU) == "bfloat16"
     machine(monkeypatch, amx=True)
     assert chosen_dtype("bfloat16", CPU) == "bfloat16"
+
+
+def test_weights_that_memory_does_not_hold_are_refused_before_they_are_read(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy(str(tiny_model), [GatedConditioning()], lora_rank=2, dtype="float32")
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was read"))
+    for free, hint in (
+        (4 * weights - 1, "more memory or policy.dtype bfloat16, which takes"),
+        (weights, "more memory$"),
+    ):
+        monkeypatch.setattr(base_model.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        with pytest.raises(UserError, match=rf"take 0.0 GB in float32, and 0.0 GB of memory are free: .*{hint}"):
+            policy.build(["a", "b"])
 
 
 def test_a_resume_in_another_precision_is_told(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
