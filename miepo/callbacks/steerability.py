@@ -30,7 +30,7 @@ class Steerability(Callback):
         if stage != "predict":
             grid = trainer.datamodule.grid  # type: ignore[attr-defined]
             pl_module.metrics[METRIC] = SteerabilityMetric(grid)
-            if len(grid.unique(dim=0)) < 2:
+            if grid.shape[1] > 1 and len(grid.unique(dim=0)) < 2:
                 rank_zero_warn("the evaluation grid has one preference vector: nothing tells whether the policy obeys")
 
     @whole_evaluation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -182,10 +183,23 @@ def test_what_is_not_wanted_is_not_computed(tiny_model: Path, way: str) -> None:
         lambda _, args, kwargs: places.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     wanted = torch.rand(3, 3, 2, generator=torch.Generator().manual_seed(2)) < 0.5
+    wanted[:, 0] = True  # something of each prompt under each preference
     whole, some = (policy.response_log_prob(PROMPTS, W, y, w) for w in (None, wanted))
     torch.testing.assert_close(some, torch.where(wanted.unsqueeze(-1), whole, 0.0), rtol=1e-4, atol=1e-5)
     tokens = (y.mask.sum(-1, keepdim=True) - 1).expand(-1, -1, 2)  # the last one predicts nothing
     assert places[0] - places[1] == int(tokens[~wanted].sum())
+    nothing = wanted.clone()
+    nothing[1, :, 1] = False  # of the second prompt under the second preference
+    less = policy.response_log_prob(PROMPTS, W, y, nothing)
+    torch.testing.assert_close(less, torch.where(nothing.unsqueeze(-1), whole, 0.0), rtol=1e-4, atol=1e-5)
+    prompt = policy.template.encode(PROMPTS[1], policy.preference_text(W[1, 1].tolist()))
+    other = policy.template.encode(PROMPTS[1], policy.preference_text(W[1, 0].tolist()))
+    shared = 0 if policy.gated else len([*takewhile(lambda pair: pair[0] == pair[1], zip(prompt, other, strict=False))])
+    if policy.gated or prompt != other:
+        tokens_less = int(tokens[wanted].sum() - tokens[nothing].sum())
+        assert places[1] - places[2] == len(prompt) - shared + tokens_less
+    assert not policy.response_log_prob(PROMPTS, W, y, torch.zeros_like(wanted)).any()
+    assert len(places) == 3  # the network was not asked
     reference = [policy.reference_response_log_prob(PROMPTS, W, y, w) for w in (None, wanted)]
     torch.testing.assert_close(reference[1], torch.where(wanted.unsqueeze(-1), reference[0], 0.0), rtol=1e-4, atol=1e-5)
 

@@ -116,8 +116,8 @@ def test_each_expert_learns_from_its_own_prompts_alone(tiny_model: Path, tmp_pat
     before: dict[str, torch.Tensor] = {}
     build = module.policy.build
 
-    def keep(names):
-        build(names)
+    def keep(names, device=None):
+        build(names, device)
         randomise_adapter(module.policy)
         before.update({n: p.detach().clone() for n, p in module.policy.adapter_parameters().items()})
 
