@@ -35,7 +35,7 @@ class AnswerMetric(Metric):
 
     def answers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards ``(N, K)`` float64, grid index and prompt ``(N,)``, in an order that does not tell who had which."""
-        if not self.scores:
+        if isinstance(self.scores, list) and not self.scores:  # what all processes have together is one tensor
             none = torch.zeros(0, dtype=torch.long)
             return torch.zeros(0, self.grid.shape[1], dtype=torch.float64), none, none
         scores, index, positions = (dim_zero_cat(x) for x in (self.scores, self.grid_index, self.positions))

@@ -22,14 +22,9 @@ class ParetoFrontMetric(AnswerMetric):
         super().__init__(grid)
         self.reference_point = reference_point
 
-    def sums(self) -> AnswerSums:
-        """Of the rewards by prompt and preference vector; answers without a score from every objective left out."""
-        scores, grid_index, positions = self.answers()
-        return AnswerSums.of(scores, grid_index, positions, len(self.grid))
-
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean reward vectors ``(M, K)`` and sample covariances ``(M, K, K)``; NaN where answers are too few."""
-        return self.sums().moments()
+        return AnswerSums.of(*self.answers(), len(self.grid)).moments()
 
     def compute(self) -> dict[str, Tensor]:
         """``hv``, ``mip``, ``crd``, ``sd`` ``(K,)`` by axis, the front ``means`` ``(M, K)``, the number ``left_out``.
@@ -38,7 +33,8 @@ class ParetoFrontMetric(AnswerMetric):
         ``.._high`` (:class:`~miepo.metrics.resampling.HypervolumeEstimate`); of MIP its parts ``mip_level`` and
         ``mip_covariance``.
         """
-        sums = self.sums()
+        scores, grid_index, positions = self.answers()
+        sums = AnswerSums.of(scores, grid_index, positions, len(self.grid))
         means, covariances = sums.moments()
         hv, mip, crd = front_figures(means, covariances, self.grid, self.reference_point)
         estimate = estimate_hypervolume(sums, self.reference_point)
@@ -54,7 +50,7 @@ class ParetoFrontMetric(AnswerMetric):
             "mip_level": float(level),
             "mip_covariance": float(covariance),
             "crd": crd,
-            "left_out": float(sum(len(s) for s in self.scores) - sums.count.sum()),
+            "left_out": float(len(scores) - sums.count.sum()),
         }
         variances = covariances.diagonal(dim1=-2, dim2=-1)  # (M, K)
         figures = {key: torch.tensor(value, dtype=torch.float64) for key, value in found.items()}
