@@ -42,7 +42,7 @@ def test_add_an_objective(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.
             "limit_train_batches": 1, "enable_progress_bar": False,
             "logger": [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}}],
         },
-        "model": {"policy": {"init_args": {"base": str(tiny_model), "dtype": "float32"}}},
+        "model": {"policy": {"init_args": {"base": str(tiny_model), "dtype": "float32", "lora_layers": 2}}},
         "data": {"max_new_tokens": 24, "validation_limit": 2, "normalise_on": 32},  # enough for one exclamation mark
     }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
