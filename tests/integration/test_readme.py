@@ -58,7 +58,7 @@ def quickstart_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The folder in which the README's run lies; with a tiny model and objectives of the same names."""
     root = tmp_path_factory.mktemp("readme")
     values = config(tiny_model, root)
-    entry = {"class_path": "miepo.objectives.Brevity", "init_args": {"characters": 60, "name": "relevance"}}
+    entry = {"class_path": "miepo.objectives.Brevity", "init_args": {"characters": 60, "name": "cheerfulness"}}
     values["objectives"] = [entry, {"class_path": "miepo.objectives.Brevity"}]
     run("fit", values, root)
     (root / "runs").mkdir()
@@ -88,7 +88,7 @@ def test_ask_the_server(quickstart_run: Path, capsys: pytest.CaptureFixture[str]
         exec(compile(python.replace("http://127.0.0.1:8000", address), "README.md", "exec"), found)
         found["client"].close()
     batcher.close()
-    assert "{'relevance': 0.2, 'brevity': 0.8}" in capsys.readouterr().out
+    assert "{'cheerfulness': 0.2, 'brevity': 0.8}" in capsys.readouterr().out
 
 
 def test_export_and_report(quickstart_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
