@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import nan
+from math import isnan, nan
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -106,12 +106,12 @@ def table_rows(columns: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _cell(metrics: dict[str, float], key: str) -> str:
-    if key not in metrics:
+    if isnan(metrics.get(key, nan)):
         return "-"
     text = f"{metrics[key]:.3g}" if abs(metrics[key]) < 0.01 else f"{metrics[key]:.3f}"
     if key == "front/hv_above_chance" and "front/hv_p" in metrics:
         text += f" (p {metrics['front/hv_p']:.3f})"
-    if f"{key}_low" in metrics:
+    if not isnan(metrics.get(f"{key}_low", nan)):
         text += f" [{metrics[f'{key}_low']:z.3f}, {metrics[f'{key}_high']:z.3f}]"  # no -0.000
         if key == "information/preference":
             text += f" of {metrics['information/ceiling']:.2f}"

@@ -71,7 +71,6 @@ class ParetoFront(Callback):
         result = metric.compute()
         means = result["means"].cpu()  # (M, K)
         values = {f"front/{key}": result[key].float() for key in result if key not in ("sd", "means")}
-        values = {key: value for key, value in values.items() if not value.isnan()}
         for k, name in enumerate(names):
             values[f"front/sd/{name}"] = result["sd"][k].float()
             values[f"front/best/{name}"] = means[:, k].nan_to_num(-float("inf")).max().float()

@@ -52,7 +52,8 @@ class Steerability(Callback):
             for k, other in enumerate(names):
                 if k != j:
                     values[f"side_effect/{name}/{other}"] = result["slope"][j, k]
-        log_evaluation(trainer, pl_module, {key: v.float() for key, v in values.items() if not v.isnan()})
+        # NaN where it is not known: a value left out would stand as it was at the evaluation before
+        log_evaluation(trainer, pl_module, {key: v.float() for key, v in values.items()})
         if trainer.is_global_zero:
             rows = [
                 (name, other, *(float(result[part][j, k]) for part in ("slope", "low", "high")))

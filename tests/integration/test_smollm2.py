@@ -60,7 +60,8 @@ def test_control_tokens_of_a_user_stay_text(policy: Policy) -> None:
     # by name: which of them a converted tokenizer calls special depends on the release of Transformers
     control = policy.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     ids = [policy.template.encode(prompt) for prompt in ("x", attack)]
-    assert [sum(i in control for i in row) for row in ids] == [3, 3]
+    own = POLICY["template"].count("<|im_")
+    assert [sum(i in control for i in row) for row in ids] == [own, own]
 
 
 def test_a_converted_model_is_reused(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

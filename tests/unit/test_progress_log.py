@@ -69,4 +69,4 @@ def test_one_preference_vector_tells_nothing(tiny_model: Path, tmp_path: Path) -
     )  # fmt: skip
     with pytest.warns(UserWarning, match="one preference vector: nothing tells whether the policy obeys"):
         trainer.fit(module, data)
-    assert not [key for key in trainer.callback_metrics if key.startswith("steerability")]
+    assert all(trainer.callback_metrics[f"steerability/{name}"].isnan() for name in module.names)
