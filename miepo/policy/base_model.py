@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +142,7 @@ def _converted(gguf: Path) -> Path:
         import gguf as _  # noqa: F401
     except ImportError:
         raise needs("gguf", f"the model file '{gguf.name}'") from None
-    rank_zero_info(f"Converting {gguf.name} into {target}, once")
+    rank_zero_info(f"Converting {gguf.name} into {target}, once, which takes about a minute")
     kwargs: dict[str, Any] = {"gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
     try:  # newer releases keep the weights packed unless told otherwise; packed weights train slowly
@@ -149,7 +151,8 @@ def _converted(gguf: Path) -> Path:
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
         pass
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **kwargs)
+    with redirect_stderr(StringIO()):  # a bar that Transformers draws whatever it is told
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **kwargs)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the saved weights are plain
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
