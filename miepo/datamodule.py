@@ -60,7 +60,7 @@ from miepo.prompts import (
 )
 from miepo.rollout import RolloutEngine, TransformersEngine
 from miepo.router import SampleRouter
-from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses
+from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses, read_under
 
 MOST_VECTORS = 10_000
 RESPONSES = 2  # of Algorithm 1: the pair that every objective judges
@@ -360,12 +360,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
     ) -> tuple[Tensor, Tensor]:
         """``log pi_ref`` of the compared under w+ ``(B, n, T)``, of the anchors under each w- ``(B, n, C, T)``."""
         policy, own, count = self._policy, preference.unsqueeze(1), counterfactual.shape[1]
-        compared = compared.unsqueeze(-1)  # (B, n, 1)
+        wanted = read_under(compared, anchors, count)  # (B, n, 1 + C)
         if not policy.reference_depends_on_preference:  # the adapter alone reads w
-            log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens, compared)
+            log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens, wanted[..., :1])
             return log_prob[:, :, 0], log_prob.expand(-1, -1, count, -1)
         both = torch.cat([own, counterfactual], 1)  # (B, 1 + C, K)
-        wanted = torch.cat([compared, anchors.unsqueeze(-1).expand(-1, -1, count)], -1)  # (B, n, 1 + C)
         log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens, wanted)  # (B, n, 1 + C, T)
         return log_prob[:, :, 0], log_prob[:, :, 1:]
 

@@ -94,6 +94,11 @@ class Responses:
         return torch.tensor(rows, device=self.tokens.ids.device)
 
 
+def read_under(compared: Tensor, anchors: Tensor, counterfactuals: int) -> Tensor:
+    """The compared responses are read under w+, the anchors under each w-: ``(B, n), (B, n) -> (B, n, 1 + C)`` bool."""
+    return torch.cat([compared.unsqueeze(-1), anchors.unsqueeze(-1).expand(-1, -1, counterfactuals)], -1)
+
+
 @dataclass(frozen=True)
 class PreferenceBatch:
     """One online rollout with its pairwise feedback: everything ``training_step`` needs."""
@@ -121,8 +126,7 @@ class PreferenceBatch:
     @property
     def read_under(self) -> Tensor:
         """Which responses are read under which of w+ and ``C`` w-, ``(B, n, 1 + C)`` bool."""
-        others = self.anchors.unsqueeze(-1).expand(-1, -1, self.counterfactual.shape[1])
-        return torch.cat([self.compared.unsqueeze(-1), others], -1)
+        return read_under(self.compared, self.anchors, self.counterfactual.shape[1])
 
     def __getitem__(self, prompts: slice) -> PreferenceBatch:
         """Some of the prompts, with all that belongs to them; counts and seconds are of the whole."""

@@ -59,12 +59,11 @@ class ProgressLog(Callback):
         now = perf_counter()
         self.training, self.mark, self.steps = self.training + now - self.mark, now, self.steps + 1
         total = trainer.estimated_stepping_batches
-        done = trainer.global_step / max(total, 1)  # of all steps, with those before a resume
         if now - self.said < self.every_n_seconds and trainer.global_step < total:
             return
         self.said = now
         accumulated = max(trainer.accumulate_grad_batches, 1)
-        left = (total - trainer.global_step) * accumulated * self.training / self.steps if done < 1 else 0.0
+        left = max(total - trainer.global_step, 0) * accumulated * self.training / self.steps
         parts = [f"step {trainer.global_step} of {total:g}", f"{duration(left)} left"]
         if isinstance(batch, PreferenceBatch):
             parts += [
