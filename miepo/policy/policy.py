@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import inf
 from pathlib import Path
@@ -16,12 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from miepo.errors import UserError
 from miepo.policy.attention import NAME as BRANCHES
 from miepo.policy.base_model import fingerprint, load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
+from miepo.policy.network_check import check_adapter, check_layers, check_log_prob
 from miepo.policy.packing import pack, passes, tree_size
 from miepo.policy.precision import chosen_dtype
 from miepo.policy.sharding import Shards
@@ -48,17 +51,41 @@ class _Gate:
             self.value = before
 
     def apply(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """Forward hook of ``lora_A``: ``(N, L, R) -> (N, L, R)``."""
+        """Forward hook of ``lora_A``: ``(N, L, R) -> (N, L, R)``, or ``(N L, R)`` alike."""
         if self.value is None:
             raise RuntimeError("a gated policy ran without a preference vector")
-        if len(self.value) != len(output):
-            raise RuntimeError(f"the gate is for {len(self.value)} sequences, the batch has {len(output)}")
         value = self.value if self.value.dim() == 3 else self.value.unsqueeze(1)
-        return output * value.to(output.dtype)
+        flat = output.dim() == 2  # of a network that keeps the tokens of all sequences below each other
+        each = output.unflatten(0, (len(value), -1)) if flat else output
+        if len(value) != len(each):
+            raise RuntimeError(f"the gate is for {len(value)} sequences, the batch has {len(each)}")
+        if value.shape[1] not in (1, each.shape[1]):
+            raise RuntimeError(f"the gate is for {value.shape[1]} tokens, an adapted layer reads {each.shape[1]}")
+        gated = each * value.to(output.dtype)
+        return gated.flatten(0, 1) if flat else gated
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """For gradient checkpointing: the recomputation sees the gate of the forward pass it repeats."""
         return nullcontext(), self.set(self.value)
+
+
+class _States(BaseModelOutputWithPast):
+    """What a network's body returns, of which the last states are known and the rest is not asked for."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+class _Given(nn.Module):
+    """In place of a network's body: its last states, which are known."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states  # (1, n, D)
+
+    def forward(self, *_: Any, **__: Any) -> _States:
+        return _States(last_hidden_state=self.states)  # type: ignore[arg-type]
 
 
 class Policy(nn.Module):
@@ -130,7 +157,8 @@ class Policy(nn.Module):
         self.names: tuple[str, ...] = ()
         self.fingerprint: str | None = None  # of the base weights
         self._built = False
-        self._gate = _Gate()
+        self.gate = _Gate()
+        self.own_head = False  # whether the network's way from its last states to logits is more than a product
         self._silent = False
         self.shards: Shards | None = None  # where the base is spread over several processes
 
@@ -157,6 +185,9 @@ class Policy(nn.Module):
         eos = self.tokenizer.eos_token_id
         self.end_id = self.end_ids[0] if eos is None else eos  # of a response that is given and not sampled
         self.adapt(model, names)
+        check_layers(self)
+        check_log_prob(self)
+        check_adapter(self)
         self.template = self.make_template(self.tokenizer, self.dialogue)
         self._built = True
         return self
@@ -180,25 +211,30 @@ class Policy(nn.Module):
             exclude_modules=None if self.lora_layers is None else lower_layers(model, self.lora_layers),
         )
         try:
-            self.model = get_peft_model(model, config, adapter_name=ADAPTER)
+            with warnings.catch_warnings():
+                # said although it is not so, of experts; and of a merged head that was tied, which save_merged unties
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
+                warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+                self.model = get_peft_model(model, config, adapter_name=ADAPTER)
         except ValueError as error:
             raise UserError(f"lora_targets {self.lora_targets!r} do not fit the model '{self.base}': {error}") from None
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy of every input
         if _attends_to_all(model):
+            self._plain = model.config._attn_implementation
             model.set_attn_implementation(BRANCHES)
         if self.gated:
             for name, module in self.model.named_modules():
                 if name.endswith(f".lora_A.{ADAPTER}"):
-                    module.register_forward_hook(self._gate.apply)
+                    module.register_forward_hook(self.gate.apply)
         # generate() hands the head a strided slice of the prompt's states; on CPU that becomes a batched product with
         # one copy of the vocabulary matrix per sequence, which costs more than sampling ten tokens
         self._head = self.causal_lm.get_output_embeddings()
         self._head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
         if self.gradient_checkpointing:
             self.causal_lm.gradient_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": self._gate.checkpoint_contexts}
+                {"use_reentrant": False, "context_fn": self.gate.checkpoint_contexts}
             )
         self.model.train(self.training)  # from_pretrained leaves the network in evaluation mode
         self.names = tuple(names)
@@ -290,20 +326,25 @@ class Policy(nn.Module):
         """
         model = self.causal_lm
         state, wanted, got = {}, 0.0, 0.0
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        layers = {
+            f"{_plain_name(name)}.{getattr(module, 'parameter_name', 'weight')}": module
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
         for key, value in model.state_dict().items():
             if ".lora_" in key:
                 continue  # the adapter's own factors
-            name, inside, parameter = key.partition(".base_layer.")
-            if inside and parameter == "weight":
-                update = layers[name].get_delta_weight(ADAPTER).float()  # type: ignore[attr-defined]
+            key = _plain_name(key)
+            if key in layers:
+                update = layers[key].get_delta_weight(ADAPTER).float()  # type: ignore[attr-defined]
                 whole = (value.float() + update).to(value.dtype)
                 wanted += float(update.square().sum())
                 got += float((update * (whole.float() - value.float())).sum())
                 value = whole
-            state[f"{name}.{parameter}" if inside else key] = value
+            state[key] = value
         partial = folder.with_name(f"{folder.name}.partial")
-        model.save_pretrained(partial, state_dict=state)
+        with _tied_if_alike(model, state):
+            model.save_pretrained(partial, state_dict=state)
         self.tokenizer.save_pretrained(partial)
         if folder.is_dir():
             folder.rmdir()  # empty, or it is an error
@@ -345,7 +386,7 @@ class Policy(nn.Module):
     @contextmanager
     def conditioned(self, preference: Tensor) -> Iterator[None]:
         """Within it, the model's N sequences are conditioned on ``preference`` ``(N, K)`` through the gate."""
-        with self._gate.set(self.gate_of(preference)), self.autocast():
+        with self.gate.set(self.gate_of(preference)), self.autocast():
             yield
 
     def gate_of(self, preference: Tensor) -> Tensor | None:
@@ -403,7 +444,9 @@ class Policy(nn.Module):
         return torch.zeros(responses.ids.shape, device=ids.device).masked_scatter(responses.mask, values)
 
     def _read(self, states: Tensor, targets: Tensor) -> Tensor:
-        frozen = not any(p.requires_grad for p in self._head.parameters())
+        parameters = self.causal_lm.named_parameters() if self.own_head else self._head.named_parameters()
+        within = f"{self.causal_lm.base_model_prefix}."
+        frozen = not any(p.requires_grad and not name.startswith(within) for name, p in parameters)
         return token_log_prob(states, targets, self.project, len(self._head.weight), self.temperature, frozen)
 
     # -- several responses and preferences per prompt ------------------------------------------------------------------
@@ -498,11 +541,21 @@ class Policy(nn.Module):
         if not any(answer for under in responses for answers in under for answer in answers):
             # nothing is read: zeros, of which the adapter has a gradient where it trains, and it is zero
             return torch.zeros(shape, device=self.device) + sum(0 * p.sum() for p in self.adapter_parameters().values())
-        if not self.plain_attention:
-            return self._padded_log_prob(prompts, gate, responses, shape)
+        read = self.packed_log_prob if self.plain_attention else self.padded_log_prob
+        return read(prompts, gate, responses, width)
+
+    def packed_log_prob(
+        self,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        gate: Tensor | None,
+        responses: Sequence[Sequence[Sequence[Sequence[int]]]],
+        width: int,
+    ) -> Tensor:
+        """Of token ids as :meth:`trees_log_prob` takes them, under gates ``(B C, R)``, in one pass, as trees."""
+        shape = (len(prompts), len(responses[0][0]), len(prompts[0]), width)  # B, n, C, T
         packed = pack(prompts, responses, width, gate is None, self.weight_dtype, self.device)
         unused = torch.ones(1, 1, 1, 0, dtype=torch.bool, device=self.device)  # that no network makes a mask of its own
-        with self._gate.set(None if gate is None else gate[packed.owner]), self.autocast():
+        with self.gate.set(None if gate is None else gate[packed.owner]), self.autocast():
             hidden = self.body(
                 input_ids=packed.ids, attention_mask=unused, position_ids=packed.positions, use_cache=False,
                 branches=packed.branches,
@@ -511,15 +564,15 @@ class Policy(nn.Module):
         out = torch.zeros(shape, device=self.device).flatten()
         return out.index_put((packed.where,), values).view(shape)
 
-    def _padded_log_prob(
+    def padded_log_prob(
         self,
         prompts: Sequence[Sequence[Sequence[int]]],
         gate: Tensor | None,
         responses: Sequence[Sequence[Sequence[Sequence[int]]]],
-        shape: tuple[int, int, int, int],
+        width: int,
     ) -> Tensor:
-        """Sequence by sequence: for networks that a tree cannot pass through."""
-        b, n, c, t = shape
+        """The same, sequence by sequence: for networks that a tree cannot pass through."""
+        b, n, c, t = len(prompts), len(responses[0][0]), len(prompts[0]), width
         rows = [answer for under in responses for answers in under for answer in answers]  # B C n
         read = [i for i, row in enumerate(rows) if row]
         flat = [prompt for under in prompts for prompt in under]  # B C
@@ -528,7 +581,7 @@ class Policy(nn.Module):
         mask = torch.arange(t) < torch.tensor([[len(rows[i])] for i in read])
         answers = Tokens(torch.tensor(pad), mask).to(self.device)  # (N, T)
         places = torch.tensor(read, device=self.device)
-        with self._gate.set(None if gate is None else gate[places // n]), self.autocast():
+        with self.gate.set(None if gate is None else gate[places // n]), self.autocast():
             log_prob = self._token_log_prob(each, answers)
         out = torch.zeros(b * c * n, t, device=self.device).index_put((places,), log_prob)
         return out.view(b, c, n, t).transpose(1, 2)
@@ -538,6 +591,10 @@ class Policy(nn.Module):
         """Whether every layer is attention to all that came before, by a function that can be told what that is."""
         return bool(self.causal_lm.config._attn_implementation == BRANCHES)
 
+    def leave_trees(self) -> None:
+        """Reads sequences one by one from now on, with the network's own attention."""
+        self.causal_lm.set_attn_implementation(self._plain)
+
     def _encoded(self, prompts: Sequence[str], preferences: Tensor) -> list[list[list[int]]]:
         return [
             [self.template.encode(prompt, self.preference_text(w)) for w in rows]
@@ -546,6 +603,8 @@ class Policy(nn.Module):
 
     def project(self, states: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits of states ``(n, D) -> (n, V)``; ``head`` may stand for the network's own product."""
+        if self.own_head:
+            return self._network_logits(states)
         config = self.causal_lm.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -553,6 +612,41 @@ class Policy(nn.Module):
         if scale != 1:
             logits = logits * scale
         return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def _network_logits(self, states: Tensor) -> Tensor:
+        """All that the network does with its last states ``(n, D) -> (n, V)``: its forward pass without its body."""
+        network, name = self.causal_lm, self.causal_lm.base_model_prefix
+        body = network._modules[name]
+        network._modules[name] = _Given(states.unsqueeze(0))
+        try:
+            ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+            logits: Tensor = network(input_ids=ids, use_cache=False).logits
+        finally:
+            network._modules[name] = body
+        return logits.squeeze(0)
+
+
+def _plain_name(name: str) -> str:
+    """Of a module or weight as the network calls it without an adapter."""
+    return name.replace(".base_layer", "")
+
+
+@contextmanager
+def _tied_if_alike(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, the configuration says of a head that is the embedding no more that it is not."""
+    configs = [c for c in (model.config, model.config.get_text_config()) if getattr(c, "tie_word_embeddings", False)]
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {id(m): name for name, m in model.named_modules()}
+    weights = [state.get(f"{_plain_name(names[id(m)])}.weight") for m in ends]
+    if weights[0] is None or weights[1] is None or torch.equal(weights[0], weights[1]):
+        configs = []
+    for config in configs:
+        config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.tie_word_embeddings = True
 
 
 def lower_layers(model: Any, upper: int) -> str | None:

@@ -44,7 +44,12 @@ def orders_weights(weight: Tensor) -> bool:
 def fits(policy: Policy) -> bool:
     """Whether the policy's network is one that :class:`FusedDecoder` computes."""
     config: Any = policy.causal_lm.config
-    return config.model_type in ARCHITECTURES and config.hidden_act == "silu" and policy.plain_attention
+    return (
+        config.model_type in ARCHITECTURES
+        and config.hidden_act == "silu"
+        and policy.plain_attention
+        and not policy.own_head
+    )
 
 
 @dataclass(frozen=True)
