@@ -117,7 +117,11 @@ class MiepoCLI(LightningCLI):
                 raise UserError("predict answers with a trained policy: expected --ckpt_path, got none")
             elif self.config.subcommand in ("validate", "test"):
                 rank_zero_warn("without --ckpt_path the untrained policy is evaluated")
-        elif path not in (None, "best", "hpc"):
+        elif path == "best":
+            raise UserError(
+                "--ckpt_path takes last or a checkpoint's file, got best: which trade-off is best is not the run's to say"
+            )
+        elif path not in (None, "hpc"):
             if not is_file(Path(path)):
                 raise UserError(f"expected a checkpoint at '{path}': there is none")
             saved = read_checkpoint(Path(path), "meta", resume=self.config.subcommand == "fit")
@@ -252,7 +256,7 @@ def main(args: ArgsType = None) -> None:
             args=args,
         )
     except Exception as error:
-        mistake: object = user_error(error)
+        mistake: object = user_error(error) or unusable_path(error)
         if mistake is None and not MiepoCLI.began and command not in COMMANDS:
             mistake = f"expected a configuration that can be built, got {type(error).__name__}: {first_line(error)}"
         if mistake is None or os.environ.get("MIEPO_TRACEBACK"):
@@ -308,6 +312,13 @@ def user_error(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, (UserError, MisconfigurationException)):
         error = error.__cause__ or error.__context__
     return error
+
+
+def unusable_path(error: BaseException) -> str | None:
+    """What is to be said of a path that is there and of the wrong kind, or is not for this user to write."""
+    if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)) and error.filename:
+        return f"expected a path that can be read and written, got '{error.filename}': {error.strerror}"
+    return None
 
 
 if __name__ == "__main__":

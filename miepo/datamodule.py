@@ -56,6 +56,7 @@ from miepo.prompts import (
     RunPositions,
     load_prompts,
     place_in_run,
+    say_repeated,
     split_rows,
 )
 from miepo.rollout import RolloutEngine, TransformersEngine
@@ -199,6 +200,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             validation = self._load(self.prompts, "test")
         else:
             self.train_set, validation = split_rows(self.train_set, self.validation_fraction, self.seed)
+        say_repeated(self.train_set, validation)
         self.validation_set = validation[: self.validation_limit]
         self.offline_set = self.offline_responses()
         if self.normalisation is not None:
@@ -214,30 +216,30 @@ class OnlinePreferenceDataModule(LightningDataModule):
         if isinstance(source, PreferenceDataset):
             check_dialogue(source, self._policy)
             return source.prompts(split)
-        return load_prompts(source, self.prompt_field)
+        return load_prompts(source, self.prompt_field, dialogue=self._policy.dialogue)
 
     def train_dataloader(self) -> DataLoader:
-        trainer, prompts = self._trainer, OnlinePrompts(self._fitting(self.train_set), self.seed)
+        trainer, prompts = self._trainer, OnlinePrompts(self._fitting(self.train_set, "training"), self.seed)
         positions = RunPositions(
             len(prompts), self.batch_size, lambda: place_in_run(trainer), trainer.global_rank, trainer.world_size
         )
         return RunLoader(prompts, batch_size=self.batch_size, sampler=positions, collate_fn=prompts.collate)
 
     def val_dataloader(self) -> DataLoader:
-        return self._grid_loader(self.validation_set, self.grid)
+        return self._grid_loader(self._fitting(self.validation_set, "validation"), self.grid)
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader:
-        return self._grid_loader(self.answer_set, self.answer_grid)
+        return self._grid_loader(self._fitting(self.answer_set, "prediction"), self.answer_grid)
 
     def _grid_loader(self, prompts: Sequence[str], grid: Tensor) -> DataLoader:
-        trainer, pairs = self._trainer, GridPrompts(self._fitting(prompts), grid)
+        trainer, pairs = self._trainer, GridPrompts(prompts, grid)
         share = EvaluationShare(len(pairs), self.evaluation_batch_size, trainer.global_rank, trainer.world_size)
         return DataLoader(pairs, batch_size=None, sampler=share)
 
-    def _fitting(self, prompts: Sequence[str]) -> list[str]:
+    def _fitting(self, prompts: Sequence[str], use: str) -> list[str]:
         """The prompts that fit the context together with a response; others are dropped or an error."""
         policy, limit = self._policy, self._policy.context_length
         if limit is None:
@@ -250,7 +252,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         if not all(fits):
             i = fits.index(False)
             message = (
-                f"{fits.count(False)} of {len(fits)} prompts do not fit the context of {limit} tokens with a response "
+                f"{fits.count(False)} of {len(fits)} {use} prompts do not fit the context of {limit} tokens with a response "
                 f"of {self.max_new_tokens}; prompt {i + 1} has {lengths[i]}: {prompts[i][:60]!r}"
             )
             if self.overlong == "error" or not any(fits):
@@ -289,10 +291,10 @@ class OnlinePreferenceDataModule(LightningDataModule):
         module, policy, device = self._module, self._policy, self._policy.device
         self.ensure_normalised()
         exploration = module.exploration
-        needs_feedback = exploration.active and exploration.needs_feedback
+        needs_feedback = module.exploring and exploration.needs_feedback
         preference, counterfactual = draw_preferences(
             self.preferences, self.seed, batch.epochs, batch.positions,
-            exploration.num_counterfactuals if exploration.active else 0, len(module.names), exploration.candidates,
+            exploration.num_counterfactuals if module.exploring else 0, len(module.names), exploration.candidates,
         )  # fmt: skip
         uniform = [
             generator(Stream.ROUTING, self.seed, e, p).random()
@@ -407,7 +409,9 @@ class OnlinePreferenceDataModule(LightningDataModule):
         if (offline := self.offline_set) is not None:
             together(self._trainer, lambda: calibrate(missing, offline))
         else:
-            rewards = self._first_rollouts(missing, self._fitting(self.train_set)[: int(self.normalise_on)], k)
+            rewards = self._first_rollouts(
+                missing, self._fitting(self.train_set, "training")[: int(self.normalise_on)], k
+            )
 
             def measured() -> None:
                 for i, objective in enumerate(missing):

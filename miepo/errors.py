@@ -20,6 +20,14 @@ def needs(package: str, user: str) -> UserError:
     return UserError(f"{user} needs the package '{package}', which is not installed: pip install {package}")
 
 
+def load_reason(error: BaseException) -> str:
+    """Why a library could not load a model or tokenizer, as the end of a sentence."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which miepo does not execute"
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return kind + first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """What a library says of a mistake, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

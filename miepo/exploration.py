@@ -28,8 +28,8 @@ class Contrast:
 
     preference: Tensor  # (B, K) w+
     counterfactual: Tensor  # (B, C, K) w-
-    log_prob: Tensor  # (B, n) of the whole response under w+
-    counterfactual_log_prob: Tensor  # (B, n, C) under each w-
+    log_prob: Tensor  # (B, n) of the whole response under w+, without dropout and gradient
+    counterfactual_log_prob: Tensor  # (B, n, C) under each w-, alike
     reward: Tensor  # (B, n) implicit reward under w+
     counterfactual_reward: Tensor  # (B, n, C) under each w-
     lengths: Tensor  # (B, n) response tokens
@@ -164,6 +164,7 @@ class Exploration(ABC):
 
     needs_gradient = True  # of the log-probabilities under w-
     needs_feedback = False  # of every objective on every pair
+    reads_information = False  # learns from the values of log-probabilities, which must be those without dropout
     anchors = 2  # compared responses that are read under w-: all of them, or with 1 one
 
     def __init__(
@@ -224,6 +225,7 @@ class InfoNCE(Exploration):
             raise UserError(f"InfoNCE.anchors must be 1 or 2, got {anchors}")
         super().__init__(1.0, num_counterfactuals, candidates, warmup)
         self.beta_w, self.per_token, self.clip, self.anchors = beta_w, per_token, clip, anchors
+        self.reads_information = clip is not None
 
     @property
     def active(self) -> bool:
@@ -256,6 +258,7 @@ class PairwiseInformation(Exploration):
     """
 
     needs_gradient = False
+    reads_information = True
 
     def __init__(
         self, weight: float = 1.0, num_counterfactuals: int = 4, candidates: int = 1, warmup: float = 0.0

@@ -25,20 +25,54 @@ from miepo.errors import UserError, first_line
 from miepo.policy import Policy, PromptConditioning
 from miepo.policy.base_model import base_folder
 from miepo.policy.policy import ADAPTER, rounding_note
-from miepo.preferences import format_preference, parse_preference
+from miepo.preferences import ROUNDING, format_preference, parse_preference
 from miepo.trained import CARD, Saved, build_policy
 
 # -- the chat template -------------------------------------------------------------------------------------------------
 
 
-def chat_template(policy: Policy, text: str) -> str:
+# messages whose content may come in parts, as one text each
+TEXT_OF_PARTS = """\
+{%- set all = namespace(messages=[]) -%}
+{%- for m in messages -%}
+{%- if m['content'] is string or m['content'] is none -%}
+{%- set all.messages = all.messages + [m] -%}
+{%- elif m['content'] | rejectattr('type', 'equalto', 'text') | list -%}
+{{- raise_exception('this model reads text alone') -}}
+{%- else -%}
+{%- set all.messages = all.messages + [dict(m, content=m['content'] | map(attribute='text') | join)] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = all.messages -%}
+"""
+# refuses what parse_preference does
+WEIGHTS = """\
+{%%- for name, weight in (preference or {}).items() -%%}
+{%%- if name not in [%(names)s] -%%}
+{{- raise_exception('unknown objective ' ~ name ~ '; the objectives are ' ~ %(said)s) -}}
+{%%- elif weight is not number or weight < 0 -%%}
+{{- raise_exception('the weight of ' ~ name ~ ' must be a number that is not negative, got ' ~ weight) -}}
+{%%- endif -%%}
+{%%- endfor -%%}
+{%%- if preference and ((preference.values() | sum) - 1) | abs > %(rounding)s -%%}
+{{- raise_exception('expected weights that sum to 1, got a sum of ' ~ (preference.values() | sum)) -}}
+{%%- endif -%%}
+"""
+
+
+def chat_template(policy: Policy, text: str, free: bool = False) -> str:
     """A Jinja chat template that writes what the policy reads.
 
     Args:
         policy: Whose prompt template it is.
         text: A Jinja expression of the text that states the preference, after that of the last message.
+        free: Whether ``text`` is of any ``preference``, which is checked then.
     """
     template = policy.template
+    head = TEXT_OF_PARTS
+    if free:
+        names = ", ".join(_literal(name) for name in policy.names)
+        head += WEIGHTS % {"names": names, "said": _literal(", ".join(policy.names)), "rounding": ROUNDING}
     start = policy.tokenizer.decode(template.start)  # what the tokenizer alone would put in front
     if template.chat:
         original = policy.tokenizer.chat_template
@@ -46,7 +80,8 @@ def chat_template(policy: Policy, text: str) -> str:
             original = original["default"]
         thinking = "{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}"
         return (
-            (f"{{{{- {_literal(start)} -}}}}" if start else "")
+            head
+            + (f"{{{{- {_literal(start)} -}}}}" if start else "")
             + (thinking if "enable_thinking" in original else "")
             + "{%- if messages[-1]['role'] == 'user' -%}{%- set messages = messages[:-1] + "
             f"[dict(messages[-1], content=messages[-1]['content'] + ({text}))] -%}}{{%- endif -%}}{original}"
@@ -54,13 +89,14 @@ def chat_template(policy: Policy, text: str) -> str:
     prefix, suffix = _literal(start + template.prefix), _literal(template.suffix)
     if template.dialogue:
         turns = (
-            "{%- for m in messages -%}{{- '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant'}[m['role']] + ': ' + "
-            "m['content'] -}}{%- endfor -%}"
+            "{%- for m in messages -%}{%- if m['role'] not in ['user', 'assistant'] -%}"
+            "{{- raise_exception('this model reads messages of user and assistant, got ' ~ m['role']) -}}{%- endif -%}"
+            "{{- '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant'}[m['role']] + ': ' + m['content'] -}}{%- endfor -%}"
         )
-        return f"{{{{- {prefix} -}}}}{turns}{{{{- ({text}) + {suffix} -}}}}"
+        return f"{head}{{{{- {prefix} -}}}}{turns}{{{{- ({text}) + {suffix} -}}}}"
     one = "{{- raise_exception('this model answers one message at a time') -}}"
     return (
-        f"{{%- if messages | length != 1 -%}}{one}{{%- endif -%}}"
+        f"{head}{{%- if messages | length != 1 -%}}{one}{{%- endif -%}}"
         f"{{{{- {prefix} + messages[0]['content'] + ({text}) + {suffix} -}}}}"
     )
 
@@ -173,7 +209,7 @@ def _write(saved: Saved, vector: Tensor | None, merged: bool, policy: Policy, fo
         gate = policy.gate_of(vector.unsqueeze(0))
         if gate is not None:
             policy.scale_blocks(gate[0])
-    policy.tokenizer.chat_template = chat_template(policy, text)
+    policy.tokenizer.chat_template = chat_template(policy, text, free=vector is None)
     kept = 1.0  # of what was trained
     if merged:
         kept = policy.save_merged(folder)

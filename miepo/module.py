@@ -39,18 +39,19 @@ class Terms:
     def of(
         cls,
         batch: PreferenceBatch,
-        log_prob: Tensor,
+        known: Tensor,
         reward: Tensor,
         alignment: Tensor,
         exploration: Tensor | None,
         contrast: Contrast | None,
     ) -> Terms:
+        """From the step's tensors; ``known`` are the log-probabilities under w+ without dropout, ``(B, n, T)``."""
         bound = gap = None
         if contrast is not None:
-            bound = infonce_bound(contrast.log_prob.detach(), contrast.counterfactual_log_prob.detach())
+            bound = infonce_bound(contrast.log_prob, contrast.counterfactual_log_prob)
             bound = torch.where(batch.anchors, bound, torch.nan)
         if batch.responses.log_prob is not None:
-            gap = mean_distance(log_prob.detach(), batch.responses.log_prob, batch.responses.tokens.mask)
+            gap = mean_distance(known, batch.responses.log_prob, batch.responses.tokens.mask)
             gap = torch.where(batch.compared, gap, torch.nan)
         exploration = None if exploration is None else exploration.detach()
         compared = of_pairs(reward.detach(), batch.pairs)  # (B, Q, 2)
@@ -107,6 +108,11 @@ class MIEPO(PolicyModule):
         self._log_step(batch, loss, terms)
         return {"loss": loss, "feedback_information": feedback_information(terms.alignment, batch.labels)}
 
+    @property
+    def exploring(self) -> bool:
+        """Whether the exploration term is computed: of one objective there is one preference, and nothing to explore."""
+        return self.exploration.active and len(self.names) > 1
+
     def terms(self, batch: PreferenceBatch) -> tuple[Tensor, Terms]:
         """Eq. 13, averaged over the prompts, and what it is made of; the flow chart of the method."""
         mask = batch.responses.tokens.mask  # (B, n, T)
@@ -115,13 +121,14 @@ class MIEPO(PolicyModule):
         alignment = alignment_loss(of_pairs(reward, batch.pairs), batch.labels, self.beta_c)  # (B, K), Eq. 8
         routed = self.router.combine(alignment, batch.routing)  # (B,)
 
+        known = self.without_dropout(batch, log_prob, counterfactual)
         exploration = contrast = None
-        if self.exploration.active:
-            contrast = self.contrast(batch, log_prob, counterfactual, reward)
+        if self.exploring:
+            contrast = self.contrast(batch, counterfactual, reward, known)
             exploration = self.exploration(contrast, self.progress)  # (B,), Eq. 12
 
         loss = total_loss(routed, exploration)  # Eq. 13
-        return loss, Terms.of(batch, log_prob, reward, alignment, exploration, contrast)
+        return loss, Terms.of(batch, known[0], reward, alignment, exploration, contrast)
 
     def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Token log-probabilities: compared responses under w+, ``(B, n, T)``, anchors under w-, ``(B, n, C, T)``."""
@@ -130,18 +137,42 @@ class MIEPO(PolicyModule):
         if self.exploration.needs_gradient:
             both = under(batch.prompts, torch.cat([own, others], 1), tokens, wanted)  # (B, n, 1 + C, T)
             return both[:, :, 0], both[:, :, 1:]
-        with torch.no_grad():
+        with self.policy.evaluating():
             counterfactual = under(batch.prompts, others, tokens, wanted[..., 1:])
         return under(batch.prompts, own, tokens, wanted[..., :1]).squeeze(2), counterfactual
 
-    def contrast(self, batch: PreferenceBatch, log_prob: Tensor, counterfactual: Tensor, reward: Tensor) -> Contrast:
-        """Responses under w+, ``(B, n, T)`` and ``(B, n)``, beside the same under every w-, ``(B, n, C, T)``."""
+    def without_dropout(
+        self, batch: PreferenceBatch, log_prob: Tensor, counterfactual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`log_prob` gives, as the policy samples: labels and bounds of the information are of that.
+
+        Another pass, where the network has dropout, and where they are learnt from or this step is logged.
+        """
+        trainer = self.trainer
+        logged = (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0
+        asked = self.exploring and (self.exploration.reads_information or logged)
+        asked |= batch.responses.log_prob is not None and logged
+        if not asked or not self.policy.drops_out:
+            return log_prob.detach(), counterfactual.detach()
+        both = torch.cat([batch.preference.unsqueeze(1), batch.counterfactual], 1)  # (B, 1 + C, K)
+        with self.policy.evaluating():
+            found = self.policy.response_log_prob(batch.prompts, both, batch.responses.tokens, batch.read_under)
+        return found[:, :, 0], found[:, :, 1:]
+
+    def contrast(
+        self,
+        batch: PreferenceBatch,
+        counterfactual: Tensor,
+        reward: Tensor,
+        known: tuple[Tensor, Tensor],
+    ) -> Contrast:
+        """Responses under w+, ``(B, n)``, beside the same under every w-, ``(B, n, C, T)``; ``known`` without dropout."""
         mask = batch.responses.tokens.mask  # (B, n, T)
         return Contrast(
             batch.preference,
             batch.counterfactual,
-            log_prob.sum(-1),
-            counterfactual.sum(-1),
+            known[0].sum(-1),
+            known[1].sum(-1),
             reward,
             implicit_reward(counterfactual, batch.counterfactual_reference_log_prob, mask.unsqueeze(2)),
             mask.sum(-1),
@@ -162,7 +193,8 @@ class MIEPO(PolicyModule):
             "response/finished": batch.responses.finished.float(),
         }
         labelled = batch.labels != 0
-        agrees = torch.where(labelled, (torch.sign(terms.margin) == batch.labels).float(), torch.nan)
+        # 1 where the policy orders a pair as the objective does, 0 where the other way round, 1/2 where not at all
+        agrees = torch.where(labelled, (1 + torch.sign(terms.margin) * batch.labels) / 2, torch.nan)
         for k, name in enumerate(self.names):
             values[f"reward/{name}"] = batch.scores[..., k]
             values[f"alignment/{name}"] = torch.where(labelled[:, k], terms.alignment[:, k], torch.nan)

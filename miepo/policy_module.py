@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -16,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
-from miepo.callbacks.reporting import log_evaluation, over_processes
+from miepo.callbacks.reporting import log_evaluation, over_processes, run_folder
 from miepo.checkpoints import DurableCheckpointIO, check_adapter, check_base, config_changes
 from miepo.errors import UserError, first_line
 from miepo.objectives import Objective
@@ -28,7 +34,9 @@ from miepo.strategies import ShardedStrategy
 from miepo.types import EvaluationBatch
 
 SPLITTING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
-REFUSED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)  # callbacks
+# callbacks with which a run could not go on as if it had not stopped, and those that average no adapter
+REFUSED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
+AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 SCHEMA = 2  # 2: the configuration, and what RunCheckpoint keeps
 
 
@@ -82,8 +90,12 @@ class PolicyModule(LightningModule):
             )
         if stage == "fit" and trainer.overfit_batches:
             raise UserError("trainer.overfit_batches is not for online data: expected trainer.limit_train_batches")
+        if stage == "fit" and trainer.is_global_zero:
+            run_folder(trainer).mkdir(parents=True, exist_ok=True)  # what is wrong with it shows before hours are spent
         if refused := [type(c).__name__ for c in trainer.callbacks if isinstance(c, REFUSED)]:
             raise UserError(f"a run with {refused[0]} could not go on as if it had not stopped: expected none")
+        if refused := [type(c).__name__ for c in trainer.callbacks if isinstance(c, AVERAGING)]:
+            raise UserError(f"{refused[0]} averages whole networks and not an adapter: expected none")
         if self.trainer.precision != "32-true":
             raise UserError(
                 "the policy sets its own precision (policy.dtype), so that sampling and training agree: "

@@ -18,12 +18,12 @@ Located = Iterable[tuple[str, Any]]  # where a row stands, and the row
 
 
 def read_rows(
-    source: Any, fields: Mapping[str, type], split: str = "train", blank: Collection[str] = ()
+    source: Any, fields: Mapping[str, type | tuple[type, ...]], split: str = "train", blank: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """Rows with the wanted fields, checked one by one.
 
     Args:
-        source: A ``.jsonl`` file, also compressed (``.gz``, ``.xz``), or a ``.parquet`` file, each a path or
+        source: A ``.jsonl`` file, or JSON with one array, also compressed (``.gz``, ``.xz``), or a ``.parquet`` file, each a path or
             ``package:``/``pypi:`` (see :mod:`miepo.resources`); a folder written by ``datasets.save_to_disk``, or of
             data files; a hub id; a data set object.
         fields: Wanted fields with the type of their values.
@@ -50,23 +50,35 @@ def read_rows(
 def _of_jsonl(path: Path) -> Located:
     if not is_file(path):
         raise UserError(f"expected a file at '{path}': there is none")
+    lines = _lines(path)
+    first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("["):  # one array of all rows
+        rows = _json("".join([first, *lines]), str(path))
+        yield from ((f"{path}, row {i}", _object(row, f"{path}, row {i}")) for i, row in enumerate(rows, 1))
+        return
     for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: expected a JSON object, got text that is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
-        yield where, row
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, _object(_json(line, where), where)
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: expected a JSON object, got text that is not JSON ({error})") from None
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row
 
 
 def _lines(path: Path) -> Iterator[str]:
     # split at line feeds alone: other characters that end a line for str.splitlines may stand in a JSON text
     try:
-        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="\n") as file:  # type: ignore[operator]
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # type: ignore[operator]
             yield from file
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text, got a byte that is not, at position {error.start}") from None
@@ -74,7 +86,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path}: expected a whole compressed file, got a broken or truncated one: {error}") from None
 
 
-def _of_parquet(path: Path, fields: Mapping[str, type]) -> Located:
+def _of_parquet(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> Located:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -110,18 +122,20 @@ def _load_dataset(source: str, path: Path, split: str) -> Any:
         ) from None
 
 
-def _of_dataset(rows: Any, fields: Mapping[str, type], name: str) -> Located:
+def _of_dataset(rows: Any, fields: Mapping[str, type | tuple[type, ...]], name: str) -> Located:
     _check_columns(rows.column_names, fields, name)
     return ((f"{name}, row {i}", row) for i, row in enumerate(rows.select_columns(list(fields))))
 
 
-def _check_columns(columns: Collection[str], fields: Mapping[str, type], name: str) -> None:
+def _check_columns(columns: Collection[str], fields: Mapping[str, type | tuple[type, ...]], name: str) -> None:
     if missing := [field for field in fields if field not in columns]:
         wanted = "a column" if len(missing) == 1 else "the columns"
         raise UserError(f"{name}: expected {wanted} {', '.join(map(repr, missing))}, got {', '.join(columns)}")
 
 
-def _checked(rows: Located, fields: Mapping[str, type], blank: Collection[str], name: str) -> list[dict[str, Any]]:
+def _checked(
+    rows: Located, fields: Mapping[str, type | tuple[type, ...]], blank: Collection[str], name: str
+) -> list[dict[str, Any]]:
     result = []
     for where, row in rows:
         for field, kind in fields.items():
@@ -131,7 +145,8 @@ def _checked(rows: Located, fields: Mapping[str, type], blank: Collection[str], 
                 )
             value = row[field]
             if not isinstance(value, kind):
-                expected = "text" if kind is str else kind.__name__
+                kinds = kind if isinstance(kind, tuple) else (kind,)
+                expected = " or ".join({str: "text", list: "a list"}.get(k, k.__name__) for k in kinds)
                 raise UserError(f"{where}: expected {expected} in '{field}', got {type(value).__name__}")
             if isinstance(value, str):
                 check_text(value, where, field, blank_ok=field in blank)

@@ -69,10 +69,11 @@ class ParetoFront(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         metric, names = pl_module.metrics[METRIC], pl_module.names
         result = metric.compute()
-        means = result["means"].cpu()  # (M, K)
+        # torchmetrics makes a number of what has one element
+        means, sd = result["means"].view(len(metric.grid), -1).cpu(), result["sd"].view(-1)  # (M, K), (K,)
         values = {f"front/{key}": result[key].float() for key in result if key not in ("sd", "means")}
         for k, name in enumerate(names):
-            values[f"front/sd/{name}"] = result["sd"][k].float()
+            values[f"front/sd/{name}"] = sd[k].float()
             values[f"front/best/{name}"] = means[:, k].nan_to_num(-float("inf")).max().float()
         if result["left_out"]:
             rank_zero_warn(

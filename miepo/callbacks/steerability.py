@@ -42,7 +42,9 @@ class Steerability(Callback):
     @whole_evaluation
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         metric, names = pl_module.metrics[METRIC], pl_module.names
-        result = {key: value.cpu() for key, value in metric.compute().items()}
+        k = len(names)
+        # torchmetrics makes a number of what has one element
+        result = {key: x.cpu().view(k) if key == "rank" else x.cpu().view(k, k) for key, x in metric.compute().items()}
         metric.reset()
         values = {}
         for j, name in enumerate(names):

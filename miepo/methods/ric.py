@@ -13,8 +13,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
+import moocore
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -36,6 +37,8 @@ from miepo.policy_module import PolicyModule
 from miepo.preferences import Stream, generator, torch_seeds
 from miepo.prompts import OnlinePrompts
 from miepo.types import PromptBatch, SupervisedBatch, Tokens
+
+Selection = Literal["quantile", "non_dominated"]
 
 # -- functions ---------------------------------------------------------------------------------------------------------
 
@@ -59,6 +62,21 @@ def good_at_something(scores: Tensor, quantile: float) -> Tensor:
         return torch.zeros(0, dtype=torch.bool)
     thresholds = scores.nanquantile(quantile, 0)  # (K,)
     return (scores >= thresholds).any(-1)
+
+
+def non_dominated(scores: Tensor) -> Tensor:
+    """Rows ``(n,)`` of ``scores`` ``(n, K)`` than which no row is better in one score and not worse in any; NaN is not.
+
+    >>> non_dominated(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.5], [1.0, 0.0]]))
+    tensor([ True,  True, False,  True])
+    """
+    finite, kept = scores.isfinite().all(-1), torch.zeros(len(scores), dtype=torch.bool)
+    rows = scores[finite]
+    if len(rows) and scores.shape[1] == 1:  # moocore starts at two objectives
+        kept[finite] = (rows == rows.max()).squeeze(1)
+    elif len(rows):
+        kept[finite] = torch.from_numpy(moocore.is_nondominated(rows.double().numpy(), maximise=True, keep_weakly=True))
+    return kept
 
 
 # -- conditioning ------------------------------------------------------------------------------------------------------
@@ -158,8 +176,10 @@ class Pool:
         tokens = Tokens(self.responses.ids[chosen], self.responses.mask[chosen])
         return Pool([self.prompts[i] for i in chosen.tolist()], tokens, self.scores[chosen])
 
-    def good(self, quantile: float) -> Pool:
-        return self.rows(good_at_something(self.scores, quantile).nonzero().flatten().tolist())
+    def good(self, selection: Selection, quantile: float) -> Pool:
+        by_quantile = selection == "quantile"
+        kept = good_at_something(self.scores, quantile) if by_quantile else non_dominated(self.scores)
+        return self.rows(kept.nonzero().flatten().tolist())
 
 
 def join(pools: Sequence[Pool], pad: int) -> Pool:
@@ -191,7 +211,10 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         offline_rows: What to train on offline instead of the policy's own responses: a ``.jsonl`` file with ``prompt``
             and ``response``, or ``offline``, the responses in the preference data set given as ``prompts``.
         rounds: Number of online rounds.
-        quantile: An online round keeps rows, its own and offline ones, in which any score reaches its quantile.
+        selection: Which rows, its own and offline ones, an online round keeps: ``quantile``, as the code of RiC's
+            authors does, those in which any score reaches its quantile; ``non_dominated``, as their paper says, those
+            than which no other is better in one score and not worse in any. The second keeps far fewer.
+        quantile: Of the first.
         **kwargs: Of :class:`~miepo.OnlinePreferenceDataModule`.
     """
 
@@ -201,6 +224,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         offline: float = 0.5,
         offline_rows: str | None = None,
         rounds: int = 2,
+        selection: Selection = "quantile",
         quantile: float = 0.7,
         **kwargs: Any,
     ) -> None:
@@ -209,9 +233,12 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             raise UserError(f"data.offline is a share of the steps, above 0 and at most 1, got {offline}")
         if rounds < 0 or (rounds == 0) != (offline == 1):
             raise UserError(f"data.rounds must be positive, or 0 with data.offline 1, got {rounds} with {offline}")
+        if selection not in ("quantile", "non_dominated"):
+            raise UserError(f"data.selection must be quantile or non_dominated, got {selection!r}")
         if not 0 <= quantile < 1:
             raise UserError(f"data.quantile must be at least 0 and below 1, got {quantile}")
-        self.offline, self.rounds, self.quantile, self.offline_file = offline, rounds, quantile, offline_rows
+        self.offline, self.rounds, self.offline_file = offline, rounds, offline_rows
+        self.selection, self.quantile = selection, quantile
         self.stage = -1
         self.offline_pool: Pool | None = None
         self.pool: Pool | None = None
@@ -294,7 +321,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             self.pool = self.offline_pool = fresh
         else:
             assert self.offline_pool is not None  # stage 0 came first, here or in the checkpoint
-            parts = [fresh.good(self.quantile), self.offline_pool.good(self.quantile)]
+            parts = [pool.good(self.selection, self.quantile) for pool in (fresh, self.offline_pool)]
             self.pool = join(parts, self._policy.tokenizer.pad_token_id)
         if not len(self.pool):
             raise UserError("RewardsInContext has no response to imitate: every one was empty or had no score")
@@ -340,7 +367,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
     def _read(self) -> Pool:
         """The offline file, tokenised and scored."""
         module, policy = self._module, self._policy
-        fitting = set(self._fitting(list(dict.fromkeys(self.given.prompts))))
+        fitting = set(self._fitting(list(dict.fromkeys(self.given.prompts)), "offline"))
         pairs = [(p, r) for p, r in zip(self.given.prompts, self.given.responses, strict=True) if p in fitting]
         self.scored_responses += len(pairs)
         mine = range(self._trainer.global_rank, len(pairs), self._trainer.world_size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,7 +206,7 @@ class SupervisedDataModule(LightningDataModule):
         elif isinstance(self.examples, PreferenceDataset):
             held_out = self._read(self.examples, "test")
         else:
-            self.train_set, held_out = split_rows(self.train_set, VALIDATION, self.seed)
+            self.train_set, held_out = split_rows(self.train_set, VALIDATION, self.seed, itemgetter(0))
         self.validation_set = held_out[: self.validation_limit]
 
     @property

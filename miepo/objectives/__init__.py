@@ -2,7 +2,7 @@
 
 from miepo.objectives.base import Objective
 from miepo.objectives.brevity import Brevity
-from miepo.objectives.cheerfulness import Cheerfulness
+from miepo.objectives.cheerfulness import Cheerfulness, CheerfulWords
 from miepo.objectives.harmlessness import Harmlessness
 from miepo.objectives.patient import Patient
 from miepo.objectives.python_objective import PythonObjective
@@ -11,6 +11,7 @@ from miepo.objectives.reward_model import ModelObjective, RewardModel, ScoreMode
 
 __all__ = [
     "Brevity",
+    "CheerfulWords",
     "Cheerfulness",
     "Harmlessness",
     "ModelObjective",

@@ -62,6 +62,7 @@ class Objective(Callback):
         if not self.name.isprintable() or any(c in self.name for c in "<>/{},:= "):
             raise UserError(f"an objective's name must be one word without <>/{{}},:= , got {self.name!r}")
         self.normalisation: Normalisation | None = None
+        self.has_scored = False  # a number, in this run
         self.given = normalisation is not None
         if normalisation is not None:
             try:
@@ -134,7 +135,7 @@ class Objective(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         n = self.normalisation
-        return {} if n is None else {"mean": n.mean, "sd": n.sd}
+        return {} if n is None else {"mean": n.mean, "sd": n.sd, "of": identity_of(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         kept = {key: value for key, value in state_dict.items() if key in ("mean", "sd")}  # a subclass may keep more
@@ -146,6 +147,12 @@ class Objective(Callback):
             raise UserError(
                 f"{self.name}: expected a normalisation by finite numbers in the checkpoint, got {kept}"
             ) from None
+        of = state_dict.get("of")
+        if not self.given and of is not None and of != (now := identity_of(self)):
+            raise UserError(
+                f"{self.name}: the checkpoint's normalisation was measured with {of}, the config has {now}: expected "
+                "the same objective, or a normalisation of its own in the config"
+            )
         if not self.given:
             self.normalisation = saved
         elif saved != self.normalisation:
@@ -254,6 +261,12 @@ def start_scoring(
         rewards = torch.full((len(prompts), count, len(objectives)), nan)
         for k in sorted(range(len(objectives)), key=started.__contains__):  # those that wait are waited for last
             rewards[rows[k], :, k] = started[k].result() if k in started else rewards_of(k)
+            objectives[k].has_scored |= bool(rewards[rows[k], :, k].isfinite().any())
+            if rows[k] and not objectives[k].has_scored and not objectives[k].failures:
+                raise ObjectiveError(
+                    f"objective {objectives[k].name} gave no number: expected a finite score of at least one of "
+                    f"{len(rows[k]) * count} responses"
+                )
         return rewards
 
     return finish

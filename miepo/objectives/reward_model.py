@@ -17,10 +17,25 @@ from transformers import (
     LlamaModel,
     LlamaPreTrainedModel,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from miepo.datasets.safe_rlhf import TEMPLATE as SAFE_RLHF_TEMPLATE
-from miepo.errors import ObjectiveError, UserError
+from miepo.errors import ObjectiveError, UserError, load_reason
 from miepo.objectives.base import Objective
+
+# what rounding makes of a score, relative to 1 or to itself
+PADDING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+def positions(network: nn.Module) -> int:
+    """How many tokens a network reads at most; without a limit, very many."""
+    config: Any = network.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or VERY_LARGE_INTEGER
+    for name, module in network.named_modules():
+        # RoBERTa's kind counts positions from the one after that of padding
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            limit = min(limit, module.num_embeddings - module.padding_idx - 1)
+    return int(limit)
 
 
 class ModelObjective(Objective):
@@ -86,10 +101,12 @@ class ModelObjective(Objective):
 
     def load(self, device: torch.device) -> None:
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
             network, report = self.load_network(self.dtype if self.dtype == "auto" else getattr(torch, self.dtype))
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
+        except UserError:
+            raise
+        except Exception as error:  # the library raises many kinds, all of them about this source
+            reason = load_reason(error)
             raise ObjectiveError(
                 f"objective {self.name}: expected {self.kind}, got '{self.source}': {reason}"
             ) from None
@@ -103,14 +120,29 @@ class ModelObjective(Objective):
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         config: Any = network.config
-        if config.pad_token_id is None:  # GPT-2 like classifiers read the last token that is not padding
-            config.pad_token_id = self.tokenizer.pad_token_id
+        config.pad_token_id = self.tokenizer.pad_token_id  # classifiers may read the last token that is not padding
         config.use_cache = False  # nothing is generated
         if self.max_length is None:
-            positions = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-            self.max_length = min(self.tokenizer.model_max_length, positions)
+            self.max_length = min(self.tokenizer.model_max_length, positions(network))
         self.device = self.place or device
         self.model: Any = network.eval().requires_grad_(False).to("cpu" if self.offload else self.device)
+
+    def load_checked(self, device: torch.device) -> None:
+        """As of any objective; and a response must score alike alone and beside a longer one.
+
+        Raises:
+            UserError: names the objective.
+        """
+        super().load_checked(device)
+        prompts, responses = ["Hello", "What is a garden?"], ["Hi!", "A garden is a place where people grow plants."]
+        alone = torch.cat([self.reward(prompts[i : i + 1], responses[i : i + 1]) for i in range(2)])
+        gap = (self.reward(prompts, responses) - alone).abs().max() / alone.abs().max().clamp(min=1)
+        # "not (<=)", so that what is no number differs
+        if not gap <= PADDING_TOLERANCE.get(next(self.model.parameters()).dtype, 0.05):
+            raise ObjectiveError(
+                f"objective {self.name}: '{self.source}' scores a response otherwise beside a longer one than alone, by "
+                f"{float(gap):.2g}: expected a network that does not read its padding"
+            )
 
     def unload(self) -> None:
         self.__dict__.pop("model", None)
@@ -163,7 +195,7 @@ class RewardModel(ModelObjective):
 
     def load_network(self, dtype: Any) -> tuple[nn.Module, dict[str, Any]]:
         network, report = AutoModelForSequenceClassification.from_pretrained(
-            self.source, dtype=dtype, output_loading_info=True
+            self.source, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
         labels = network.config.num_labels
         if self.label is None and labels > 1:
@@ -230,7 +262,7 @@ class ScoreModel(ModelObjective):
         self.template = template
 
     def load_network(self, dtype: Any) -> tuple[nn.Module, dict[str, Any]]:
-        config = AutoConfig.from_pretrained(self.source)
+        config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
         if not isinstance(config, LlamaConfig):
             raise ValueError(f"its configuration is of the type {config.model_type}")
         network: Any

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from miepo.errors import NoBase, UserError, first_line, needs
+from miepo.errors import NoBase, UserError, load_reason, needs
 from miepo.resources import cache_folder, is_packaged, locate
 
 
@@ -37,14 +37,16 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     model: Any
     report: Any
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
+    except Exception as error:  # the library raises many kinds, all of them about this source
         raise NoBase(
-            f"expected a causal language model (hub id, folder or .gguf file), got '{base}': {reason}"
+            f"expected a causal language model (hub id, folder or .gguf file), got '{base}': {load_reason(error)}"
         ) from None
     if getattr(model, "_hf_peft_config_loaded", False) or any(".base_layer." in k for k in report["unexpected_keys"]):
         raise _unmerged(base)
@@ -53,17 +55,35 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
             f"expected a complete causal language model, got '{base}', which lacks {len(missing)} of its weights, "
             f"first {missing[0]}"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    give_padding(model, tokenizer)
     return model, tokenizer
+
+
+def give_padding(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Makes an end token the padding where the tokenizer has none, or one that the model has no embedding of."""
+    embedded = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embedded:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_ids(model, tokenizer)[0])
+
+
+def end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The ids that end a response, by the model's generation settings and the tokenizer."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    embedded = model.get_input_embeddings().weight.shape[0]
+    if not (ends := [i for i in ends if i < embedded]):
+        raise UserError("expected a tokenizer or model with an end-of-text token, this one has none")
+    return ends
 
 
 def check_memory(base: str, folder: str, dtype: str) -> None:
     """Refuses weights that this machine's free memory does not hold, before they are read."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:
         return  # what is wrong with it, loading tells
     weights, free = sum(p.numel() for p in model.parameters()), psutil.virtual_memory().available
     size = {kind: weights * getattr(torch, kind).itemsize for kind in ("float32", "bfloat16")}
@@ -101,11 +121,7 @@ def plain_sampling(model: PreTrainedModel, tokenizer: Any, temperature: float) -
     A hub model's generation settings (top-p, repetition penalty) would make it sample from another distribution than
     the one whose log-probabilities train it and whose information is measured.
     """
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    ends = sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
-    if not ends:
-        raise UserError("expected a tokenizer or model with an end-of-text token, this one has none")
+    ends = end_ids(model, tokenizer)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -144,6 +160,7 @@ def _converted(gguf: Path) -> Path:
         raise needs("gguf", f"the model file '{gguf.name}'") from None
     rank_zero_info(f"Converting {gguf.name} into {target}, once, which takes about a minute")
     kwargs: dict[str, Any] = {"gguf_file": gguf.name}
+    kwargs["trust_remote_code"] = False
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
     try:  # newer releases keep the weights packed unless told otherwise; packed weights train slowly
         from transformers import GgufConfig

@@ -271,6 +271,11 @@ class Policy(nn.Module):
         return sum(self._gate_blocks) > 0
 
     @property
+    def drops_out(self) -> bool:
+        """Whether dropout, of the adapter or of the base, changes what the network computes in training."""
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+
+    @property
     def rank(self) -> int:
         """``R``, of all blocks of the adapter together."""
         return self.lora_rank * max(sum(self._gate_blocks), 1)

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from miepo.dialogue import ASSISTANT, HUMAN, split_turns
-from miepo.errors import UserError
+from miepo.errors import UserError, first_line
 from miepo.rows import is_unicode
 
 # Section "Prompt construction" of the paper; the preference text brings its own leading space.
@@ -123,12 +123,18 @@ class PromptTemplate:
     def _make_frame(self, roles: tuple[str, ...]) -> tuple[str, ...]:
         """What the chat template writes around messages of these roles."""
         messages = [{"role": role, "content": f"{_SENTINEL}-{i}-"} for i, role in enumerate(roles)]
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,  # of models that think aloud: a response is the answer
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,  # of models that think aloud: a response is the answer
+            )
+        except Exception as error:  # whatever a template's own code raises
+            raise UserError(
+                f"expected a chat template that writes {' and '.join(dict.fromkeys(roles))} messages, got one that does "
+                f"not: {first_line(error)}"
+            ) from None
         frames = re.split(f"{_SENTINEL}-(\\d+)-", text)
         if frames[1::2] != [str(i) for i in range(len(roles))]:
             raise UserError("expected a chat template that shows every message once, in order; this one does not")

@@ -259,7 +259,9 @@ def test_what_differs_from_the_checkpoint_is_said_and_counts(
     assert saved["global_step"] == 4
     assert saved["lr_schedulers"][0]["base_lrs"] == [0.5]
     assert saved["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.5
-    assert saved["callbacks"]["Objective[letter_e]"] == {"mean": 3.0, "sd": 2.0}
+    kept = saved["callbacks"]["Objective[letter_e]"]
+    assert (kept["mean"], kept["sd"]) == (3.0, 2.0)
+    assert kept["of"]["class"] == "tests.helpers.tiny.Letters"
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
@@ -309,6 +311,26 @@ def test_wandb_offline_run_reads_back(tiny_model: Path, tmp_path: Path, monkeypa
 
 
 MISTAKES: dict[str, tuple[dict, str]] = {
+    "averages of networks": (
+        {
+            "trainer__callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging", "init_args": {"swa_lrs": 0.1}}
+            ]
+        },
+        "StochasticWeightAveraging averages whole networks and not an adapter: expected none",
+    ),
+    "validation prompts too long": (
+        {"data__validation_prompts": ["garden " * 300]},
+        "1 of 1 validation prompts do not fit the context of 256 tokens",
+    ),
+    "a folder that is a file": (
+        {
+            "trainer__logger": [
+                {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": __file__}}
+            ]
+        },
+        f"expected a path that can be read and written, got '{__file__}",
+    ),
     "no objective": ({"objectives": []}, "expected at least one objective, got none"),
     "two with one name": (
         {"objectives": [{"class_path": "miepo.objectives.Brevity"}] * 2},
@@ -326,7 +348,7 @@ MISTAKES: dict[str, tuple[dict, str]] = {
     ),
     "prompt too long": (
         {"data__prompts": ["fine", "garden " * 300]},
-        "1 of 2 prompts do not fit the context of 256 tokens with a response of 5; prompt 2 has",
+        "1 of 2 training prompts do not fit the context of 256 tokens with a response of 5; prompt 2 has",
     ),
     "objective raises": (
         {"objectives": [{"class_path": "tests.helpers.tiny.Broken"}]},

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from miepo.cli import main
 from miepo.errors import UserError
@@ -274,3 +276,45 @@ def test_what_cannot_be_exported_is_said(tiny_model: Path, tmp_path: Path, capsy
             main(["export", *arguments, "--out", str(tmp_path / "out")])
         assert ended.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def written(folder: Path, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+    return found["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["auto", "paper", "hh"])
+def test_the_template_takes_content_in_parts(
+    template: str, tiny_model: Path, tiny_base_model: Path, tmp_path: Path
+) -> None:
+    base = tiny_model if template == "auto" else tiny_base_model
+    folder = export(saved_policy(base, WAYS["prompt"], template=template)[0], tmp_path / "out")
+    parts = [{"type": "text", "text": "the garden, "}, {"type": "text", "text": "people like rain"}]
+    plain = written(folder, [{"role": "user", "content": PROMPT}])
+    assert written(folder, [{"role": "user", "content": parts}]) == plain
+    with pytest.raises(TemplateError, match="this model reads text alone"):
+        written(folder, [{"role": "user", "content": [*parts, {"type": "image", "url": "x"}]}])
+    if template == "hh":
+        with pytest.raises(TemplateError, match="messages of user and assistant, got system"):
+            written(folder, [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
+
+
+@pytest.mark.parametrize(
+    ("preference", "message"),
+    [
+        ({"letter": 1.0}, "unknown objective letter; the objectives are letter_e, brevity"),
+        ({"letter_e": 2, "brevity": 8}, "weights that sum to 1, got a sum of 10"),
+        ({"letter_e": -0.5, "brevity": 1.5}, "the weight of letter_e must be a number that is not negative, got -0.5"),
+        ({"letter_e": "1"}, "the weight of letter_e must be a number"),
+    ],
+)
+@pytest.mark.parametrize("way", ["prompt", "gated"])
+def test_the_template_of_the_simplex_checks_the_preference(
+    way: str, preference: dict, message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = export(saved_policy(tiny_model, WAYS[way])[0], tmp_path / "out")
+    messages = [{"role": "user", "content": PROMPT}]
+    with pytest.raises(TemplateError, match=message):
+        written(folder, messages, preference=preference)
+    assert written(folder, messages, preference={"letter_e": 0.3333, "brevity": 0.6666})

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback
 
 from miepo import MIEPO, OnlinePreferenceDataModule
+from miepo.callbacks import ParetoFront, PreferenceInformation, Steerability
 from miepo.errors import UserError
 from miepo.exploration import InfoNCE, Matching, PairwiseInformation
 from miepo.losses import implicit_reward
@@ -234,6 +235,7 @@ def test_accumulation_1x8_equals_8x1(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_all_ties_give_zero_alignment_gradient_and_are_counted(tiny_model: Path, tmp_path: Path) -> None:
     same = [Chosen([1.0] * 8, "same"), Chosen([float("nan")] * 8, "none")]
+    same[1].has_scored = True  # before
     module, batch, logged = rollout(tiny_model, tmp_path, objectives=same, module={"exploration": InfoNCE(0.0)})
     randomise_adapter(module.policy)
     loss, gradients = step(module, batch)
@@ -609,3 +611,59 @@ def test_a_policy_without_conditioning_is_refused(tiny_model: Path, tmp_path: Pa
     module.policy.conditioning = []
     with pytest.raises(UserError, match="at least one conditioning"):
         trainer.fit(module, data)
+
+
+def test_of_one_objective_there_is_nothing_to_explore(tiny_model: Path, tmp_path: Path) -> None:
+    """Online DPO: w+ = w- = (1), and the term would add noise to the gradient alone; all figures of a run are there."""
+    callbacks = [ParetoFront(draw=False), Steerability(), PreferenceInformation()]
+    trainer = {"callbacks": [batches := Batches(), *callbacks], "max_steps": 1, "limit_val_batches": 1.0}
+    run = tiny_run(
+        tiny_model, tmp_path, objectives=[Letters("e")], module={"exploration": InfoNCE(0.3)}, trainer=trainer
+    )
+    run[0].fit(run[1], run[2])
+    module, batch = run[1], batches.batches[0]
+    assert batch.counterfactual.shape[1] == 0
+    randomise_adapter(module.policy)
+    _, gradients = step(module, batch)
+    module.exploration.beta_w = 0.0
+    _, plain = step(module, batch)
+    assert all(torch.equal(gradients[name], plain[name]) for name in plain)
+    run[0].validate(run[1], run[2], verbose=False)
+    assert run[0].callback_metrics["front/hv"].isfinite()
+
+
+def test_a_policy_that_orders_no_pair_agrees_by_half(tiny_model: Path, tmp_path: Path) -> None:
+    """At the first step all margins are 0; after it, agreement is the share of pairs in the objective's order."""
+    module, batch, logged = rollout(tiny_model, tmp_path)
+    for k, name in enumerate(module.names):
+        assert (batch.labels[:, k] != 0).any()
+        assert logged[f"agreement/{name}"] == 0.5
+    randomise_adapter(module.policy)
+    seen: dict[str, float] = {}
+    module.log, module.log_dict = lambda *_, **__: None, lambda values, **_: seen.update(values)
+    module.training_step(batch, 0)
+    log_prob = module.policy.response_log_prob(batch.prompts, batch.preference.unsqueeze(1), batch.responses.tokens)
+    reward = implicit_reward(log_prob.squeeze(2), batch.reference_log_prob, batch.responses.tokens.mask)
+    for k, name in enumerate(module.names):
+        labelled = batch.labels[:, k] != 0
+        right = torch.sign(reward[:, 0] - reward[:, 1])[labelled] == batch.labels[labelled, k]
+        assert float(seen[f"agreement/{name}"]) == pytest.approx(right.float().mean().item())
+        assert right.sum() > 0 or len(right) < 3
+
+
+@pytest.mark.parametrize("term", [PairwiseInformation(), InfoNCE(0.3, clip=1.0), InfoNCE(0.3)])
+def test_information_is_of_the_policy_without_dropout(tiny_model: Path, tmp_path: Path, term: Any) -> None:
+    module, batch, _ = rollout(tiny_model, tmp_path, policy={"lora_dropout": 0.5}, module={"exploration": term})
+    policy = randomise_adapter(module.policy).train()
+    seen = {}
+    plain = module.contrast
+    module.contrast = lambda *arguments: seen.setdefault("contrast", plain(*arguments))
+    module._log_step = lambda *_: None
+    torch.manual_seed(0)
+    module.training_step(batch, 0)
+    with policy.evaluating():
+        both = torch.cat([batch.preference.unsqueeze(1), batch.counterfactual], 1)
+        found = policy.response_log_prob(batch.prompts, both, batch.responses.tokens, batch.read_under).sum(-1)
+    torch.testing.assert_close(seen["contrast"].log_prob, found[:, :, 0])
+    torch.testing.assert_close(seen["contrast"].counterfactual_log_prob, found[:, :, 1:])
+    assert policy.training

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import threading
 from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from transformers import (
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 import miepo.objectives as package
@@ -22,6 +26,7 @@ from miepo.errors import ObjectiveError, UserError
 from miepo.objectives import (
     Brevity,
     Cheerfulness,
+    CheerfulWords,
     Harmlessness,
     ModelObjective,
     Objective,
@@ -32,7 +37,8 @@ from miepo.objectives import (
     ScoreModel,
 )
 from miepo.objectives.base import normalise_rewards, objectives_of, score_responses
-from tests.helpers.tiny import Broken, Letters, save_tiny_scorer, tiny_tokenizer
+from miepo.policy.base_model import load_base
+from tests.helpers.tiny import Broken, Chosen, Letters, save_tiny_scorer, tiny_tokenizer
 
 PROMPTS = ["How do I make tea?", "Tell me about dogs.", "Say something."]
 RESPONSES = ["Boil water and pour it over the leaves.", "Dogs are loyal, wonderful friends!", ""]
@@ -63,6 +69,7 @@ def everyone(classifier: Path, scorer: Path) -> list[Objective]:
         Brevity(),
         Cheerfulness(),
         Cheerfulness(by_sentence=True, name="mood"),
+        CheerfulWords(),
         Harmlessness(),
         Relevance(),
         RewardModel(str(classifier), "reward", label=0),
@@ -153,6 +160,96 @@ def test_reward_model_is_cut_to_what_the_model_can_read(classifier: Path) -> Non
     objective.load(torch.device("cpu"))
     assert objective.max_length == 64
     assert objective.reward(["word " * 500], ["word " * 500]).isfinite().all()
+
+
+def save_classifier(folder: Path, network: type, config: type, **settings: Any) -> RewardModel:
+    tokenizer = tiny_tokenizer(chat=False)
+    torch.manual_seed(0)
+    network(config(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5, **settings)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return RewardModel(str(folder), "r")
+
+
+def test_a_score_does_not_depend_on_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration's padding is not the tokenizer's: GPT-2 like classifiers then read a token of padding."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    objective = save_classifier(tmp_path, GPT2ForSequenceClassification, GPT2Config, pad_token_id=0, **sizes)
+    objective.load_checked(torch.device("cpu"))
+    assert objective.tokenizer.pad_token_id == 1
+    alone = [objective.reward([p], [r]) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    torch.testing.assert_close(objective.reward(PROMPTS, RESPONSES), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+    plain = GPT2ForSequenceClassification.forward
+    monkeypatch.setattr(  # a network that reads its padding
+        GPT2ForSequenceClassification, "forward", lambda self, input_ids, attention_mask: plain(self, input_ids)
+    )
+    monkeypatch.setattr(
+        RewardModel, "read", lambda self, inputs: self.model(**inputs).logits[:, 0] + inputs["input_ids"].shape[1]
+    )
+    with pytest.raises(
+        ObjectiveError, match="objective r: .*scores a response otherwise beside a longer one than alone"
+    ):
+        objective.load_checked(torch.device("cpu"))
+
+
+def test_positions_that_are_counted_from_behind_the_padding(tmp_path: Path) -> None:
+    """RoBERTa has 130 positions and reads 128 tokens; a long pair must not end the run."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    objective = save_classifier(
+        tmp_path, RobertaForSequenceClassification, RobertaConfig, max_position_embeddings=130, pad_token_id=1, **sizes
+    )
+    objective.load_checked(torch.device("cpu"))
+    assert objective.max_length == 128
+    assert objective.reward(["word " * 500], ["word " * 500]).isfinite().all()
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "m.C"}}))
+    tokenizer = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["m.T", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "m.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for objective in (RewardModel(str(tmp_path), "r", label=0), ScoreModel(str(tmp_path), "r")):
+        with pytest.raises(ObjectiveError, match="code of its own, which miepo does not execute"):
+            objective.load(torch.device("cpu"))
+    with pytest.raises(UserError, match="code of its own, which miepo does not execute"):
+        load_base(str(tmp_path), "float32")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_objective_that_never_gives_a_number_is_named() -> None:
+    nan = float("nan")
+    silent, some = Chosen([nan] * 4, "silent"), Chosen([1.0, nan, nan, nan], "some")
+    with pytest.raises(ObjectiveError, match="objective silent gave no number.*of 4 responses"):
+        score_responses([some, silent], ["x", "y"], [["a", "b"]] * 2)
+    score_responses([some], ["x", "y"], [["a", "b"]] * 2)
+    some.scores = [nan] * 4
+    score_responses([some], ["x", "y"], [["a", "b"]] * 2)  # it has given one before
+    silent.failures = 1  # it may, and is counted elsewhere
+    score_responses([silent], ["x", "y"], [["a", "b"]] * 2)
+    unasked = torch.zeros(2, 1, dtype=torch.bool)
+    score_responses([Chosen([nan] * 4, "silent")], ["x", "y"], [["a", "b"]] * 2, unasked)
+
+
+def test_a_checkpoints_normalisation_belongs_to_its_objective() -> None:
+    first, second = RewardModel("one", "r", label=0), RewardModel("two", "r", label=0)
+    first.calibrate(torch.tensor([1.0, 2.0, 4.0]))
+    state = first.state_dict()
+    RewardModel("one", "r", label=0).load_state_dict(state)
+    with pytest.raises(UserError, match="r: the checkpoint's normalisation was measured with .*'one'.*'two'"):
+        second.load_state_dict(state)
+    given = RewardModel("two", "r", label=0, normalisation={"mean": 0.0, "sd": 2.0})
+    given.load_state_dict(state)  # has its own
+    assert given.normalisation.sd == 2.0
+    older = {key: state[key] for key in ("mean", "sd")}
+    second.load_state_dict(older)  # of a checkpoint that does not tell
+    assert second.normalisation == first.normalisation
+
+
+def test_cheerful_words_are_counted_once_each() -> None:
+    objective = CheerfulWords()
+    objective.load(torch.device("cpu"))
+    texts = ["Happy, happy, HAPPY day!", "What a lovely, happy day", "The train is sad and late.", ""]
+    assert objective.reward(["x"] * 4, texts).tolist() == [1.0, 2.0, 0.0, 0.0]
 
 
 def test_reward_model_with_a_label_it_lacks(classifier: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miepo.errors import UserError
-from miepo.prompts import EvaluationShare, GridPrompts, OnlinePrompts, RunPositions, load_prompts, split_rows
+from miepo.prompts import (
+    EvaluationShare,
+    GridPrompts,
+    OnlinePrompts,
+    RunPositions,
+    load_prompts,
+    say_repeated,
+    split_rows,
+)
 from miepo.resources import locate
 
 
@@ -41,7 +50,7 @@ def test_list_and_dataset_and_saved_dataset(tmp_path: Path) -> None:
         ("{not json", "line 2: expected a JSON object, got text that is not JSON"),
         ('{"text": "x"}', "line 2: expected a JSON object with the field 'prompt', got text"),
         ('["x"]', "line 2: expected a JSON object, got list"),
-        ('{"prompt": 3}', "line 2: expected text in 'prompt', got int"),
+        ('{"prompt": 3}', "line 2: expected text or a list in 'prompt', got int"),
         ('{"prompt": "  "}', "line 2: expected a prompt, got empty text"),
         ('{"prompt": "\\ud800"}', "line 2: expected Unicode text, got half a character"),
         ("[" * 100_000, "line 2: expected a JSON object"),
@@ -77,6 +86,67 @@ def test_split_is_seeded_and_whole() -> None:
     assert [len(part) for part in split_rows(["a", "b"], 0.01, 0)] == [1, 1]
     with pytest.raises(UserError, match="at least 2 prompts"):
         split_rows(["a"], 0.5, 0)
+
+
+def test_a_prompt_that_occurs_twice_is_on_one_side(caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [str(i % 5) for i in range(20)]
+    train, held_out = split_rows(prompts, 0.2, seed=3)
+    assert (len(train), len(held_out), set(train) & set(held_out)) == (16, 4, set())
+    pairs = [(str(i % 2), str(i)) for i in range(6)]
+    parts = split_rows(pairs, 0.5, 0, itemgetter(0))
+    assert [{p for p, _ in part} for part in parts] in ([{"0"}, {"1"}], [{"1"}, {"0"}])
+    with pytest.raises(UserError, match="at least 2 prompts, got 1"):
+        split_rows(["a", "a"], 0.5, 0)
+    with caplog.at_level("INFO"):
+        say_repeated(train, held_out)
+    assert "12 of 16 training prompts repeat another one" in caplog.text
+    with pytest.warns(UserWarning, match="1 prompts are in training and in validation"):
+        say_repeated(["a", "b"], ["b"])
+
+
+MESSAGES = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Tea?"},
+]
+
+
+def test_prompts_as_messages(tmp_path: Path) -> None:
+    one, three = MESSAGES[:1], MESSAGES
+    turns = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tea?"
+    assert load_prompts([one, "text"]) == ["Hi", "text"]
+    assert load_prompts([one, three], dialogue=True) == ["\n\nHuman: Hi", turns]
+    file = write(tmp_path / "m.jsonl", json.dumps({"prompt": three}))
+    assert load_prompts(file, dialogue=True) == [turns]
+    assert load_prompts(Dataset.from_dict({"prompt": [three]}), dialogue=True) == [turns]
+    for wrong, message in (
+        (three, "expected policy.dialogue true for a prompt of 3 messages"),
+        (MESSAGES[:2], "expected a last message of the user"),
+        (MESSAGES[1:], "expected messages of user and assistant in turn"),
+        ([{"role": "system", "content": "x"}], "expected messages of user and assistant in turn"),
+        ([{"role": "user", "content": " "}], "expected a message, got empty text"),
+        ([], "expected a last message of the user"),
+        ([3], "expected messages of user and assistant in turn, with text as content, got 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_prompts([wrong])
+
+
+def test_an_array_and_a_byte_order_mark(tmp_path: Path) -> None:
+    array = tmp_path / "a.json"
+    array.write_text('\n[{"prompt": "one"},\n {"prompt": "two"}]', encoding="utf-8-sig")
+    assert load_prompts(str(array)) == ["one", "two"]
+    lines = tmp_path / "b.jsonl"
+    lines.write_text('{"prompt": "one"}\n{"prompt": "two"}\n', encoding="utf-8-sig")
+    assert load_prompts(str(lines)) == ["one", "two"]
+    for content, message in (
+        ('[{"prompt": "one"}, 3]', "row 2: expected a JSON object, got int"),
+        ('[{"prompt": "one"}', "expected a JSON object, got text that is not JSON"),
+        ("[]", "expected at least one row, got none"),
+    ):
+        array.write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_prompts(str(array))
 
 
 def test_epochs_are_permutations_that_differ() -> None:

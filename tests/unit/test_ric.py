@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from miepo.errors import UserError
 from miepo.methods import RewardsInContext, RewardsInContextDataModule, TargetConditioning
-from miepo.methods.ric import good_at_something, preference_to_target, score_range
+from miepo.methods.ric import good_at_something, non_dominated, preference_to_target, score_range
 from miepo.objectives import Patient
 from miepo.policy import GatedConditioning, Policy
 from miepo.types import SupervisedBatch
@@ -67,6 +67,17 @@ def test_the_quantile_filter_keeps_what_is_good_at_anything() -> None:
     assert good_at_something(scores, 0.7).tolist() == [True, False, False, True, True]
 
 
+def test_the_non_dominated_set_keeps_what_nothing_beats() -> None:
+    nan = float("nan")
+    scores = torch.tensor([[0.0, 9.0], [1.0, 0.0], [2.0, 1.0], [3.0, 2.0], [3.0, 2.0], [nan, 30.0], [0.0, 8.0]])
+    assert non_dominated(scores).tolist() == [True, False, False, True, True, False, False]
+    assert non_dominated(torch.tensor([[1.0], [3.0], [nan], [3.0]])).tolist() == [False, True, False, True]
+    assert non_dominated(torch.full((2, 2), nan)).tolist() == [False, False]
+    many = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    beaten = ((many.unsqueeze(0) >= many.unsqueeze(1)).all(-1) & (many.unsqueeze(0) > many.unsqueeze(1)).any(-1)).any(1)
+    assert non_dominated(many).tolist() == (~beaten).tolist()
+
+
 def test_what_is_written() -> None:
     c = TargetConditioning()
     assert c.write_scores([1.26, -0.04], ["a", "b"]) == " <a_score> 1.3 <b_score> 0.0"
@@ -94,7 +105,7 @@ def test_stages_relabelling_filter_and_equal_work(tiny_model: Path, tmp_path: Pa
     for stage in (1, 2):  # both parts were filtered, so the rounds hold fewer rows than were scored
         pool = watch.pools[stage]
         assert len(pool) < 8 + len(first)
-        kept = first.good(0.7)
+        kept = first.good("quantile", 0.7)
         assert len(kept) < len(first)
         assert pool.prompts[-len(kept) :] == kept.prompts  # the rest is fresh
         assert torch.equal(pool.scores[-len(kept) :], kept.scores)
@@ -212,6 +223,7 @@ def test_what_an_objective_gave_up_while_a_pool_was_made_is_counted(tiny_model: 
         ({"offline": 0.0}, "data.offline is a share of the steps, above 0 and at most 1, got 0"),
         ({"rounds": -1}, "data.rounds must be positive, or 0 with data.offline 1, got -1"),
         ({"rounds": 0}, "data.rounds must be positive, or 0 with data.offline 1, got 0 with 0.5"),
+        ({"selection": "best"}, "data.selection must be quantile or non_dominated, got 'best'"),
         ({"quantile": 1.0}, "data.quantile must be at least 0 and below 1"),
     ],
 )
