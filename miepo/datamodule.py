@@ -45,6 +45,7 @@ from miepo.preferences import (
     evaluation_grid,
     generator,
     parse_preference,
+    routing_draws,
     simplex_rows,
     torch_seeds,
 )
@@ -296,11 +297,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
             self.preferences, self.seed, batch.epochs, batch.positions,
             exploration.num_counterfactuals if module.exploring else 0, len(module.names), exploration.candidates,
         )  # fmt: skip
-        uniform = [
-            generator(Stream.ROUTING, self.seed, e, p).random()
-            for e, p in zip(batch.epochs, batch.positions, strict=True)
-        ]
-        routing = module.router.route(preference, torch.tensor(uniform, dtype=torch.float64))  # (B, K)
+        uniform = routing_draws(self.seed, batch.epochs, batch.positions)  # (B,)
+        routing = module.router.route(preference, uniform)  # (B, K)
 
         synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         start = perf_counter()

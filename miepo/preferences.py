@@ -118,6 +118,12 @@ def draw_preferences(
     return preference, others.take_along_dim(farthest[..., None, None], 2).squeeze(2)
 
 
+def routing_draws(seed: int, epochs: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """What the router draws with, uniform in [0, 1) and independent of the preferences: ``(B,)`` float64."""
+    draws = [generator(Stream.ROUTING, seed, *place).random() for place in zip(epochs, positions, strict=True)]
+    return torch.tensor(draws, dtype=torch.float64)
+
+
 def evaluation_grid(objectives: int, points: int | None = None) -> Tensor:
     """Preference vectors ``(M, K)`` for evaluation.
 

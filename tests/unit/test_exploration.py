@@ -142,6 +142,18 @@ def test_the_judge_prefers_the_response_with_more_pointwise_information() -> Non
     assert information_labels(infonce_bound(log_prob, others)).tolist() == [1.0, 0.0, -1.0]
 
 
+def test_what_rounding_may_have_made_is_no_label() -> None:
+    information = torch.tensor([[0.5005, 0.5], [0.5, 0.5005], [0.502, 0.5], [0.5, 0.502], [0.1, 0.1]])
+    assert information_labels(information).tolist() == [0.0, 0.0, 1.0, -1.0, 0.0]
+
+
+def test_the_judge_labels_pairs_of_two_anchors_alone() -> None:
+    pair = contrast()
+    one = replace(pair, anchors=torch.tensor([True, False]).expand(5, 2))
+    torch.testing.assert_close(PairwiseInformation().loss(one), torch.full((5,), log(2)))
+    assert (PairwiseInformation().loss(pair) - log(2)).abs().min() > 1e-4
+
+
 def test_pointwise_information_is_the_score_of_the_gradient_and_pairs_point_its_way() -> None:
     """On a table of three responses: the exact gradient of I(Y; W) is E[pmi d log pi], and pairs ordered by pmi point
     to the same side of it."""

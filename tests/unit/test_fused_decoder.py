@@ -172,6 +172,17 @@ def test_a_response_does_not_depend_on_when_others_end(networks: dict[str, Path]
         assert torch.equal(row[mask], whole[: len(row)][mask])
 
 
+def test_each_prompt_has_a_draw_of_its_own(networks: dict[str, Path]) -> None:
+    """A function of its seed and not of the batch; two alike with one seed say the same, with two they do not."""
+    policy = randomise_adapter(tiny_policy(networks["llama"], [PromptConditioning()])).eval()
+    w, engine = torch.tensor([[0.5, 0.5]]), TransformersEngine()
+    four = engine.sample(policy, ["the garden"] * 4, w.expand(4, 2), 3, 12, [5, 6, 5, 7]).texts
+    assert four[0] == four[2]
+    assert four[0] != four[1] != four[3]
+    assert len({*four[0]}) == 3
+    assert engine.sample(policy, ["the garden"], w, 3, 12, [6]).texts == [four[1]]
+
+
 def test_generate_and_the_decoder_sample_one_distribution(networks: dict[str, Path]) -> None:
     """Mean log-probability of second tokens, which the first tests do not reach: both engines agree within noise."""
     policy = randomise_adapter(tiny_policy(networks["llama"], [GatedConditioning(), PromptConditioning()]))

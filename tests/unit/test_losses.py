@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from math import exp, log
 
+import pytest
 import torch
 
-from miepo.losses import alignment_loss, implicit_reward, total_loss
+from miepo.losses import alignment_loss, implicit_reward, mean_distance, supervised_loss, total_loss
 from miepo.router import ExpectationRouter
 
 
@@ -53,6 +54,18 @@ def test_unlabelled_pairs_have_no_gradient_even_where_the_reward_is_infinite() -
     assert torch.equal(loss, torch.full((3, 2), log(2)))
     (gradient,) = torch.autograd.grad(loss.sum(), r)
     assert torch.equal(gradient, torch.zeros(3, 2))
+
+
+def test_supervised_loss_by_hand() -> None:
+    log_prob, mask = torch.tensor([[-1.0, -2.0, 9.0], [-3.0, 9.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    assert supervised_loss(log_prob, mask).item() == pytest.approx(2)  # per token of this batch
+    assert supervised_loss(log_prob, mask, tokens=4.0).item() == pytest.approx(1.5)  # of all processes, say
+
+
+def test_mean_distance_is_per_token_that_counts() -> None:
+    one, other = torch.tensor([[-1.0, -2.0, 7.0, 7.0], [0.0] * 4]), torch.tensor([[-2.0, -5.0, 0.0, 0.0], [1.0] * 4])
+    mask = torch.tensor([[True, True, False, False], [False] * 4])
+    assert mean_distance(one, other, mask).tolist() == [2.0, 0.0]
 
 
 def test_total_loss_by_hand() -> None:

@@ -106,6 +106,11 @@ def test_bootstrap_covers_as_often_as_it_says() -> None:
     assert 0.88 <= covered / 200 <= 0.99
 
 
+def test_bootstrap_weighs_groups_by_their_size() -> None:
+    """Of a group of nine zeros and one of a single one, half of the resamples have both: a mean of a tenth."""
+    assert bootstrap_interval([0.0] * 9 + [1.0], [0] * 9 + [1], level=0.3) == pytest.approx((0.1, 0.1))
+
+
 def test_bootstrap_without_values() -> None:
     assert all(np.isnan(bootstrap_interval([float("nan")], [0])))
 

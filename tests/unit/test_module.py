@@ -667,3 +667,31 @@ def test_information_is_of_the_policy_without_dropout(tiny_model: Path, tmp_path
     torch.testing.assert_close(seen["contrast"].log_prob, found[:, :, 0])
     torch.testing.assert_close(seen["contrast"].counterfactual_log_prob, found[:, :, 1:])
     assert policy.training
+
+
+class Seeds(TransformersEngine):
+    """Keeps the seed of every prompt and what its preference was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, tuple[float, ...], str]] = []
+
+    def draw(self, policy, prompts, preference, count, max_new_tokens, seeds) -> Responses:
+        self.seen += zip(seeds, map(tuple, preference.tolist()), prompts, strict=True)
+        return super().draw(policy, prompts, preference, count, max_new_tokens, seeds)
+
+
+def test_every_draw_has_a_seed_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    """Of training, of the measurement of the normalisation and of an evaluation, under every vector of its grid."""
+    data = {"engine": Seeds(), "grid": 3, "normalise_on": 4}
+    trainer, module, online = tiny_run(
+        tiny_model, tmp_path, data=data, trainer={"max_steps": 2, "limit_val_batches": 1.0}
+    )
+    trainer.fit(module, online)
+    seeds = [seed for seed, _, _ in data["engine"].seen]
+    assert len(seeds) == 4 + 2 * 4 + 2 * 3
+    assert len(set(seeds)) == len(seeds)
+    before = data["engine"].seen[-6:]
+    data["engine"].seen.clear()
+    trainer.validate(module, online, verbose=False)  # the same draws at every evaluation, so that they compare
+    assert data["engine"].seen == before

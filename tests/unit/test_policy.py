@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from miepo.errors import UserError
 from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning
@@ -202,6 +206,76 @@ def test_bad_base(tmp_path: Path) -> None:
         Policy(str(tmp_path / "missing.gguf")).build(["a"])
     with pytest.raises(UserError, match="expected a causal language model"):
         Policy(str(tmp_path)).build(["a"])
+
+
+def changed(folder: Path, model: Path, change: Callable[[Path], object]) -> str:
+    copytree(model, folder)
+    change(folder)
+    return str(folder)
+
+
+def edit(file: Path, change: Callable[[dict], object]) -> None:
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "truncated weights": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:999]),
+    "weights that are none": lambda f: (f / "model.safetensors").write_bytes(b"no weights"),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "a size of another type": lambda f: edit(f / "config.json", lambda c: c.update(hidden_size="large")),
+    "sizes that do not fit": lambda f: edit(f / "config.json", lambda c: c.update(num_attention_heads=5)),
+    "a configuration that is a list": lambda f: (f / "config.json").write_text("[]"),
+    "a configuration cut off": lambda f: (f / "config.json").write_text('{"model_type": "lla'),
+    "a tokenizer cut off": lambda f: (f / "tokenizer.json").write_text('{"version'),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_base_is_one_sentence(tiny_model: Path, tmp_path: Path, name: str) -> None:
+    base = changed(tmp_path / "base", tiny_model, BROKEN[name])
+    with pytest.raises(UserError, match=re.escape(base)):
+        tiny_policy(Path(base))
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ messages[3]['content'] }}", "{{ 1 / 0 }}", "hello"])
+def test_a_broken_chat_template_is_one_sentence(tiny_model: Path, tmp_path: Path, template: str) -> None:
+    base = changed(tmp_path / "base", tiny_model, lambda f: (f / "chat_template.jinja").write_text(template))
+    with pytest.raises(UserError, match="expected a chat template"):
+        tiny_policy(Path(base))
+
+
+def test_padding_that_the_model_has_no_embedding_of(tiny_model: Path, tmp_path: Path) -> None:
+    """As of tokenizers to which [PAD] was added; an end token stands in, whose places nothing reads."""
+
+    def add(folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        tokenizer.save_pretrained(folder)
+
+    policy = randomise_adapter(tiny_policy(Path(changed(tmp_path / "base", tiny_model, add))))
+    plain = randomise_adapter(tiny_policy(tiny_model))
+    assert policy.tokenizer.pad_token_id < len(policy._head.weight)
+    y = responses(plain)
+    torch.testing.assert_close(
+        policy.log_prob(policy.encode(PROMPTS, W), W, y), plain.log_prob(plain.encode(PROMPTS, W), W, y)
+    )
+
+
+def test_ends_that_the_generation_settings_alone_name(tiny_model: Path, tmp_path: Path) -> None:
+    def forget(folder: Path, also: bool = False) -> None:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / name).exists():
+                edit(folder / name, lambda c: [c.pop(key, None) for key in ("eos_token", "pad_token")])
+        edit(folder / "generation_config.json", lambda c: c.pop("eos_token_id", None) if also else None)
+        edit(folder / "config.json", lambda c: c.pop("eos_token_id", None) if also else None)
+
+    policy = tiny_policy(Path(changed(tmp_path / "base", tiny_model, forget)))
+    assert policy.end_ids == [policy.tokenizer.pad_token_id] == [1]
+    assert policy.tokenizer.eos_token_id is None
+    sampled = TransformersEngine().sample(policy, PROMPTS, W, 2, 4, 0)
+    assert len(sampled.texts) == 3
 
 
 def test_bad_targets(tiny_model: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from miepo.preferences import DirichletPreferences, draw_preferences, routing_draws
 from miepo.router import ExpectationRouter, Router, SampleRouter
 
 ROUTERS = Router.__subclasses__()
@@ -30,6 +31,17 @@ def test_sampled_routing_gives_the_gradient_of_the_expectation_on_average() -> N
     routing = SampleRouter().route(w.expand(n, 3), (torch.arange(n, dtype=torch.float64) + 0.5) / n)
     sampled = torch.autograd.grad(SampleRouter.combine(theta.square().expand(n, 3), routing).mean(), theta)[0]
     torch.testing.assert_close(sampled, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_the_routed_objective_is_independent_of_how_w_was_drawn() -> None:
+    """Of Dirichlet draws the routed objective has weight E[sum_k w_k^2]; with the stream of the preferences, another."""
+    n, alpha = 4000, 0.5
+    epochs, positions = [0] * n, [*range(n)]
+    preference, _ = draw_preferences(DirichletPreferences(alpha), 3, epochs, positions, 0, 2)
+    routed = SampleRouter().route(preference, routing_draws(3, epochs, positions))
+    # Var w = 1 / (4 (2 alpha + 1)), so E[w^2 + (1 - w)^2] = 1/2 + 2 Var w
+    expected = 0.5 + 0.5 / (2 * alpha + 1)
+    assert (routed * preference).sum(-1).mean().item() == pytest.approx(expected, abs=4 * 0.3 / n**0.5)
 
 
 def test_sampled_routing_never_draws_an_objective_of_weight_zero() -> None:
