@@ -119,7 +119,7 @@ class MiepoCLI(LightningCLI):
                 rank_zero_warn("without --ckpt_path the untrained policy is evaluated")
         elif path == "best":
             raise UserError(
-                "--ckpt_path takes last or a checkpoint's file, got best: which trade-off is best is not the run's to say"
+                "--ckpt_path takes last or a checkpoint's file, got best: which trade-off is best no run can say"
             )
         elif path not in (None, "hpc"):
             if not is_file(Path(path)):

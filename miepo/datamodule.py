@@ -253,8 +253,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
         if not all(fits):
             i = fits.index(False)
             message = (
-                f"{fits.count(False)} of {len(fits)} {use} prompts do not fit the context of {limit} tokens with a response "
-                f"of {self.max_new_tokens}; prompt {i + 1} has {lengths[i]}: {prompts[i][:60]!r}"
+                f"{fits.count(False)} of {len(fits)} {use} prompts do not fit the context of {limit} tokens with a "
+                f"response of {self.max_new_tokens}; prompt {i + 1} has {lengths[i]}: {prompts[i][:60]!r}"
             )
             if self.overlong == "error" or not any(fits):
                 raise UserError(f"{message} (data.overlong: drop leaves such prompts out)")

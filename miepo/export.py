@@ -91,7 +91,8 @@ def chat_template(policy: Policy, text: str, free: bool = False) -> str:
         turns = (
             "{%- for m in messages -%}{%- if m['role'] not in ['user', 'assistant'] -%}"
             "{{- raise_exception('this model reads messages of user and assistant, got ' ~ m['role']) -}}{%- endif -%}"
-            "{{- '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant'}[m['role']] + ': ' + m['content'] -}}{%- endfor -%}"
+            "{{- '\\n\\n' + {'user': 'Human', 'assistant': 'Assistant'}[m['role']] + ': ' + m['content'] -}}"
+            "{%- endfor -%}"
         )
         return f"{head}{{{{- {prefix} -}}}}{turns}{{{{- ({text}) + {suffix} -}}}}"
     one = "{{- raise_exception('this model answers one message at a time') -}}"

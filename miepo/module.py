@@ -110,7 +110,7 @@ class MIEPO(PolicyModule):
 
     @property
     def exploring(self) -> bool:
-        """Whether the exploration term is computed: of one objective there is one preference, and nothing to explore."""
+        """Whether the exploration term is computed: one objective has one preference, and nothing to explore."""
         return self.exploration.active and len(self.names) > 1
 
     def terms(self, batch: PreferenceBatch) -> tuple[Tensor, Terms]:
@@ -166,7 +166,7 @@ class MIEPO(PolicyModule):
         reward: Tensor,
         known: tuple[Tensor, Tensor],
     ) -> Contrast:
-        """Responses under w+, ``(B, n)``, beside the same under every w-, ``(B, n, C, T)``; ``known`` without dropout."""
+        """Responses under w+, ``(B, n)``, beside the same under every w-, ``(B, n, C, T)``; ``known`` has no dropout."""
         mask = batch.responses.tokens.mask  # (B, n, T)
         return Contrast(
             batch.preference,

@@ -23,8 +23,8 @@ def read_rows(
     """Rows with the wanted fields, checked one by one.
 
     Args:
-        source: A ``.jsonl`` file, or JSON with one array, also compressed (``.gz``, ``.xz``), or a ``.parquet`` file, each a path or
-            ``package:``/``pypi:`` (see :mod:`miepo.resources`); a folder written by ``datasets.save_to_disk``, or of
+        source: A ``.jsonl`` file, or JSON with one array, also compressed (``.gz``, ``.xz``), or a ``.parquet`` file,
+            each a path or ``package:``/``pypi:`` (see :mod:`miepo.resources`); a folder written by ``datasets.save_to_disk``, or of
             data files; a hub id; a data set object.
         fields: Wanted fields with the type of their values.
         split: Split of a data set that has several.

@@ -2,8 +2,7 @@
 
 ``python -m tools.architectures`` builds a tiny random network of each, gives it a random adapter, conditioned by the
 prompt and by a gate, and compares the policy's log-probabilities with those of Transformers and PEFT alone: sequences
-one by one without padding, the gate multiplied into the adapter's columns. ``tools/architectures.md`` is what it
-printed.
+one by one without padding, the gate multiplied into the adapter's columns.
 """
 
 from __future__ import annotations
@@ -197,20 +196,15 @@ def main(arguments: list[str] | None = None) -> int:
         lines.append(f"| {kind} | {' | '.join(c.replace('|', '/').replace(chr(10), ' ') for c in cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)
     said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
-    text = "\n".join([
-        "# Architectures",
-        "",
-        f"`python -m tools.architectures --out tools/architectures.md`, Transformers {transformers.__version__}, torch "
-        f"{torch.__version__}, float32. Conditioned by the prompt: {said}.",
-        "",
-        "Numbers are the largest difference from the log-probabilities of Transformers and PEFT, relative to each or in "
-        "nats; \"trees\" and \"one by one\" say how the policy reads the network, \"own head\" that its logits are more "
-        "than a product.",
-        "",
-        "| type | by the prompt | by the gate | read |",
-        "|---|---|---|---|",
-        *lines,
-    ])  # fmt: skip
+    text = (
+        "# Architectures\n\n"
+        f"`python -m tools.architectures --out ..`, Transformers {transformers.__version__}, torch {torch.__version__}, "
+        f"float32. Conditioned by the prompt: {said}.\n\n"
+        "Numbers are the largest difference from the log-probabilities of Transformers and PEFT, relative to each or in\n"
+        "nats. *trees* and *one by one* say how the policy reads the network, *own head* that its logits are more than a\n"
+        "product.\n\n| type | by the prompt | by the gate | read |\n|---|---|---|---|\n"
+    )
+    text += "\n".join(lines)
     if options.out:
         options.out.write_text(text + "\n")
     else:

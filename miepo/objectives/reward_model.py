@@ -140,8 +140,8 @@ class ModelObjective(Objective):
         # "not (<=)", so that what is no number differs
         if not gap <= PADDING_TOLERANCE.get(next(self.model.parameters()).dtype, 0.05):
             raise ObjectiveError(
-                f"objective {self.name}: '{self.source}' scores a response otherwise beside a longer one than alone, by "
-                f"{float(gap):.2g}: expected a network that does not read its padding"
+                f"objective {self.name}: '{self.source}' scores a response otherwise beside a longer one than alone, "
+                f"by {float(gap):.2g}: expected a network that does not read its padding"
             )
 
     def unload(self) -> None:

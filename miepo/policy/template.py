@@ -132,8 +132,8 @@ class PromptTemplate:
             )
         except Exception as error:  # whatever a template's own code raises
             raise UserError(
-                f"expected a chat template that writes {' and '.join(dict.fromkeys(roles))} messages, got one that does "
-                f"not: {first_line(error)}"
+                f"expected a chat template that writes {' and '.join(dict.fromkeys(roles))} messages, got one that "
+                f"does not: {first_line(error)}"
             ) from None
         frames = re.split(f"{_SENTINEL}-(\\d+)-", text)
         if frames[1::2] != [str(i) for i in range(len(roles))]:

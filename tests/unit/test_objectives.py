@@ -187,7 +187,7 @@ def test_a_score_does_not_depend_on_its_neighbours(tmp_path: Path, monkeypatch: 
         RewardModel, "read", lambda self, inputs: self.model(**inputs).logits[:, 0] + inputs["input_ids"].shape[1]
     )
     with pytest.raises(
-        ObjectiveError, match="objective r: .*scores a response otherwise beside a longer one than alone"
+        ObjectiveError, match=r"objective r: .*scores a response otherwise beside a longer one than alone"
     ):
         objective.load_checked(torch.device("cpu"))
 
@@ -219,7 +219,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
 def test_an_objective_that_never_gives_a_number_is_named() -> None:
     nan = float("nan")
     silent, some = Chosen([nan] * 4, "silent"), Chosen([1.0, nan, nan, nan], "some")
-    with pytest.raises(ObjectiveError, match="objective silent gave no number.*of 4 responses"):
+    with pytest.raises(ObjectiveError, match=r"objective silent gave no number.*of 4 responses"):
         score_responses([some, silent], ["x", "y"], [["a", "b"]] * 2)
     score_responses([some], ["x", "y"], [["a", "b"]] * 2)
     some.scores = [nan] * 4
@@ -235,7 +235,7 @@ def test_a_checkpoints_normalisation_belongs_to_its_objective() -> None:
     first.calibrate(torch.tensor([1.0, 2.0, 4.0]))
     state = first.state_dict()
     RewardModel("one", "r", label=0).load_state_dict(state)
-    with pytest.raises(UserError, match="r: the checkpoint's normalisation was measured with .*'one'.*'two'"):
+    with pytest.raises(UserError, match=r"r: the checkpoint's normalisation was measured with .*'one'.*'two'"):
         second.load_state_dict(state)
     given = RewardModel("two", "r", label=0, normalisation={"mean": 0.0, "sd": 2.0})
     given.load_state_dict(state)  # has its own
