@@ -148,7 +148,7 @@ class MIEPO(PolicyModule):
 
         Another pass, where the network has dropout, and where they are learnt from or this step is logged.
         """
-        trainer = self.trainer
+        trainer: Any = self.trainer
         logged = (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0
         asked = self.exploring and (self.exploration.reads_information or logged)
         asked |= batch.responses.log_prob is not None and logged
@@ -166,7 +166,7 @@ class MIEPO(PolicyModule):
         reward: Tensor,
         known: tuple[Tensor, Tensor],
     ) -> Contrast:
-        """Responses under w+, ``(B, n)``, beside the same under every w-, ``(B, n, C, T)``; ``known`` has no dropout."""
+        """Responses under w+ ``(B, n)``, beside the same under every w- ``(B, n, C, T)``; ``known`` without dropout."""
         mask = batch.responses.tokens.mask  # (B, n, T)
         return Contrast(
             batch.preference,

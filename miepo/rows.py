@@ -13,6 +13,7 @@ from typing import Any
 from miepo.errors import UserError, first_line, needs
 from miepo.resources import is_file, is_packaged, locate
 
+NAMES: dict[type, str] = {str: "text", list: "a list"}
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 Located = Iterable[tuple[str, Any]]  # where a row stands, and the row
 
@@ -24,8 +25,8 @@ def read_rows(
 
     Args:
         source: A ``.jsonl`` file, or JSON with one array, also compressed (``.gz``, ``.xz``), or a ``.parquet`` file,
-            each a path or ``package:``/``pypi:`` (see :mod:`miepo.resources`); a folder written by ``datasets.save_to_disk``, or of
-            data files; a hub id; a data set object.
+            each a path or ``package:``/``pypi:`` (see :mod:`miepo.resources`); a folder written by
+            ``datasets.save_to_disk``, or of data files; a hub id; a data set object.
         fields: Wanted fields with the type of their values.
         split: Split of a data set that has several.
         blank: Fields whose text may be empty.
@@ -146,7 +147,7 @@ def _checked(
             value = row[field]
             if not isinstance(value, kind):
                 kinds = kind if isinstance(kind, tuple) else (kind,)
-                expected = " or ".join({str: "text", list: "a list"}.get(k, k.__name__) for k in kinds)
+                expected = " or ".join(NAMES.get(k, k.__name__) for k in kinds)
                 raise UserError(f"{where}: expected {expected} in '{field}', got {type(value).__name__}")
             if isinstance(value, str):
                 check_text(value, where, field, blank_ok=field in blank)

@@ -198,11 +198,11 @@ def main(arguments: list[str] | None = None) -> int:
     said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
     text = (
         "# Architectures\n\n"
-        f"`python -m tools.architectures --out ..`, Transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"float32. Conditioned by the prompt: {said}.\n\n"
-        "Numbers are the largest difference from the log-probabilities of Transformers and PEFT, relative to each or in\n"
-        "nats. *trees* and *one by one* say how the policy reads the network, *own head* that its logits are more than a\n"
-        "product.\n\n| type | by the prompt | by the gate | read |\n|---|---|---|---|\n"
+        f"`python -m tools.architectures --out ..`, Transformers {transformers.__version__}, torch "
+        f"{torch.__version__}, float32. Conditioned by the prompt: {said}.\n\n"
+        "Numbers are the largest difference from the log-probabilities of Transformers and PEFT, relative to each\n"
+        "or in nats. *trees* and *one by one* say how the policy reads the network, *own head* that its logits are\n"
+        "more than a product.\n\n| type | by the prompt | by the gate | read |\n|---|---|---|---|\n"
     )
     text += "\n".join(lines)
     if options.out:

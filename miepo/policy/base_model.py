@@ -61,8 +61,7 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
 
 def give_padding(model: PreTrainedModel, tokenizer: Any) -> None:
     """Makes an end token the padding where the tokenizer has none, or one that the model has no embedding of."""
-    embedded = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embedded:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= _embedded(model):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_ids(model, tokenizer)[0])
 
 
@@ -71,8 +70,7 @@ def end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     ends = sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
-    embedded = model.get_input_embeddings().weight.shape[0]
-    if not (ends := [i for i in ends if i < embedded]):
+    if not (ends := [i for i in ends if i < _embedded(model)]):
         raise UserError("expected a tokenizer or model with an end-of-text token, this one has none")
     return ends
 
@@ -96,6 +94,11 @@ def check_memory(base: str, folder: str, dtype: str) -> None:
             f"the weights of '{base}' take {size[kind] / 1e9:.1f} GB in {kind}, and {free / 1e9:.1f} GB of memory are "
             f"free: expected a smaller base, more memory{other}"
         )
+
+
+def _embedded(model: Any) -> int:
+    """Tokens that the model has an embedding of."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 @torch.no_grad()

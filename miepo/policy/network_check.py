@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -40,7 +40,7 @@ def check_layers(policy: Policy) -> None:
     Raises:
         UserError: names the layer, and what to adapt in its place.
     """
-    adapted = {name: m for name, m in policy.causal_lm.named_modules() if isinstance(m, LoraLayer)}
+    adapted: dict[str, Any] = {n: m for n, m in policy.causal_lm.named_modules() if isinstance(m, LoraLayer)}
     for name, layer in adapted.items():
         if isinstance(layer, ParamWrapper) and policy.gated:
             raise UserError(
