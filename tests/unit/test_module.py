@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 
 from miepo import MIEPO, OnlinePreferenceDataModule
 from miepo.callbacks import ParetoFront, PreferenceInformation, Steerability
@@ -695,3 +696,11 @@ def test_every_draw_has_a_seed_of_its_own(tiny_model: Path, tmp_path: Path) -> N
     data["engine"].seen.clear()
     trainer.validate(module, online, verbose=False)  # the same draws at every evaluation, so that they compare
     assert data["engine"].seen == before
+
+
+@pytest.mark.filterwarnings("ignore:You.re using the WeightAveraging callback")
+@pytest.mark.parametrize("callback", [StochasticWeightAveraging(0.1), EMAWeightAveraging()])
+def test_averages_of_whole_networks_are_refused(tiny_model: Path, tmp_path: Path, callback: Callback) -> None:
+    trainer, module, data = tiny_run(tiny_model, tmp_path, trainer={"callbacks": [callback]})
+    with pytest.raises(UserError, match=f"{type(callback).__name__} averages whole networks and not an adapter"):
+        trainer.fit(module, data)
