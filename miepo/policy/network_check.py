@@ -98,8 +98,10 @@ def check_adapter(policy: Policy) -> None:
             another order.
     """
     k = len(policy.names)
+    if policy.gated and not k:
+        return  # nothing can be asked of it
     preferences = torch.full((1, k), 1 / max(k, 1))
-    if policy.gated:
+    if policy.gated and k > 1:
         preferences = torch.cat([preferences, torch.eye(k)[:1]])  # (C, K)
     prompts, answers = _sequences(policy, preferences=len(preferences))
     gate = policy.gate_of(preferences.repeat(len(prompts), 1))  # (B C, R)

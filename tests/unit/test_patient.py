@@ -151,6 +151,7 @@ def test_an_evaluation_counts_what_was_left_out_of_it(tiny_model: Path, tmp_path
 
 def test_infinite_scores_are_none(tiny_model: Path, tmp_path: Path) -> None:
     inner = Moody([lambda: None, lambda: [float("inf"), -float("inf")] * 4])
+    inner.has_scored = True  # before
     _, batch, logged = rollout(
         tiny_model, tmp_path, objectives=[inner, Letters("e", normalisation={"mean": 0.0, "sd": 1.0})]
     )

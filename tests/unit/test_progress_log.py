@@ -50,7 +50,7 @@ def test_bad_settings() -> None:
 
 def test_steerability_is_logged(tiny_model: Path, tmp_path: Path) -> None:
     trainer, module, data = tiny_run(
-        tiny_model, tmp_path, data={"grid": 3, "validation_prompts": ["the rain", "a garden", "food"]},
+        tiny_model, tmp_path, data={"grid": 3, "validation_prompts": ["the rain", "a garden", "tea"]},
         trainer={"max_steps": 1, "callbacks": [Steerability()], "limit_val_batches": 1.0, "val_check_interval": 1},
     )  # fmt: skip
     trainer.fit(module, data)
