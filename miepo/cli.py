@@ -83,7 +83,10 @@ class MiepoCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--objectives", type=list[Objective], default=[], help="The objectives, in column order.")
+        # a tuple, since of two lists the parser lets each entry of the second keep what the first says of its place
+        parser.add_argument(
+            "--objectives", type=tuple[Objective, ...], default=(), help="The objectives, in column order."
+        )
         parser.add_lightning_class_args(ResponseWriter, "writer")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EvaluationRecord, "record")

@@ -197,6 +197,40 @@ def test_a_checkpoint_holds_the_adapter_and_plain_data_only(fitted: tuple[Path, 
     assert set(saved["callbacks"]["Objective[brevity]"]) == {"mean", "sd", "of"}
 
 
+def test_a_later_list_of_objectives_replaces_the_earlier_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """None keeps the name or the normalisation of the one whose place it takes."""
+    first = {
+        "class_path": "miepo.objectives.Cheerfulness",
+        "init_args": {"name": "x", "normalisation": {"mean": 1.0, "sd": 2.0}},
+    }
+    files = []
+    for i, entries in enumerate(
+        [[first, first], [{"class_path": "miepo.objectives.Relevance"}, {"class_path": "miepo.objectives.Brevity"}]]
+    ):
+        (tmp_path / f"{i}.yaml").write_text(yaml.safe_dump({"objectives": entries}))
+        files += ["--config", str(tmp_path / f"{i}.yaml")]
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "fit",
+                *files,
+                "--model.policy.class_path",
+                "miepo.policy.Policy",
+                "--model.policy.init_args.base",
+                "x",
+                "--data.prompts",
+                "[x]",
+                "--print_config",
+            ]
+        )
+    entries = yaml.safe_load(capsys.readouterr().out)["objectives"]
+    assert [entry["class_path"] for entry in entries] == ["miepo.objectives.Relevance", "miepo.objectives.Brevity"]
+    for entry in entries:
+        settings = entry.get("init_args") or {}
+        assert settings.get("normalisation") is None
+        assert settings.get("name") is None
+
+
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_validate_and_test_print_the_same_table(
     fitted: tuple[Path, dict, str], command: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
