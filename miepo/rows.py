@@ -7,6 +7,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,13 @@ def read_rows(
 def _of_jsonl(path: Path) -> Located:
     if not is_file(path):
         raise UserError(f"expected a file at '{path}': there is none")
-    lines = _lines(path)
-    first = next((line for line in lines if line.strip()), "")
-    if first.lstrip().startswith("["):  # one array of all rows
-        rows = _json("".join([first, *lines]), str(path))
+    lines = enumerate(_lines(path), 1)
+    first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
+    if first[1].lstrip().startswith("["):  # one array of all rows
+        rows = _json("".join([first[1], *(line for _, line in lines)]), str(path))
         yield from ((f"{path}, row {i}", _object(row, f"{path}, row {i}")) for i, row in enumerate(rows, 1))
         return
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in chain([first], lines):
         if line.strip():
             where = f"{path}, line {number}"
             yield where, _object(_json(line, where), where)

@@ -156,7 +156,7 @@ def cell(base: Path, way: str) -> tuple[str, str, str]:
     return "refused", f"refused: {said}"[:230], ""
 
 
-def row(kind: str, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+def row(kind: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
     """Outcomes, and a line of the table."""
     with TemporaryDirectory() as folder:
         try:
@@ -188,10 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer, counts, lines = tiny_tokenizer(chat=False), Counter[str](), []
-    for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if options.only and kind not in options.only:
             continue
-        outcomes, cells = row(kind, name, tokenizer)
+        outcomes, cells = row(kind, tokenizer)
         counts.update([outcomes[0]])
         lines.append(f"| {kind} | {' | '.join(c.replace('|', '/').replace(chr(10), ' ') for c in cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from torch import Tensor
 
 from miepo.errors import UserError, first_line
+from miepo.policy.packing import Answers, Prompts
 
 if TYPE_CHECKING:
     from miepo.policy.policy import Policy
@@ -29,9 +30,6 @@ ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"  # as most networks call them
 FAILURES = (
     AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-
-Prompts = list[list[list[int]]]  # B prompts under C preferences, as Policy.trees_log_prob takes them
-Answers = list[list[list[list[int]]]]
 
 
 def check_layers(policy: Policy) -> None:
@@ -109,7 +107,6 @@ def check_adapter(policy: Policy) -> None:
     before = [p.clone() for p in second]
     draw = torch.Generator().manual_seed(0)
     update = [(torch.randn(p.shape, generator=draw) * 0.05).to(p) for p in second]
-    read = policy.packed_log_prob if policy.plain_attention else policy.padded_log_prob
     alone = []
     with policy.evaluating():
         try:
@@ -121,7 +118,7 @@ def check_adapter(policy: Policy) -> None:
                     alone.append(_own(policy, [[prompts[b][c]]], [[answers[b][c]]]))
             truth = torch.cat(alone).view(len(prompts), len(preferences), -1, WIDTH).transpose(1, 2)
             _set(second, update)
-            wrong = _difference(policy, lambda: read(prompts, gate, answers, WIDTH), truth)
+            wrong = _difference(policy, lambda: policy.pass_log_prob(prompts, gate, answers, WIDTH), truth)
         except FAILURES as error:
             wrong = first_line(error)
         finally:
@@ -143,8 +140,8 @@ def _sequences(policy: Policy, preferences: int) -> tuple[Prompts, Answers]:
     def some(count: int) -> list[int]:
         return [next(ids) for _ in range(count)]
 
-    prompts: Prompts = [[some(length)] * preferences for length in PROMPTS]
-    answers: Answers = [[[some(length) for length in each]] * preferences for each in RESPONSES]
+    prompts = [[some(length)] * preferences for length in PROMPTS]
+    answers = [[[some(length) for length in each]] * preferences for each in RESPONSES]
     return prompts, answers
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from miepo.policy.attention import Branches
 
+Prompts = Sequence[Sequence[Sequence[int]]]  # B prompts as token ids, each under C preferences
+Answers = Sequence[Sequence[Sequence[Sequence[int]]]]  # n responses to each prompt under each preference
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -94,8 +97,8 @@ class _Trees:
 
 
 def pack(
-    prompts: Sequence[Sequence[Sequence[int]]],
-    responses: Sequence[Sequence[Sequence[Sequence[int]]]],
+    prompts: Prompts,
+    responses: Answers,
     width: int,
     share: bool,
     dtype: torch.dtype,

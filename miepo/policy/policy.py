@@ -25,7 +25,7 @@ from miepo.policy.base_model import fingerprint, load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
 from miepo.policy.network_check import check_adapter, check_layers, check_log_prob
-from miepo.policy.packing import pack, passes, tree_size
+from miepo.policy.packing import Answers, Prompts, pack, passes, tree_size
 from miepo.policy.precision import chosen_dtype
 from miepo.policy.sharding import Shards
 from miepo.policy.template import HH, PromptTemplate
@@ -465,8 +465,8 @@ class Policy(nn.Module):
 
     def _passes(
         self,
-        prompts: Sequence[Sequence[Sequence[int]]],
-        responses: Sequence[Sequence[Sequence[Sequence[int]]]],
+        prompts: Prompts,
+        responses: Answers,
         share: bool,
     ) -> list[slice]:
         sizes = [tree_size(under, answers, share) for under, answers in zip(prompts, responses, strict=True)]
@@ -509,9 +509,9 @@ class Policy(nn.Module):
 
     def trees_log_prob(
         self,
-        prompts: Sequence[Sequence[Sequence[int]]],
+        prompts: Prompts,
         preference: Tensor | None,
-        responses: Sequence[Sequence[Sequence[Sequence[int]]]],
+        responses: Answers,
         width: int,
     ) -> Tensor:
         """As :meth:`response_log_prob`, of token ids without padding.
@@ -528,20 +528,21 @@ class Policy(nn.Module):
         if not torch.is_grad_enabled():  # what needs a gradient, its caller divides
             groups = self._passes(prompts, responses, share=gate is None)
         parts = [
-            self._pass_log_prob(
+            self.pass_log_prob(
                 prompts[g], None if gate is None else gate[g.start * each : g.stop * each], responses[g], width
             )
             for g in groups
         ]
         return torch.cat(parts)[: len(prompts)]
 
-    def _pass_log_prob(
+    def pass_log_prob(
         self,
-        prompts: Sequence[Sequence[Sequence[int]]],
+        prompts: Prompts,
         gate: Tensor | None,
-        responses: Sequence[Sequence[Sequence[Sequence[int]]]],
+        responses: Answers,
         width: int,
     ) -> Tensor:
+        """As :meth:`trees_log_prob`, under gates ``(B C, R)``, in one pass, the way that fits the network."""
         shape = (len(prompts), len(responses[0][0]), len(prompts[0]), width)  # B, n, C, T
         if not any(answer for under in responses for answers in under for answer in answers):
             # nothing is read: zeros, of which the adapter has a gradient where it trains, and it is zero
@@ -551,9 +552,9 @@ class Policy(nn.Module):
 
     def packed_log_prob(
         self,
-        prompts: Sequence[Sequence[Sequence[int]]],
+        prompts: Prompts,
         gate: Tensor | None,
-        responses: Sequence[Sequence[Sequence[Sequence[int]]]],
+        responses: Answers,
         width: int,
     ) -> Tensor:
         """Of token ids as :meth:`trees_log_prob` takes them, under gates ``(B C, R)``, in one pass, as trees."""
@@ -571,9 +572,9 @@ class Policy(nn.Module):
 
     def padded_log_prob(
         self,
-        prompts: Sequence[Sequence[Sequence[int]]],
+        prompts: Prompts,
         gate: Tensor | None,
-        responses: Sequence[Sequence[Sequence[Sequence[int]]]],
+        responses: Answers,
         width: int,
     ) -> Tensor:
         """The same, sequence by sequence: for networks that a tree cannot pass through."""
