@@ -81,6 +81,17 @@ def conditional_reward_dispersion(covariances: Tensor) -> Tensor:
     return torch.linalg.det(covariances).nanmean()
 
 
+def front_figures(
+    means: Tensor, covariances: Tensor, grid: Tensor, reference_point: float
+) -> tuple[float, float, float]:
+    """HV, MIP and CRD of mean reward vectors ``(M, K)`` and covariances ``(M, K, K)``."""
+    return (
+        float(hypervolume(means, reference_point)),
+        float(mean_inner_product(grid, means)),
+        float(conditional_reward_dispersion(covariances)),
+    )
+
+
 def reward_overlap(scores: Tensor, grid_index: Tensor, grid: Tensor, bins: int = 10) -> Tensor:
     """Overlap of the rewards under neighbouring preferences: 1 where w changes nothing, 0 where they are apart.
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from miepo.metrics.answers import AnswerMetric
-from miepo.metrics.front import mip_parts
-from miepo.metrics.resampling import AnswerSums, estimate_hypervolume, front_figures
+from miepo.metrics.front import front_figures, mip_parts
+from miepo.metrics.resampling import AnswerSums, estimate_hypervolume
 
 
 class ParetoFrontMetric(AnswerMetric):

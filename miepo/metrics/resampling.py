@@ -15,13 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miepo.metrics.front import (
-    conditional_reward_dispersion,
-    hypervolume,
-    hypervolumes,
-    mean_inner_product,
-    reward_moments,
-)
+from miepo.metrics.front import hypervolume, hypervolumes, reward_moments
 from miepo.preferences import Stream, generator
 
 DRAWS = 1000
@@ -69,17 +63,6 @@ class HypervolumeEstimate:
     corrected: float  # the value minus its bias, as resampling the prompts shows it
     low: float  # of the corrected value's 95 % interval
     high: float
-
-
-def front_figures(
-    means: Tensor, covariances: Tensor, grid: Tensor, reference_point: float
-) -> tuple[float, float, float]:
-    """HV, MIP and CRD of mean reward vectors ``(M, K)`` and covariances ``(M, K, K)``."""
-    return (
-        float(hypervolume(means, reference_point)),
-        float(mean_inner_product(grid, means)),
-        float(conditional_reward_dispersion(covariances)),
-    )
 
 
 def resampled_moments(sums: AnswerSums, draws: int = DRAWS, seed: int = 0) -> tuple[Tensor, Tensor]:

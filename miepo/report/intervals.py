@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from miepo.metrics import estimate_hypervolume, mip_parts, preference_slopes, reward_overlap, t_interval
-from miepo.metrics.resampling import DRAWS, AnswerSums, front_figures, resampled_moments
+from miepo.metrics.front import front_figures
+from miepo.metrics.resampling import DRAWS, AnswerSums, resampled_moments
 from miepo.report.runs import Evaluation
 
 KEYS = ("front/hv", "front/mip", "front/crd")

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import torch
 
-from miepo.feedback import extremes, feedback_counts, of_pairs, pairwise_feedback, pairwise_labels, scalarised_labels
+from miepo.feedback import (
+    extremes,
+    feedback_counts,
+    of_pairs,
+    pairwise_feedback,
+    pairwise_labels,
+    scalarised_labels,
+    scalarised_rewards,
+)
 
 NAN, INF = float("nan"), float("inf")
 SCORES = torch.tensor(
@@ -44,6 +52,24 @@ def test_scalarised_feedback_differs_where_objectives_conflict() -> None:
     assert labels[:, 0].tolist() == [1, 1, 1, 0, 0]
     assert torch.equal(labels[:, 0], labels[:, 1])
     assert pairwise_labels(SCORES, EMPTY)[0].tolist() == [1, -1]
+
+
+def test_the_scalarised_reward_by_hand() -> None:
+    scores = torch.tensor([[[1.0, 10.0], [2.0, NAN], [0.5, INF]], [[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])
+    weights = torch.tensor([[1.0, 0.0], [0.5, 0.25]])
+    assert scalarised_rewards(scores, weights).tolist() == [[1.0, 2.0, 0.5], [3.0, 6.0, 9.0]]
+    three = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 2.0, 4.0]]])  # more objectives than responses
+    weights = torch.tensor([[0.8, 0.1, 0.1]])
+    assert scalarised_labels(three, weights, EMPTY[:1]).tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_three_answers_make_a_pair_for_each_objective() -> None:
+    scores = torch.tensor([[[1.0, 9.0], [4.0, 3.0], [2.0, 5.0]]])
+    empty = torch.zeros(1, 3, dtype=torch.bool)
+    made = pairwise_feedback(scores, empty, torch.tensor([[0.5, 0.5]]), torch.zeros(1, 0, 2), "per_objective")
+    assert made.pairs.tolist() == [[[0, 1], [0, 1]]]
+    assert made.labels.tolist() == [[-1.0, 1.0]]
+    assert made.compared.tolist() == [[True, True, False]]
 
 
 def test_extremes() -> None:

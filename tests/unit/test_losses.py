@@ -19,7 +19,9 @@ def labels(b: int = 6, k: int = 3, seed: int = 1) -> torch.Tensor:
 
 def test_implicit_reward_ignores_padding() -> None:
     log_prob, reference = torch.tensor([[-1.0, -2.0, 7.0]]), torch.tensor([[-2.0, -2.5, -torch.inf]])
-    assert implicit_reward(log_prob, reference, torch.tensor([[True, True, False]])).tolist() == [1.5]
+    mask = torch.tensor([[True, True, False]])
+    assert implicit_reward(log_prob, reference, mask).tolist() == [1.5]
+    assert implicit_reward(log_prob[None], reference[None], mask[None]).tolist() == [[1.5]]
 
 
 def test_alignment_loss_by_hand() -> None:
@@ -63,9 +65,11 @@ def test_supervised_loss_by_hand() -> None:
 
 
 def test_mean_distance_is_per_token_that_counts() -> None:
-    one, other = torch.tensor([[-1.0, -2.0, 7.0, 7.0], [0.0] * 4]), torch.tensor([[-2.0, -5.0, 0.0, 0.0], [1.0] * 4])
-    mask = torch.tensor([[True, True, False, False], [False] * 4])
-    assert mean_distance(one, other, mask).tolist() == [2.0, 0.0]
+    one = torch.tensor([[-1.0, -2.0, 7.0, 7.0], [-3.0, 0.0, 0.0, 0.0], [0.0] * 4])
+    other = torch.tensor([[-2.0, -5.0, 0.0, 0.0], [-7.0, 1.0, 1.0, 1.0], [1.0] * 4])
+    mask = torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4])
+    assert mean_distance(one, other, mask).tolist() == [2.0, 4.0, 0.0]
+    assert mean_distance(one.unsqueeze(0), other.unsqueeze(0), mask.unsqueeze(0)).tolist() == [[2.0, 4.0, 0.0]]
 
 
 def test_total_loss_by_hand() -> None:

@@ -63,6 +63,31 @@ def test_overlap_by_hand() -> None:
     assert reward_overlap(broken, torch.cat([index, torch.tensor([1])]), grid).item() == pytest.approx(0.375)
 
 
+@pytest.mark.parametrize("bins", [None, 4])
+def test_overlap_is_that_of_numpys_histograms(bins: int | None) -> None:
+    """Objectives of other ranges, far from 0 and below it; the last grid vector is the second's neighbour, too."""
+    g = torch.Generator().manual_seed(0)
+    grid = torch.tensor([[1.0, 0.0], [0.4, 0.6], [0.0, 1.0]])
+    index = torch.randint(0, 3, (90,), generator=g)
+    scores = torch.randn(90, 2, generator=g) * torch.tensor([0.3, 5.0]) + torch.tensor([-7.0, 40.0])
+    scores[:, 0] += 0.4 * index
+    scores[5, 1] = torch.inf
+    found = reward_overlap(scores, index, grid) if bins is None else reward_overlap(scores, index, grid, bins)
+    kept, of = scores[scores.isfinite().all(1)].double().numpy(), index[scores.isfinite().all(1)].numpy()
+    each = []
+    for i, j in ((0, 1), (1, 2), (2, 1)):
+        for k in range(2):
+            edges = np.linspace(kept[:, k].min(), kept[:, k].max(), (bins or 10) + 1)
+            p, q = (np.histogram(kept[of == m, k], edges)[0] for m in (i, j))
+            each.append(np.minimum(p / p.sum(), q / q.sum()).sum())
+    assert 0.2 < np.mean(each) < 0.9
+    assert found.item() == pytest.approx(np.mean(each))
+
+
+def test_overlap_of_constant_rewards_is_whole() -> None:
+    assert reward_overlap(torch.full((4, 2), 7.0), torch.tensor([0, 0, 1, 1]), torch.eye(2)).item() == pytest.approx(1)
+
+
 def test_overlap_compares_nearest_neighbours_only() -> None:
     """Three preferences whose rewards move step by step: neighbours overlap by half, the ends not at all."""
     grid = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from miepo.preferences import (
     Stream,
     draw_preferences,
     evaluation_grid,
+    format_preference,
     generator,
     parse_preference,
     simplex_rows,
@@ -86,12 +89,18 @@ def test_weights_are_normalised_with_a_warning() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"c": 1.0}, "unknown objective c; the objectives are a, b"),
+        ({"c": 1.0}, "preference: unknown objective c; the objectives are a, b"),
         ({"a": -0.5, "b": 1.5}, "weight of a must not be negative, got -0.5"),
         ({"a": 0.0, "b": 0.0}, "at least one weight must be positive"),
         ({}, "at least one weight must be positive"),
-        ({"a": float("nan")}, "must be a number"),
+        ({"a": float("nan")}, "must be a number, got nan"),
+        ({"a": 1e10}, "must be a number, got 10000000000.0"),
+        ({"a": -1e10}, "must be a number, got -10000000000.0"),
+        ({"a": True}, "must be a number, got True"),
         ({"a": "much"}, "must be a number, got 'much'"),
+        ({"a": "x" * 78}, f"must be a number, got '{'x' * 78}'$"),  # 80 characters with its quotes
+        ({"a": "x" * 79}, f"must be a number, got '{'x' * 79}[.][.]$"),
+        ({"a": 10**5000}, "must be a number, got a number of very many digits$"),
     ],
 )
 def test_bad_preferences(weights: dict, message: str) -> None:
@@ -99,9 +108,52 @@ def test_bad_preferences(weights: dict, message: str) -> None:
         parse_preference(weights, ["a", "b"])
 
 
-def test_bad_grid_row() -> None:
-    with pytest.raises(UserError, match="needs 2 weights"):
-        simplex_rows([[1.0, 0.0], [1.0]], 2, "data.grid")
+@pytest.mark.parametrize("total", [0.998, 1.002, 3.0])
+def test_a_sum_that_is_not_one_is_refused_where_asked(total: float) -> None:
+    with pytest.raises(UserError, match=f"request: expected weights that sum to 1, got a sum of {total:g}"):
+        parse_preference({"a": total}, ["a", "b"], "request", strict=True)
+
+
+@pytest.mark.parametrize("total", [0.9995, 1.0005])
+def test_rounding_of_a_sum_is_normalised_without_a_word_where_asked(total: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strict = parse_preference({"a": total / 2, "b": total / 2}, ["a", "b"], strict=True)
+    assert strict.tolist() == [0.5, 0.5]
+    with pytest.warns(UserWarning, match="they are normalised") as told:
+        parse_preference({"a": total}, ["a", "b"])
+    assert told[0].filename == __file__  # whoever wrote the weights
+
+
+def test_a_zero_has_no_minus() -> None:
+    assert str(parse_preference({"a": -0.0, "b": 1.0}, ["a", "b"]).tolist()) == "[0.0, 1.0]"
+
+
+def test_a_preference_for_people() -> None:
+    assert format_preference(torch.tensor([0.25, 0.754]), ["cheerful", "brief"]) == "cheerful 0.25, brief 0.75"
+    with pytest.raises(ValueError, match="shorter"):
+        format_preference(torch.ones(1), ["cheerful", "brief"])
+
+
+def test_rows_of_a_grid() -> None:
+    with pytest.warns(UserWarning, match="data.grid: the weights sum to 4, not 1"):
+        rows = simplex_rows([[1.0, 0.0, 0.0], (1, 3, 0)], 3, "data.grid")
+    torch.testing.assert_close(rows, torch.tensor([[1.0, 0.0, 0.0], [0.25, 0.75, 0.0]]))
+    assert rows.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1.0, 0.0], [1.0]], "data.grid: a preference vector needs 2 weights, got .1.0.$"),
+        ([], "data.grid: expected at least one preference vector, got none"),
+        ([0.5], "data.grid: a preference vector is a list of 2 weights, got 0.5"),
+        ([[0.5, -1.0]], "data.grid: the weight of 1 must not be negative, got -1.0"),
+    ],
+)
+def test_bad_grid_row(rows: list, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        simplex_rows(rows, 2, "data.grid")
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), [1.0, 0.0], []])

@@ -73,6 +73,7 @@ def test_the_non_dominated_set_keeps_what_nothing_beats() -> None:
     assert non_dominated(scores).tolist() == [True, False, False, True, True, False, False]
     assert non_dominated(torch.tensor([[1.0], [3.0], [nan], [3.0]])).tolist() == [False, True, False, True]
     assert non_dominated(torch.full((2, 2), nan)).tolist() == [False, False]
+    assert non_dominated(torch.zeros(0, 2)).tolist() == non_dominated(torch.zeros(0, 1)).tolist() == []
     many = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     beaten = ((many.unsqueeze(0) >= many.unsqueeze(1)).all(-1) & (many.unsqueeze(0) > many.unsqueeze(1)).any(-1)).any(1)
     assert non_dominated(many).tolist() == (~beaten).tolist()
