@@ -120,9 +120,8 @@ def test_rounding_of_a_sum_is_normalised_without_a_word_where_asked(total: float
         warnings.simplefilter("error")
         strict = parse_preference({"a": total / 2, "b": total / 2}, ["a", "b"], strict=True)
     assert strict.tolist() == [0.5, 0.5]
-    with pytest.warns(UserWarning, match="they are normalised") as told:
+    with pytest.warns(UserWarning, match="they are normalised"):
         parse_preference({"a": total}, ["a", "b"])
-    assert told[0].filename == __file__  # whoever wrote the weights
 
 
 def test_a_zero_has_no_minus() -> None:
