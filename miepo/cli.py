@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
@@ -24,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from miepo.callbacks import EvaluationRecord, ProgressLog, ResponseWriter, RunCheckpoint
+from miepo.callbacks.reporting import run_folder
 from miepo.callbacks.run_checkpoint import loggers_of
 from miepo.checkpoints import read_checkpoint
 from miepo.datamodule import OnlinePreferenceDataModule
@@ -32,8 +34,9 @@ from miepo.module import MIEPO
 from miepo.normalisation import calibrate, write_normalisation
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
+from miepo.policy.base_model import base_folder
 from miepo.policy_module import PolicyModule
-from miepo.resources import is_file
+from miepo.resources import check_writable, is_file
 
 DESCRIPTION = (
     "Train and use a policy for every trade-off between objectives. Beside the subcommands below: miepo normalise "
@@ -55,12 +58,25 @@ COMMANDS = {
 class LogConfig(SaveConfigCallback):
     """Saves the configuration with the run and gives all of it to the loggers."""
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.save_to_log_dir = trainer.log_dir is not None  # a logger may have no folder of its own
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
         own = {key: value for key, value in config.items() if key not in ("ckpt_path", "weights_only")}
         pl_module.config = own | {"trainer": {k: v for k, v in config["trainer"].items() if k != "logger"}}
+        if not self.save_to_log_dir:
+            run_folder(trainer).mkdir(parents=True, exist_ok=True)
+            file = run_folder(trainer) / self.config_filename
+            self.parser.save(self.config, str(file), skip_none=False, overwrite=True)
         for logger in trainer.loggers:
-            logger.log_hyperparams(config)
+            try:
+                logger.log_hyperparams(config)
+            except OSError:
+                raise  # of its files
+            except Exception as error:  # an account, a server, a name: whatever its library raises
+                raise UserError(f"trainer.logger {type(logger).__name__} takes no run: {first_line(error)}") from error
 
 
 class MiepoCLI(LightningCLI):
@@ -125,6 +141,8 @@ class MiepoCLI(LightningCLI):
                 "--ckpt_path takes last or a checkpoint's file, got best: which trade-off is best no run can say"
             )
         elif path not in (None, "hpc"):
+            if (inside := Path(path) / "checkpoints" / "last.ckpt").is_file():  # the folder of a run
+                path = options["ckpt_path"] = str(inside)
             if not is_file(Path(path)):
                 raise UserError(f"expected a checkpoint at '{path}': there is none")
             saved = read_checkpoint(Path(path), "meta", resume=self.config.subcommand == "fit")
@@ -133,6 +151,9 @@ class MiepoCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         type(self).began = True
+        if isinstance(self.model, PolicyModule):  # before objectives load their models
+            self.model.check_trainer(self.trainer, subcommand)
+            base_folder(self.model.policy.base)
         super()._run_subcommand(subcommand)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
@@ -208,6 +229,7 @@ def normalise(args: Sequence[str]) -> None:
         raise UserError("normalise writes a file: expected --out, got none")
     if options.out.exists():
         raise UserError(f"expected a new file for the normalisation, got '{options.out}', which exists")
+    check_writable(options.out)
     cli = MiepoCLI(run=False, save_config_callback=None, args=rest, seed_everything_default=0)
     objectives = objectives_of(cli.trainer)
     if not isinstance(cli.datamodule, OnlinePreferenceDataModule):
@@ -244,7 +266,7 @@ def main(args: ArgsType = None) -> None:
     command = given[0] if isinstance(given, list) and given else None
     try:
         if isinstance(given, list):
-            refuse_loops(given)
+            check_yaml(given)
         if isinstance(given, list) and given[:1] == ["normalise"]:
             normalise(given[1:])
             return
@@ -259,7 +281,7 @@ def main(args: ArgsType = None) -> None:
             args=args,
         )
     except Exception as error:
-        mistake: object = user_error(error) or unusable_path(error)
+        mistake: object = user_error(error) or outer_mistake(error)
         if mistake is None and not MiepoCLI.began and command not in COMMANDS:
             mistake = f"expected a configuration that can be built, got {type(error).__name__}: {first_line(error)}"
         if mistake is None or os.environ.get("MIEPO_TRACEBACK"):
@@ -285,11 +307,14 @@ class _Unasked(logging.Filter):
         return "litlogger" not in record.getMessage() and not record.getMessage().startswith("TPU available")
 
 
-def refuse_loops(args: Sequence[str]) -> None:
-    """Refuses a configuration file in which something contains itself: whoever walks through it does not come back."""
+def check_yaml(args: Sequence[str]) -> None:
+    """Refuses a configuration file in which something contains itself, or in which a key stands twice.
+
+    Whoever walks through the one does not come back; of the other the parser would drop the first without a word.
+    """
     files = [b for a, b in pairwise(args) if a == "--config"]
     files += [a.removeprefix("--config=") for a in args if a.startswith("--config=")]
-    for file in files:
+    for file in filter(os.path.isfile, files):  # a pipe can be read once, by the parser
         try:
             root = yaml.compose(Path(file).read_text())
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -306,8 +331,20 @@ def refuse_loops(args: Sequence[str]) -> None:
                 raise UserError(f"expected a configuration in '{file}', got one in which something contains itself")
             elif isinstance(node, yaml.CollectionNode) and id(node) not in closed:
                 open_nodes.add(id(node))
+                if isinstance(node, yaml.MappingNode):
+                    _refuse_repeated(node, file)
                 inside = [n for pair in node.value for n in (pair if isinstance(pair, tuple) else (pair,))]
                 walk += [(node, True), *((n, False) for n in inside)]
+
+
+def _refuse_repeated(node: yaml.MappingNode, file: str) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        line = key.start_mark.line + 1
+        if (first := lines.setdefault(key.value, line)) != line:
+            raise UserError(f"'{file}' has the key '{key.value}' in lines {first} and {line}: expected it once")
 
 
 def user_error(error: BaseException | None) -> BaseException | None:
@@ -317,10 +354,18 @@ def user_error(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def unusable_path(error: BaseException) -> str | None:
-    """What is to be said of a path that is there and of the wrong kind, or is not for this user to write."""
-    if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)) and error.filename:
-        return f"expected a path that can be read and written, got '{error.filename}': {error.strerror}"
+def outer_mistake(error: BaseException) -> str | None:
+    """What is to be said of an error that the machine or a library gives a reason for, which the user can mend."""
+    if isinstance(error, OSError) and error.strerror:
+        path = f", got '{error.filename}'" if error.filename else ""
+        return f"expected paths that can be read and written{path}: {error.strerror}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the device's memory is spent: expected smaller batches (data.batch_size, data.evaluation_batch_size), "
+            "shorter responses or a smaller policy.tokens_per_pass; python -m tools.memory tells beforehand"
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+        return f"trainer.callbacks EarlyStopping: {first_line(error)}"
     return None
 
 

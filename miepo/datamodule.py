@@ -217,7 +217,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
         if isinstance(source, PreferenceDataset):
             check_dialogue(source, self._policy)
             return source.prompts(split)
-        return load_prompts(source, self.prompt_field, dialogue=self._policy.dialogue)
+        splits = ("train",) if split == "train" else ("validation", "test", "train")
+        return load_prompts(source, self.prompt_field, splits, self._policy.dialogue)
 
     def train_dataloader(self) -> DataLoader:
         trainer, prompts = self._trainer, OnlinePrompts(self._fitting(self.train_set, "training"), self.seed)

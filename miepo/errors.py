@@ -29,5 +29,6 @@ def load_reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says of a mistake, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What a library says of a mistake, in one line; where its first only announces the next, both."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from miepo.callbacks.reporting import over_processes
+from miepo.callbacks.reporting import grid_of, over_processes
 from miepo.errors import UserError
 from miepo.exploration import Contrast, Exploration, InfoNCE
 from miepo.feedback import of_pairs
@@ -97,6 +97,11 @@ class MIEPO(PolicyModule):
         if self.exploration.active and self.exploration.needs_feedback and isinstance(self.router, SampleRouter):
             name = type(self.exploration).__name__
             raise UserError(f"{name} needs the feedback of all objectives on every pair: SampleRouter asks one only")
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "predict":
+            grid_of(self.trainer, self)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> STEP_OUTPUT:
         """One rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""

@@ -70,37 +70,43 @@ class PolicyModule(LightningModule):
         """Names of the objectives, in column order."""
         return tuple(o.name for o in self.objectives)
 
-    def setup(self, stage: str) -> None:
-        strategy: Any = self.trainer.strategy
+    def check_trainer(self, trainer: Any, stage: str) -> None:
+        """Refuses a trainer under which no policy trains as it should; needs nothing that takes time to load."""
+        strategy = trainer.strategy
         if isinstance(strategy, SPLITTING) and not isinstance(strategy, ShardedStrategy):
             raise UserError(
                 "expected trainer.strategy ddp, or sharded for a base that does not fit one device, got "
                 f"{type(strategy).__name__}"
             )
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = DurableCheckpointIO()
         if self.conditioned:
-            self.objectives = objectives_of(self.trainer)
+            objectives_of(trainer)
             if not self.policy.conditioning:
                 raise UserError("a policy needs at least one conditioning, got none")
-        trainer: Any = self.trainer
         if stage == "fit" and not (trainer.accumulate_grad_batches or 1) >= 1:
             raise UserError(
                 f"expected trainer.accumulate_grad_batches of at least 1, got {trainer.accumulate_grad_batches}"
             )
         if stage == "fit" and trainer.overfit_batches:
             raise UserError("trainer.overfit_batches is not for online data: expected trainer.limit_train_batches")
-        if stage == "fit" and trainer.is_global_zero:
-            run_folder(trainer).mkdir(parents=True, exist_ok=True)  # what is wrong with it shows before hours are spent
         if refused := [type(c).__name__ for c in trainer.callbacks if isinstance(c, REFUSED)]:
             raise UserError(f"a run with {refused[0]} could not go on as if it had not stopped: expected none")
         if refused := [type(c).__name__ for c in trainer.callbacks if isinstance(c, AVERAGING)]:
             raise UserError(f"{refused[0]} averages whole networks and not an adapter: expected none")
-        if self.trainer.precision != "32-true":
+        if trainer.precision != "32-true":
             raise UserError(
                 "the policy sets its own precision (policy.dtype), so that sampling and training agree: "
-                f"expected trainer.precision 32-true, got {self.trainer.precision}"
+                f"expected trainer.precision 32-true, got {trainer.precision}"
             )
+
+    def setup(self, stage: str) -> None:
+        trainer: Any = self.trainer
+        self.check_trainer(trainer, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        if self.conditioned:
+            self.objectives = objectives_of(trainer)
+        if stage == "fit" and trainer.is_global_zero:
+            run_folder(trainer).mkdir(parents=True, exist_ok=True)  # what is wrong with it shows before hours are spent
 
     def configure_model(self) -> None:
         self.policy.build(self.names, self.trainer.strategy.root_device)

@@ -21,13 +21,15 @@ from miepo.types import PromptBatch
 Row = TypeVar("Row")
 
 
-def load_prompts(source: Any, field: str = "prompt", split: str = "train", dialogue: bool = False) -> list[str]:
+def load_prompts(
+    source: Any, field: str = "prompt", splits: Sequence[str] = ("train",), dialogue: bool = False
+) -> list[str]:
     """Prompts from any supported source, checked.
 
     Args:
         source: A list of strings; or any source of :func:`miepo.rows.read_rows`.
         field: Name of the column that holds the prompt.
-        split: Split of a data set that has several.
+        splits: Of a data set that has several, the first of these that it has.
         dialogue: Whether prompts of several messages are understood. A prompt may be a list of messages
             ``{"role": .., "content": ..}`` of user and assistant in turn.
 
@@ -40,7 +42,7 @@ def load_prompts(source: Any, field: str = "prompt", split: str = "train", dialo
         return [_prompt_text(prompt, f"prompt {i}", dialogue) for i, prompt in enumerate(source)]
     if not isinstance(source, str) and not hasattr(source, "column_names"):
         raise UserError(f"prompts must be a list, a .jsonl file or a data set, got {type(source).__name__}")
-    rows = read_rows(source, {field: (str, list)}, split)
+    rows = read_rows(source, {field: (str, list)}, splits)
     return [_prompt_text(row[field], f"{source}, prompt {i}", dialogue) for i, row in enumerate(rows, 1)]
 
 

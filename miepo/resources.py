@@ -39,6 +39,13 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def check_writable(path: Path) -> None:
+    """Makes the folder of a file that will be written, and tries it: raises OSError now and not after the work."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def is_packaged(source: str) -> bool:
     return source.startswith(("package:", "pypi:"))
 

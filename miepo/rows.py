@@ -6,7 +6,7 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ Located = Iterable[tuple[str, Any]]  # where a row stands, and the row
 
 
 def read_rows(
-    source: Any, fields: Mapping[str, type | tuple[type, ...]], split: str = "train", blank: Collection[str] = ()
+    source: Any,
+    fields: Mapping[str, type | tuple[type, ...]],
+    splits: Sequence[str] = ("train",),
+    blank: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Rows with the wanted fields, checked one by one.
 
@@ -29,7 +32,7 @@ def read_rows(
             each a path or ``package:``/``pypi:`` (see :mod:`miepo.resources`); a folder written by
             ``datasets.save_to_disk``, or of data files; a hub id; a data set object.
         fields: Wanted fields with the type of their values.
-        split: Split of a data set that has several.
+        splits: Of a data set that has several, the first of these that it has.
         blank: Fields whose text may be empty.
 
     Raises:
@@ -46,13 +49,13 @@ def read_rows(
     if path.suffix in {".txt", ".csv", ".tsv", *OPENERS}:
         what = "a file of another kind" if is_file(path) else "no file"
         raise UserError(f"expected a .jsonl or .parquet file, got {what} at '{path}'")
-    return _checked(_of_dataset(_load_dataset(source, path, split), fields, source), fields, blank, source)
+    return _checked(_of_dataset(_load_dataset(source, path, splits), fields, source), fields, blank, source)
 
 
 def _of_jsonl(path: Path) -> Located:
     if not is_file(path):
         raise UserError(f"expected a file at '{path}': there is none")
-    lines = enumerate(_lines(path), 1)
+    lines = iter(enumerate(_lines(path), 1))
     first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
     if first[1].lstrip().startswith("["):  # one array of all rows
         rows = _json("".join([first[1], *(line for _, line in lines)]), str(path))
@@ -77,11 +80,11 @@ def _object(row: Any, where: str) -> dict[str, Any]:
     return row
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> list[str]:
     # split at line feeds alone: other characters that end a line for str.splitlines may stand in a JSON text
     try:
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # type: ignore[operator]
-            yield from file
+            return list(file)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text, got a byte that is not, at position {error.start}") from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
@@ -106,22 +109,24 @@ def _of_parquet(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> Lo
     return ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
 
-def _load_dataset(source: str, path: Path, split: str) -> Any:
+def _load_dataset(source: str, path: Path, splits: Sequence[str]) -> Any:
     try:
         import datasets
     except ImportError:
         raise needs("datasets", f"the data set '{source}'") from None
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
-        if path.is_dir() and not (path / "dataset_dict.json").exists() and (path / "state.json").exists():
-            return datasets.load_from_disk(str(path))
-        if (path / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(path))[split]
-        return datasets.load_dataset(source, split=split)
+        found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(source)
     except Exception as error:  # the library raises many kinds, all of them about this source
         reason = first_line(error)
         raise UserError(
             f"expected a .jsonl or .parquet file, a data set folder or a hub id, got '{source}': {reason}"
         ) from None
+    if not isinstance(found, Mapping):
+        return found
+    if (split := next((name for name in splits if name in found), None)) is None:
+        raise UserError(f"'{source}': expected a data set with the split {' or '.join(splits)}, got {', '.join(found)}")
+    return found[split]
 
 
 def _of_dataset(rows: Any, fields: Mapping[str, type | tuple[type, ...]], name: str) -> Located:

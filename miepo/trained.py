@@ -322,6 +322,8 @@ class TrainedPolicy:
         Raises:
             UserError: an objective cannot be built from what was saved, or fails.
         """
+        if not all(isinstance(given, Sequence) for given in (prompts, responses)):
+            raise UserError("expected prompts and responses as text")
         one = isinstance(prompts, str)
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         texts = [responses] if isinstance(responses, str) else list(responses)
@@ -359,7 +361,7 @@ def load(
     path: str | Path,
     *,
     objectives: Sequence[Objective] | None = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     dtype: str | None = None,
     device: str | None = None,
     trust: bool = False,
@@ -383,14 +385,18 @@ def load(
     saved = Saved.read(path)
     if not saved.names:
         raise UserError(f"'{saved.source}' has no objectives: it is of a stage without preferences")
+    if objectives is not None and not (
+        isinstance(objectives, Sequence) and all(isinstance(o, Objective) for o in objectives)
+    ):
+        raise UserError(f"expected a list of objectives, got {objectives!r}")
     if objectives is not None and (given := tuple(o.name for o in objectives)) != saved.names:
         raise UserError(f"'{saved.source}' has the objectives {list(saved.names)}, in this order, got {list(given)}")
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=where)
+        torch.empty(1, device=where).item()  # one that keeps no numbers fails, too
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"expected a device such as cpu or cuda, got '{device}': {first_line(error)}") from None
-    policy = build_policy(saved, {"base": base, "dtype": dtype}, trust, where)
+    policy = build_policy(saved, {"base": None if base is None else str(base), "dtype": dtype}, trust, where)
     policy.to(where).eval()
     return TrainedPolicy(saved, policy, where, objectives, trust)
 

@@ -362,7 +362,7 @@ def _materialise(module: nn.Module) -> None:
 
 def _config(source: str, what: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"expected the configuration of {what}: {first_line(error)} (a folder with its config.json is enough)"

@@ -60,10 +60,9 @@ class EvaluationRecord(Callback):
         if not trainer.is_global_zero or not rows:
             return
         rows.sort(key=lambda row: (row["position"], row["grid_index"]))
-        fit = trainer.state.fn == "fit"
-        target = (
-            run_folder(trainer) / FOLDER / f"{f'step_{trainer.global_step:06d}' if fit else trainer.state.fn}.jsonl"
-        )
+        command = trainer.state.fn.value  # type: ignore[union-attr]
+        name = f"step_{trainer.global_step:06d}" if command == "fit" else command
+        target = run_folder(trainer) / FOLDER / f"{name}.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import MeanMetric
 
-from miepo.callbacks.reporting import log_evaluation, log_image, log_table, run_folder, whole_evaluation
+from miepo.callbacks.reporting import grid_of, log_evaluation, log_image, log_table, run_folder, whole_evaluation
 from miepo.front import draw_front
 from miepo.metrics import ParetoFrontMetric
 from miepo.preferences import format_preference
@@ -54,7 +54,7 @@ class ParetoFront(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":
-            grid = trainer.datamodule.grid  # type: ignore[attr-defined]
+            grid = grid_of(trainer, self)
             pl_module.metrics[METRIC] = ParetoFrontMetric(grid, self.reference_point)
             pl_module.metrics[FINISHED] = MeanMetric()
 

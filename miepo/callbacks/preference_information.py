@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from miepo.callbacks.reporting import gathered_rows, log_evaluation, whole_evaluation
+from miepo.callbacks.reporting import gathered_rows, grid_of, log_evaluation, whole_evaluation
 from miepo.metrics import PreferenceInformationMetric, bootstrap_interval
 from miepo.policy import Policy
 from miepo.types import EvaluationBatch, Tokens
@@ -64,7 +64,7 @@ class PreferenceInformation(Callback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.trainer = trainer
         if stage != "predict":
-            grid = trainer.datamodule.grid  # type: ignore[attr-defined]
+            grid = grid_of(trainer, self)
             pl_module.metrics[METRIC] = PreferenceInformationMetric(len(grid))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

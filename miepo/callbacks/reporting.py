@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from miepo.errors import ObjectiveError
+from miepo.errors import ObjectiveError, UserError
 
 T = TypeVar("T")
 
@@ -50,6 +50,21 @@ def run_folder(trainer: Trainer) -> Path:
     if getattr(logger, "log_dir", None) is not None:
         return Path(logger.log_dir)
     return Path(logger.save_dir) / str(logger.name) / str(logger.version)  # W&B: one folder for all its runs
+
+
+def grid_of(trainer: Any, user: object) -> Tensor:
+    """The preference vectors ``(M, K)`` of the run's evaluations.
+
+    Raises:
+        UserError: names ``user``, which measures answers along them; the data has none.
+    """
+    data = trainer.datamodule
+    if not hasattr(data, "grid"):
+        raise UserError(
+            f"{type(user).__name__} needs data whose evaluations answer along preferences, such as "
+            f"OnlinePreferenceDataModule, got {type(data).__name__}"
+        )
+    return data.grid
 
 
 def whole_evaluation(hook: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from miepo.callbacks.reporting import gathered_rows, log_table, whole_evaluation
+from miepo.callbacks.reporting import gathered_rows, grid_of, log_table, whole_evaluation
 from miepo.preferences import format_preference
 from miepo.types import EvaluationBatch
 
@@ -36,6 +36,10 @@ class SampleTable(Callback):
         self.prompts, self.printed = prompts, printed
         self.rows: list[_Row] = []
         self.last: list[_Row] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "predict":
+            grid_of(trainer, self)
 
     @whole_evaluation
     def on_validation_batch_end(

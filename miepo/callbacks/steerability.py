@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from miepo.callbacks.reporting import log_evaluation, log_table, whole_evaluation
+from miepo.callbacks.reporting import grid_of, log_evaluation, log_table, whole_evaluation
 from miepo.metrics import SteerabilityMetric
 from miepo.types import EvaluationBatch
 
@@ -28,7 +28,7 @@ class Steerability(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":
-            grid = trainer.datamodule.grid  # type: ignore[attr-defined]
+            grid = grid_of(trainer, self)
             pl_module.metrics[METRIC] = SteerabilityMetric(grid)
             if grid.shape[1] > 1 and len(grid.unique(dim=0)) < 2:
                 rank_zero_warn("the evaluation grid has one preference vector: nothing tells whether the policy obeys")

@@ -90,7 +90,7 @@ class PreferenceDataset(ABC):
         return {"train": [c for p in chosen for c in rows[p]], "test": [c for p in held_out for c in source[p]]}
 
     def _load(self, source: Any, split: Split) -> list[Comparison]:
-        found = [self.read(row) for row in read_rows(source, self.fields, split, self.blank)]
+        found = [self.read(row) for row in read_rows(source, self.fields, (split,), self.blank)]
         kept = [c for c in found if isinstance(c, Comparison)]
         reasons = Counter(c for c in found if isinstance(c, str))
         why = "".join(f", {n} left out ({reason})" for reason, n in sorted(reasons.items()))

@@ -8,7 +8,7 @@ from typing import Any
 
 from miepo.datasets.base import Comparison, PreferenceDataset
 from miepo.dialogue import REPLY, STOPS, cut_at, split_turns
-from miepo.errors import UserError, first_line
+from miepo.errors import UserError, load_reason
 
 
 class HHRLHF(PreferenceDataset):
@@ -48,9 +48,9 @@ class HHRLHF(PreferenceDataset):
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        except (OSError, ValueError) as error:
-            reason = first_line(error)
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
+        except Exception as error:  # the library raises many kinds, all of them about this source
+            reason = load_reason(error)
             raise UserError(f"HHRLHF: expected a tokenizer at '{self.tokenizer}': {reason}") from None
         return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 

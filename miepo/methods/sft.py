@@ -32,6 +32,7 @@ from miepo.policy.policy import rounding_note
 from miepo.policy_module import PolicyModule
 from miepo.preferences import Stream, generator
 from miepo.prompts import EvaluationShare, RunLoader, place_in_run, split_rows
+from miepo.resources import check_writable
 from miepo.rows import read_rows
 from miepo.strategies import ShardedStrategy
 from miepo.types import SupervisedBatch, Tokens
@@ -104,6 +105,7 @@ class SupervisedFineTuning(PolicyModule):
         super().on_fit_start()
         if not self.trainer.ckpt_path:
             self._check_folder()
+        check_writable(self.folder)
 
     def _check_folder(self) -> None:
         if self._is_written():

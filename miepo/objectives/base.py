@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from math import isfinite, nan
 from threading import Thread
 from typing import Any, TypeVar
@@ -206,7 +207,12 @@ def objectives_of(trainer: Trainer) -> list[Objective]:
     objectives = [c for c in trainer.callbacks if isinstance(c, Objective)]  # type: ignore[attr-defined]
     if not objectives:
         raise UserError("expected at least one objective, got none: list them under 'objectives:' in the config")
+    if nameless := [type(o).__name__ for o in objectives if not hasattr(o, "name")]:
+        raise UserError(f"objective {nameless[0]} has no name: its __init__ must call super().__init__(name)")
     names = [o.name for o in objectives]
+    for name, suffix in product(names, ("_low", "_high")):
+        if name + suffix in names:
+            raise UserError(f"an objective may not be called {name}{suffix} beside {name}, whose interval is logged so")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise UserError(f"expected objectives with different names, got two named {', '.join(twice)}: set 'name'")
     return objectives

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -45,9 +46,7 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
             trust_remote_code=False,
         )
     except Exception as error:  # the library raises many kinds, all of them about this source
-        raise NoBase(
-            f"expected a causal language model (hub id, folder or .gguf file), got '{base}': {load_reason(error)}"
-        ) from None
+        raise _no_model(base, error) from None
     if getattr(model, "_hf_peft_config_loaded", False) or any(".base_layer." in k for k in report["unexpected_keys"]):
         raise _unmerged(base)
     if missing := sorted(report["missing_keys"]):  # Transformers would draw them at random
@@ -96,6 +95,16 @@ def check_memory(base: str, folder: str, dtype: str) -> None:
         )
 
 
+def check_embedded(model: Any, tokenizer: Any, ids: Sequence[int]) -> None:
+    """Refuses token ids of a template that the model has no embedding of, as of tokens added without a resize."""
+    if ids and (highest := max(ids)) >= _embedded(model):
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(
+            f"the template's token {token!r} has the id {highest}, and the model embeds {_embedded(model)} tokens: "
+            "expected a base that was resized to its tokenizer"
+        )
+
+
 def _embedded(model: Any) -> int:
     """Tokens that the model has an embedding of."""
     return int(model.get_input_embeddings().weight.shape[0])
@@ -109,6 +118,12 @@ def fingerprint(model: PreTrainedModel) -> str:
         first = weight.flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name} {tuple(weight.shape)} {first.tolist()}".encode())
     return digest.hexdigest()[:16]
+
+
+def _no_model(base: str, error: Exception) -> NoBase:
+    return NoBase(
+        f"expected a causal language model (hub id, folder or .gguf file), got '{base}': {load_reason(error)}"
+    )
 
 
 def _unmerged(base: str) -> UserError:
@@ -162,17 +177,20 @@ def _converted(gguf: Path) -> Path:
     except ImportError:
         raise needs("gguf", f"the model file '{gguf.name}'") from None
     rank_zero_info(f"Converting {gguf.name} into {target}, once, which takes about a minute")
-    kwargs: dict[str, Any] = {"gguf_file": gguf.name}
-    kwargs["trust_remote_code"] = False
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
+    kwargs: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+    weights = kwargs | {"dtype": torch.bfloat16}
     try:  # newer releases keep the weights packed unless told otherwise; packed weights train slowly
         from transformers import GgufConfig
 
-        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+        weights["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
         pass
-    with redirect_stderr(StringIO()):  # a bar that Transformers draws whatever it is told
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
+        with redirect_stderr(StringIO()):  # a bar that Transformers draws whatever it is told
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, **weights)
+    except Exception as error:  # of a file that is broken, or of a kind that Transformers does not read
+        raise _no_model(str(gguf), error) from None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the saved weights are plain
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")

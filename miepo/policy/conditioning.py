@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from miepo.errors import UserError
+
 
 class Conditioning(ABC):
     """One way for w to act. A policy takes a list of them; each may write text, gate rank blocks, or both."""
@@ -37,6 +39,8 @@ class PromptConditioning(Conditioning):
     """
 
     def __init__(self, decimals: int = 2) -> None:
+        if not 0 <= decimals <= 12:
+            raise UserError(f"PromptConditioning.decimals must be from 0 to 12, got {decimals}")
         self.decimals = decimals
 
     def write(self, preference: Sequence[float], names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from miepo.errors import UserError
 from miepo.policy.attention import NAME as BRANCHES
-from miepo.policy.base_model import fingerprint, load_base, plain_sampling
+from miepo.policy.base_model import check_embedded, fingerprint, load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
 from miepo.policy.network_check import check_adapter, check_layers, check_log_prob
@@ -148,6 +149,22 @@ class Policy(nn.Module):
                 raise UserError(f"policy.{name} must be at least 1, got {value}")
         self.base = base
         self.conditioning = [PromptConditioning()] if conditioning is None else list(conditioning)
+        for each in self.conditioning:
+            try:
+                json.dumps(vars(each))
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"{type(each).__name__} goes into every checkpoint: expected attributes that are text, numbers, "
+                    f"lists or mappings of them, got {', '.join(f'{k} {v!r}' for k, v in vars(each).items())}"
+                ) from None
+        if isinstance(lora_targets, str):
+            try:
+                re.compile(lora_targets)
+            except re.error as error:
+                raise UserError(
+                    "policy.lora_targets must be all-linear, a list of names or a regular expression of whole names, "
+                    f"got {lora_targets!r}: {error}"
+                ) from None
         self.lora_rank, self.lora_alpha, self.lora_dropout = lora_rank, lora_alpha, lora_dropout
         self.lora_targets, self.lora_layers = lora_targets, lora_layers
         self.template_spec, self.dialogue = template, dialogue or template == HH
@@ -189,6 +206,8 @@ class Policy(nn.Module):
         check_log_prob(self)
         check_adapter(self)
         self.template = self.make_template(self.tokenizer, self.dialogue)
+        trial = "\n\nHuman: x\n\nAssistant:" if self.dialogue else "x"
+        check_embedded(model, self.tokenizer, self.template.encode_once(trial))
         self._built = True
         return self
 
@@ -210,13 +229,19 @@ class Policy(nn.Module):
             target_modules=self.lora_targets,
             exclude_modules=None if self.lora_layers is None else lower_layers(model, self.lora_layers),
         )
+        targets = [] if isinstance(self.lora_targets, str) else self.lora_targets
+        layers = [f".{name}" for name, _ in model.named_modules()]
+        if unknown := [target for target in targets if not any(layer.endswith(f".{target}") for layer in layers)]:
+            raise UserError(
+                f"lora_targets {targets} do not fit the model '{self.base}': it has no layer {', '.join(unknown)}"
+            )
         try:
             with warnings.catch_warnings():
                 # said although it is not so, of experts; and of a merged head that was tied, which save_merged unties
                 warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
                 warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
                 self.model = get_peft_model(model, config, adapter_name=ADAPTER)
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise UserError(f"lora_targets {self.lora_targets!r} do not fit the model '{self.base}': {error}") from None
         for module in self.model.modules():
             if isinstance(module, LoraLayer):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from miepo.dialogue import ASSISTANT, HUMAN, split_turns
 from miepo.errors import UserError, first_line
 from miepo.rows import is_unicode
@@ -52,6 +54,11 @@ class PromptTemplate:
             self.prefix, self.suffix = self._frame(("user",))
         else:
             self.chat = False
+            if "\\n" in template:
+                rank_zero_warn(
+                    "the template has the two characters \\n and no line break there: YAML reads one in double quotes "
+                    "alone, a shell in $'..'"
+                )
             text = {"paper": PAPER_TEMPLATE, HH: HH_TEMPLATE}.get(template, template)
             before, response, after = text.partition(_RESPONSE)
             if text.count(_CONTENT) != 1 or after:

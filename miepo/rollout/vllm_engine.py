@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miepo.errors import UserError
+from miepo.errors import UserError, first_line
 from miepo.policy import Policy
 from miepo.policy.base_model import base_folder
 from miepo.rollout.engine import RolloutEngine, make_responses
@@ -110,7 +110,13 @@ class VLLMEngine(RolloutEngine):
             "skip_tokenizer_init": not self.stop, "disable_log_stats": True,
             **({} if on_cpu else {"gpu_memory_utilization": self.memory}),
         }  # fmt: skip
-        return LLM(**settings | self.options)
+        try:
+            return LLM(**settings | self.options)
+        except Exception as error:  # of a setting, of memory: it raises many kinds
+            reason = first_line(error)
+            raise UserError(
+                f"vLLM does not start with memory {self.memory} and the options {self.options}: {reason}"
+            ) from error
 
     def _adapter(self, policy: Policy, preference: Tensor) -> tuple[int, Path]:
         """Number and folder of the adapter under ``preference`` ``(1, K)``, written if it has changed."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -129,6 +131,36 @@ class Broken(Objective):
         if self.how == "raise":
             raise ValueError("the reward server is on fire")
         return {"shape": [[1.0]], "text": "seven", "one": 1.0}[self.how]
+
+
+class Nameless(Objective):
+    """Forgets what its base class must do."""
+
+    def __init__(self) -> None:
+        pass
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [0.0] * len(responses)
+
+
+class Homeless(Logger):
+    """A logger without a folder, as one of a remote service is.
+
+    Args:
+        account: Without one it takes no run.
+    """
+
+    name, version = "homeless", 0
+
+    def __init__(self, account: bool = True) -> None:
+        self.account = account
+
+    def log_hyperparams(self, params: Any) -> None:
+        if not self.account:
+            raise RuntimeError("no account")
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        pass
 
 
 class Chosen(Objective):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from miepo.cli import main
+from miepo.objectives import Objective
 from tests.helpers.fit import PROMPTS
 from tests.helpers.tiny import save_tiny_model
 
@@ -238,8 +240,10 @@ def test_validate_and_test_print_the_same_table(
     root, values, printed = fitted
     values = json.loads(json.dumps(values))
     values["trainer"]["default_root_dir"] = values["trainer"]["logger"][0]["init_args"]["save_dir"] = str(tmp_path)
-    with caplog.at_level("INFO"):
-        run(command, values, tmp_path, "--ckpt_path", str(checkpoint(root)))
+    with caplog.at_level("INFO"):  # of the checkpoint, or of the folder of its run
+        of = checkpoint(root) if command == "test" else checkpoint(root).parents[1]
+        run(command, values, tmp_path, "--ckpt_path", str(of))
+    assert [f.name for f in tmp_path.rglob("evaluations/*")] == [f"{command}.jsonl"]
     again, after = table(caplog.text.replace("\n\n", "\n")), table(printed)
     for metric in ("HV (up)", "MIP (up)", "CRD (down)", "I(Y;W|X), nats (up)"):
         assert again[metric] == [after[metric][1]]
@@ -355,7 +359,55 @@ MISTAKES: dict[str, tuple[dict, str]] = {
                 {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": __file__}}
             ]
         },
-        f"expected a path that can be read and written, got '{__file__}",
+        f"expected paths that can be read and written, got '{__file__}",
+    ),
+    "a folder whose name is too long": (
+        {"trainer__logger": False, "trainer__default_root_dir": "/tmp/" + "x" * 300},
+        "File name too long",
+    ),
+    "a file of another kind as a model": (
+        {"model__policy__init_args__base": "page.gguf"},
+        "expected a causal language model (hub id, folder or .gguf file), got 'page.gguf'",
+    ),
+    "a logger without an account": (
+        {"trainer__logger": [{"class_path": "tests.helpers.tiny.Homeless", "init_args": {"account": False}}]},
+        "trainer.logger Homeless takes no run: no account",
+    ),
+    "a layer that the model has not": (
+        {"model__policy__init_args__lora_targets": ["q_proj", "out_proj"]},
+        "it has no layer out_proj",
+    ),
+    "a pattern that is none": (
+        {"model__policy__init_args__lora_targets": "*proj"},
+        "policy.lora_targets must be all-linear, a list of names or a regular expression of whole names, got '*proj'",
+    ),
+    "digits below none": (
+        {
+            "model__policy__init_args__conditioning": [
+                {"class_path": "miepo.policy.PromptConditioning", "init_args": {"decimals": -1}}
+            ]
+        },
+        "PromptConditioning.decimals must be from 0 to 12, got -1",
+    ),
+    "an early stop by a figure that is not": (
+        {"trainer__callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}]},
+        "trainer.callbacks EarlyStopping: Early stopping conditioned on metric `val_loss`",
+    ),
+    "two names of one figure": (
+        {
+            "objectives": [
+                {"class_path": "miepo.objectives.Brevity", "init_args": {"name": n}} for n in ("brief", "brief_low")
+            ]
+        },
+        "an objective may not be called brief_low beside brief",
+    ),
+    "an objective without its base": (
+        {"objectives": [{"class_path": "tests.helpers.tiny.Nameless"}]},
+        "Nameless has no name",
+    ),
+    "data without preferences": (
+        {"data": {"class_path": "miepo.methods.SupervisedDataModule", "init_args": {"examples": "examples.jsonl"}}},
+        "needs data whose evaluations answer along preferences, such as OnlinePreferenceDataModule, got Supervised",
     ),
     "no objective": ({"objectives": []}, "expected at least one objective, got none"),
     "two with one name": (
@@ -421,9 +473,17 @@ MISTAKES: dict[str, tuple[dict, str]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(
-    name: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changes, message = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.gguf").write_text("<html>404</html>")
+    rows = [{"prompt": f"{prompt} {i}", "response": "grows"} for i, prompt in enumerate(PROMPTS)]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit) as error:
         run("fit", config(tiny_model, tmp_path, **changes), tmp_path)
     assert error.value.code == 2
@@ -573,6 +633,61 @@ def test_offline_normalisation_comes_from_the_file(tiny_model: Path, tmp_path: P
     saved = torch.load(checkpoint(tmp_path), weights_only=True)
     kept = saved["callbacks"]["Objective[letter_e]"]
     assert (kept["mean"], kept["sd"]) == (2.0, 1.0)
+
+
+def test_a_key_that_stands_twice_is_refused(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parser would drop the first without a word."""
+    text = yaml.safe_dump(config(tiny_model, tmp_path))
+    (tmp_path / "fit.yaml").write_text(f"data:\n  batch_size: 7\n{text}")
+    with pytest.raises(SystemExit) as error:
+        main(["fit", "--config", str(tmp_path / "fit.yaml")])
+    assert error.value.code == 2
+    assert "has the key 'data' in lines 1 and" in capsys.readouterr().err
+
+
+def test_a_mistake_shows_before_objectives_load(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    monkeypatch.setattr(Objective, "load_checked", lambda self, device: loaded.append(self.name))
+    for changes in ({"trainer__precision": "bf16-mixed"}, {"model__policy__init_args__base": "/nowhere/model"}):
+        with pytest.raises(SystemExit):
+            run("fit", config(tiny_model, tmp_path, **changes), tmp_path)
+    assert loaded == []
+
+
+def test_a_logger_without_a_folder(tiny_model: Path, tmp_path: Path) -> None:
+    values = config(tiny_model, tmp_path, trainer__logger=[{"class_path": "tests.helpers.tiny.Homeless"}])
+    run("fit", values, tmp_path)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["init_args"]["batch_size"] == 3
+    assert (tmp_path / "checkpoints/last.ckpt").is_file()
+
+
+def test_a_full_disk_is_one_sentence(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("miepo.callbacks.evaluation_record.gathered_rows", full)
+    with pytest.raises(SystemExit) as error:
+        run("fit", config(tiny_model, tmp_path), tmp_path)
+    assert error.value.code == 2
+    expected = "miepo: error: expected paths that can be read and written: No space left on device"
+    assert expected in capsys.readouterr().err
+
+
+def test_normalise_tries_its_file_before_it_scores(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = []
+    monkeypatch.setattr(Objective, "load_checked", lambda self, device: loaded.append(self.name))
+    with pytest.raises(SystemExit):
+        run("normalise", config(tiny_model, tmp_path), tmp_path, "--out", f"{__file__}/n.json")
+    assert f"got '{__file__}'" in capsys.readouterr().err
+    assert loaded == []
 
 
 def test_objectives_of_the_trainer_count_too(tiny_model: Path, tmp_path: Path) -> None:

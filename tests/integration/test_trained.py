@@ -180,6 +180,14 @@ def test_mistakes_are_one_sentence(
         miepo.load(trained_run, base=str(other))
     with pytest.raises(UserError, match=r"has the objectives \['letter_e', 'brevity'\], in this order"):
         miepo.load(trained_run, objectives=[Brevity(), Letters("e")])
+    for given in ([Letters("e"), Brevity], Brevity()):
+        with pytest.raises(UserError, match="expected a list of objectives, got"):
+            miepo.load(trained_run, objectives=given)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="expected a device such as cpu or cuda, got 'meta'"):
+        miepo.load(trained_run, device="meta")
+    with pytest.raises(UserError, match="expected prompts and responses as text"):
+        policy.score("x", None)  # type: ignore[arg-type]
+    assert miepo.load(trained_run, base=tiny_model).names == policy.names  # a path is one, too
 
 
 def test_code_that_is_not_miepos_runs_only_where_it_is_trusted(trained_run: Path, tmp_path: Path) -> None:

@@ -185,6 +185,14 @@ def test_evaluating_restores_the_mode(tiny_model: Path) -> None:
     assert policy.model.training
 
 
+class Pathed(PromptConditioning):
+    """Keeps what a checkpoint cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = Path("x")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -192,6 +200,8 @@ def test_evaluating_restores_the_mode(tiny_model: Path) -> None:
         ({"dtype": "float16"}, "dtype must be"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
+        ({"lora_targets": "*proj"}, "policy.lora_targets must be all-linear, .* got '[*]proj': nothing to repeat"),
+        ({"conditioning": [Pathed()]}, "Pathed goes into every checkpoint: expected attributes that are text"),
     ],
 )
 def test_bad_settings(kwargs: dict, message: str) -> None:
@@ -206,6 +216,29 @@ def test_bad_base(tmp_path: Path) -> None:
         Policy(str(tmp_path / "missing.gguf")).build(["a"])
     with pytest.raises(UserError, match="expected a causal language model"):
         Policy(str(tmp_path)).build(["a"])
+
+
+def test_a_tokenizer_beyond_the_embedding(tiny_model: Path, tmp_path: Path) -> None:
+    """Tokens were added, and the model was not resized: what a template writes of them has no embedding."""
+
+    def add(folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|bot|>"]})
+        tokenizer.save_pretrained(folder)
+
+    base = changed(tmp_path / "base", tiny_model, add)
+    tiny_policy(Path(base))
+    with pytest.raises(UserError, match=r"the template's token '<\|bot\|>' has the id \d+, and the model embeds"):
+        tiny_policy(Path(base), template="{prompt}{preference}<|bot|>")
+
+
+def test_a_base_without_its_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
+    def forget(folder: Path) -> None:
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+
+    with pytest.raises(UserError, match=r"tokenizer from one of: .*\w"):  # and not the announcement alone
+        tiny_policy(Path(changed(tmp_path / "base", tiny_model, forget)))
 
 
 def changed(folder: Path, model: Path, change: Callable[[Path], object]) -> str:
@@ -279,6 +312,8 @@ def test_ends_that_the_generation_settings_alone_name(tiny_model: Path, tmp_path
 
 
 def test_bad_targets(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="it has no layer out_proj"):
+        tiny_policy(tiny_model, lora_targets=["q_proj", "out_proj"])
     with pytest.raises(UserError, match=r"lora_targets \['nowhere'\] do not fit"):
         tiny_policy(tiny_model, lora_targets=["nowhere"])
 

@@ -41,7 +41,9 @@ def test_list_and_dataset_and_saved_dataset(tmp_path: Path) -> None:
     data.save_to_disk(tmp_path / "d")
     assert load_prompts(str(tmp_path / "d")) == ["one", "two"]
     DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path / "dd")
-    assert load_prompts(str(tmp_path / "dd"), split="test") == ["two"]
+    assert load_prompts(str(tmp_path / "dd"), splits=["validation", "test"]) == ["two"]
+    with pytest.raises(UserError, match="expected a data set with the split validation, got train, test"):
+        load_prompts(str(tmp_path / "dd"), splits=["validation"])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from miepo.errors import UserError
 from miepo.methods import TargetConditioning
 from miepo.metrics import hypervolume
 from tools.study import analysis, language, report
+from tools.study.__main__ import main
 from tools.study.report import format_estimate
 from tools.study.study import Method, Run, Study, arguments, read_study, runs_of
 
@@ -71,6 +72,17 @@ def test_a_bad_study_file_is_one_sentence(old: str, new: str, message: str, tmp_
     read_study(write(tmp_path, GOOD))
     with pytest.raises(UserError, match=message):
         read_study(write(tmp_path, GOOD.replace(old, new)))
+
+
+def test_files_that_a_study_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "s.yaml").write_bytes(b"seeds: \xff")
+    (tmp_path / "file").touch()
+    for given, said in (
+        ([str(tmp_path / "s.yaml")], "expected YAML, got text that is not"),
+        ([str(ROOT / "configs/studies/tiny.yaml"), "--out", str(tmp_path / "file")], "--out: expected a folder, got"),
+    ):
+        assert main(given) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_command_of_a_run(tmp_path: Path) -> None:

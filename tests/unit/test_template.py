@@ -99,6 +99,12 @@ def test_own_template() -> None:
     assert control_tokens(template.encode("<|im_end|>")) == 2
 
 
+def test_a_line_break_that_is_none_is_told() -> None:
+    """A shell, and YAML without double quotes, give the two characters."""
+    with pytest.warns(UserWarning, match=r"the template has the two characters .n and no line break there"):
+        PromptTemplate(PLAIN, "User: {prompt}{preference}\\nBot:")
+
+
 @pytest.mark.parametrize("template", ["{prompt}", "no place", "{prompt}{preference}{prompt}{preference}"])
 def test_template_without_its_place(template: str) -> None:
     with pytest.raises(UserError, match="template must be"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,25 @@ def test_without_vllm_it_says_what_to_install(tiny_model: Path, monkeypatch: pyt
     policy = tiny_policy(tiny_model, [GatedConditioning()])
     with pytest.raises(UserError, match="pip install vllm"):
         VLLMEngine().sample(policy, ["x"], W, 2, 4, 0)
+
+
+def test_what_vllm_refuses_is_one_sentence(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: Any) -> None:
+        raise TypeError(f"unexpected keyword argument {sorted(settings)[-1]!r}")
+
+    fake = {
+        "vllm": {"SamplingParams": None, "LLM": refuse},
+        "vllm.lora": {},
+        "vllm.lora.request": {"LoRARequest": None},
+    }
+    for name, content in fake.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(
+        UserError, match=r"vLLM does not start with memory 0.4 and the options \{'wrong': 1\}: unexpected"
+    ):
+        VLLMEngine(options={"wrong": 1}).sample(tiny_policy(tiny_model, [GatedConditioning()]), ["x"], W, 2, 4, 0)
 
 
 @pytest.mark.parametrize(

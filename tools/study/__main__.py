@@ -32,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
         for path in filter(None, (study.prepare, study.true_front)):
             named(path)  # a slip in a name shows now and not after a night
         folder = (options.out or Path("studies") / study.name).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out: expected a folder, got '{folder}': {error.strerror}") from None
         if options.report:
             runs = runs_of(study, folder)
         else:

@@ -22,7 +22,7 @@ import yaml
 from tqdm import tqdm
 
 from miepo.cli import main
-from miepo.errors import UserError
+from miepo.errors import UserError, first_line
 from tools.study.record import EVALUATIONS, RESULT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,10 +108,7 @@ def read_study(path: Path) -> Study:
     """
     if not path.is_file():
         raise UserError(f"expected a study file at '{path}': there is none")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: expected YAML, got text that is not: {str(error).splitlines()[0]}") from None
+    values = _yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of {', '.join(sorted(KEYS))}, got {type(values).__name__}")
     if unknown := sorted(values.keys() - KEYS):
@@ -143,6 +140,13 @@ def read_study(path: Path) -> Study:
         path.stem, _file(path, values["config"]), methods, seeds, values["baseline"], metrics, values.get("set") or {},
         values.get("prepare"), values.get("true_front"), values.get("processes", 1), values.get("threads", 1),
     )  # fmt: skip
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected YAML, got text that is not: {first_line(error)}") from None
 
 
 def _method(path: Path, name: str, entry: Any) -> Method:
@@ -221,7 +225,7 @@ def parts_hash(folder: Path) -> bytes:
 def fingerprint(study: Study, run: Run, folder: Path, parts: bytes) -> str:
     """What a result depends on, as a hash: the settings of the run, the files they name, and the study's parts."""
     given = arguments(study, run, folder)
-    values = [yaml.safe_load(Path(a).read_text()) if f == "--config" else a for f, a in pairwise(given)]
+    values = [_yaml(Path(a)) if f == "--config" else a for f, a in pairwise(given)]
     text = json.dumps(values, sort_keys=True).replace(str(folder), "").replace(str(ROOT), "")
     return hashlib.sha256(text.encode() + parts).hexdigest()
 
