@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from math import exp, log
+from math import exp, inf, log
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from miepo.exploration import (
 )
 from miepo.losses import alignment_loss
 from miepo.metrics import infonce_bound
+from miepo.preferences import Stream, generator
 
 
 def rewards(b: int = 6, seed: int = 0) -> torch.Tensor:
@@ -117,6 +118,16 @@ def test_anchors_are_among_the_compared() -> None:
     assert all(70 < count < 130 for count in drawn[::2].sum(0)[[0, 2, 3]].tolist())
 
 
+def test_an_anchor_is_the_draw_of_its_own_stream() -> None:
+    """Named from the last of the compared: what a run that is taken up again would draw."""
+    compared = torch.tensor([[True, False, True, True]]).expand(30, 4)
+    drawn = draw_anchors(1, compared, 5, [2] * 30, range(30))
+    each = [int(generator(Stream.ANCHOR, 5, 2, p).integers(3)) for p in range(30)]
+    assert drawn.int().argmax(1).tolist() == [[3, 2, 0][place] for place in each]
+    with pytest.raises(ValueError, match="longer"):
+        draw_anchors(1, compared, 5, [2], range(30))
+
+
 def test_one_anchor_stands_for_both() -> None:
     pair = contrast()
     each = infonce_loss(pair.reward, pair.counterfactual_reward, 0.3)  # (B, 2)
@@ -191,6 +202,12 @@ def test_matching_by_hand() -> None:
     labels = torch.tensor([[1.0, -1.0]])
     # g = ((0.9 - 0.2) - (0.1 - 0.8)) / 2 = 0.7; margin = (3 - 1) - (0.5 - 1) = 2.5
     expected = -0.7 * F.logsigmoid(torch.tensor(0.4 * 2.5))
+    own = Matching(weight=1.0, reuse=0.0, beta=0.4)
+    pair = replace(
+        contrast(1, 1), reward=reward, counterfactual_reward=other, preference=plus, counterfactual=minus,
+        labels=labels, cross_labels=labels.unsqueeze(1), counterfactual_labels=labels.unsqueeze(1),
+    )  # fmt: skip
+    torch.testing.assert_close(own.loss(pair), expected.view(1))  # its own scale, and not that of the alignment
     torch.testing.assert_close(
         matching_loss(reward, other, plus, minus, labels, labels.unsqueeze(1), 0.4), expected.view(1, 1)
     )
@@ -278,6 +295,40 @@ def test_terms_of_several_pairs_by_hand() -> None:
     torch.testing.assert_close(Matching(reuse=0.0, num_counterfactuals=2).loss(four), (pairs[0] + pairs[1]) / 2)
 
 
+def test_scalarised_feedback_orders_each_preference_by_itself() -> None:
+    """Of one pair for all objectives the labels under w- are those given, not those under w+ once more."""
+    pair = contrast()
+    under = -pair.counterfactual_labels
+    given = replace(pair, counterfactual_labels=under)
+    expected = matching_loss(
+        pair.reward, pair.counterfactual_reward, pair.preference, pair.counterfactual, pair.labels, under, 0.1
+    ).mean(1)
+    torch.testing.assert_close(Matching(reuse=0.0, num_counterfactuals=2).loss(given), expected)
+
+
+def test_what_is_not_reused_is_not_read() -> None:
+    pair = contrast()
+    lost = replace(pair, counterfactual_labels=torch.zeros_like(pair.counterfactual_labels))
+    broken = replace(lost, beta_c=float("nan"))
+    assert Matching(reuse=0.0, beta=0.1, num_counterfactuals=2).loss(broken).isfinite().all()
+
+
+@pytest.mark.parametrize("formulation", [InfoNCE, PairwiseInformation, Matching, CounterfactualAlignment])
+def test_defaults(formulation: type[Exploration]) -> None:
+    term = formulation()
+    wanted = {InfoNCE: (1.0, 1), PairwiseInformation: (1.0, 4), Matching: (0.5, 1), CounterfactualAlignment: (1.0, 1)}
+    assert (term.weight, term.num_counterfactuals) == wanted[formulation]
+    assert (term.candidates, term.warmup) == (1, 0.0)
+    assert term(contrast(), 0.0).abs().max() > 0  # in full from the first step
+
+
+def test_defaults_of_their_own() -> None:
+    assert (InfoNCE().beta_w, InfoNCE().anchors, InfoNCE().clip, InfoNCE().per_token) == (0.01, 2, None, False)
+    assert (Matching().reuse, Matching().beta) == (1.0, None)
+    assert Matching(beta=0.5).beta == 0.5
+    assert (InfoNCE().reads_information, InfoNCE(clip=1.0).reads_information) == (False, True)
+
+
 def test_the_control_is_the_alignment_loss_under_w_minus() -> None:
     pair = contrast(c=1)
     expected = alignment_loss(pair.counterfactual_reward[..., 0], pair.labels, 0.1) * pair.counterfactual[:, 0]
@@ -303,7 +354,12 @@ def test_weight_and_warm_up(formulation: type[Exploration]) -> None:
         (lambda: InfoNCE(beta_w=-0.1), "beta_w must not be negative, got -0.1"),
         (lambda: InfoNCE(num_counterfactuals=0), r"InfoNCE.num_counterfactuals must be at least 1, got 0"),
         (lambda: InfoNCE(anchors=3), r"InfoNCE.anchors must be 1 or 2, got 3"),
+        (lambda: InfoNCE(beta_w=inf), "beta_w must not be negative, got inf"),
         (lambda: Matching(beta=0.0), r"Matching.beta must be positive, got 0"),
+        (lambda: Matching(beta=inf), r"Matching.beta must be positive, got inf"),
+        (lambda: Matching(reuse=-1.0), r"Matching.reuse must not be negative, got -1"),
+        (lambda: Matching(reuse=inf), r"Matching.reuse must not be negative, got inf"),
+        (lambda: Matching(weight=inf), r"weight of Matching must not be negative, got inf"),
         (lambda: Matching(candidates=0), r"Matching.candidates must be at least 1, got 0"),
         (lambda: PairwiseInformation(weight=-1.0), "weight of PairwiseInformation must not be negative, got -1"),
         (lambda: Matching(warmup=2.0), r"Matching.warmup is a fraction of all steps"),

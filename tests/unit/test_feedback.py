@@ -123,6 +123,27 @@ def test_the_scalarised_reward_chooses_one_pair() -> None:
     assert made.compared.tolist() == [[False, True, False, True]]
 
 
+def test_a_pair_that_one_objective_alone_orders_is_compared() -> None:
+    """Of a scalarised pair one label is all; of pairs of their own each objective's counts for its own."""
+    scores = torch.tensor([[[2.0, 5.0, 1.0], [2.0, 5.0, 3.0], [2.0, 5.0, 2.0]]])
+    empty, none = torch.zeros(1, 3, dtype=torch.bool), torch.zeros(1, 0, 3)
+    routing = torch.tensor([[0.2, 0.3, 0.5]])
+    made = pairwise_feedback(scores, empty, routing, none, "per_objective")
+    assert made.pairs.tolist() == [[[0, 0], [0, 0], [0, 1]]]
+    assert made.compared.tolist() == [[True, True, False]]
+    made = pairwise_feedback(scores, empty, routing, none, "scalarised")
+    assert made.pairs.tolist() == [[[0, 1]]]
+    assert made.compared.tolist() == [[True, True, False]]
+    tied = torch.tensor([[[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]])
+    assert not pairwise_feedback(tied, empty, routing, none, "scalarised").compared.any()
+
+
+def test_what_is_not_usable_in_one_row_is_not_asked_of_another() -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    usable = torch.tensor([[False] * 3, [True] * 3])
+    assert extremes(values, usable).tolist() == [[0, 0], [0, 2]]
+
+
 def test_groups_without_a_pair_are_counted() -> None:
     scores = torch.tensor([[[1.0]] * 3, [[NAN], [NAN], [2.0]], [[1.0], [2.0], [3.0]], [[1.0], [2.0], [3.0]]])
     empty = torch.tensor([[False] * 3, [False] * 3, [True, True, False], [False, False, True]])

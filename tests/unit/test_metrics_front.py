@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from miepo.metrics import (
+    AnswerSums,
     ParetoFrontMetric,
     conditional_reward_dispersion,
+    estimate_hypervolume,
     hypervolume,
     mean_inner_product,
+    mip_parts,
     reward_overlap,
 )
 
@@ -110,6 +113,25 @@ def test_metric_equals_numpy_and_does_not_depend_on_batches() -> None:
     np.testing.assert_allclose(means, [group.mean(0) for group in groups], rtol=1e-12)
     np.testing.assert_allclose(covariances, [np.cov(group.T) for group in groups], rtol=1e-6, atol=1e-9)
     result = whole.compute()
+    assert set(result) == {
+        "hv", "hv_above_chance", "hv_p", "hv_corrected", "hv_corrected_low", "hv_corrected_high", "mip", "mip_level",
+        "mip_covariance", "crd", "left_out", "sd", "means",
+    }  # fmt: skip
+    assert all(value.dtype == torch.float64 for value in result.values())
+    assert result["hv"] == hypervolume(means, -1.0)
+    assert result["mip"].item() == pytest.approx(mean_inner_product(grid, means).item())
+    assert torch.equal(
+        torch.stack([result["mip_level"], result["mip_covariance"]]), torch.stack(mip_parts(grid, means))
+    )
+    estimate = estimate_hypervolume(AnswerSums.of(*whole.answers(), 3), -1.0)
+    for key, value in (
+        ("hv_above_chance", estimate.above_chance), ("hv_p", estimate.p_value), ("hv_corrected", estimate.corrected),
+        ("hv_corrected_low", estimate.low), ("hv_corrected_high", estimate.high),
+    ):  # fmt: skip
+        assert result[key].item() == value
+    other = ParetoFrontMetric(grid, 99.0)
+    other.update(index, scores, prompts)
+    assert other.compute()["hv"] == hypervolume(means, 99.0) < result["hv"]
     assert result["crd"].item() == pytest.approx(np.mean([np.linalg.det(np.cov(g.T)) for g in groups]), rel=1e-6)
     np.testing.assert_allclose(result["sd"], np.mean([g.std(0, ddof=1) for g in groups], axis=0), rtol=1e-7)
     for key, value in parts.compute().items():
@@ -126,6 +148,21 @@ def test_a_response_without_a_score_does_not_count() -> None:
     )
     torch.testing.assert_close(b.compute()["means"], a.compute()["means"])
     assert (a.compute()["left_out"], b.compute()["left_out"]) == (0, 1)
+
+
+def test_answers_are_in_the_order_of_prompts_and_vectors() -> None:
+    """And of one prompt and vector in the order in which they came."""
+    metric = ParetoFrontMetric(torch.eye(2), -1.0)
+    metric.update(torch.tensor([1, 0, 1, 0]), torch.arange(8.0).view(4, 2), torch.tensor([3, 3, 0, 9]))
+    metric.update(torch.tensor([0] * 40), torch.arange(80.0).view(40, 2), torch.tensor([5] * 40))
+    scores, index, positions = metric.answers()
+    assert positions.tolist() == [0, 3, 3, *[5] * 40, 9]
+    assert index[:3].tolist() == [1, 0, 1]
+    assert scores[:3, 0].tolist() == [4.0, 2.0, 0.0]
+    assert scores[3:43, 0].tolist() == list(range(0, 80, 2))
+    assert scores.dtype == torch.float64
+    none = ParetoFrontMetric(torch.eye(2), -1.0).answers()
+    assert [(x.shape, x.dtype) for x in none] == [((0, 2), torch.float64), ((0,), torch.long), ((0,), torch.long)]
 
 
 def test_reset_forgets() -> None:

@@ -50,6 +50,16 @@ def test_draws_depend_on_the_place_in_the_run_and_not_on_the_batch() -> None:
         assert not torch.equal(whole[0], again[0])
 
 
+def test_draws_are_those_of_their_own_stream() -> None:
+    sampler = DirichletPreferences(0.5)
+    plus, minus = draw_preferences(sampler, 7, [0, 2], [4, 4], 2, 3)
+    for row, epoch in enumerate((0, 2)):
+        drawn = sampler.draw(generator(Stream.PREFERENCE, 7, epoch, 4), 3, 3)
+        np.testing.assert_allclose(torch.cat([plus[row : row + 1], minus[row]]), drawn, rtol=1e-6)
+    with pytest.raises(ValueError, match="longer"):
+        draw_preferences(sampler, 7, [0], [4, 5], 2, 3)
+
+
 def test_w_plus_does_not_depend_on_the_number_of_counterfactuals() -> None:
     args = (DirichletPreferences(), 7, [0] * 3, range(3))
     assert torch.equal(draw_preferences(*args, 0, 2)[0], draw_preferences(*args, 4, 2)[0])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from miepo.preferences import DirichletPreferences, draw_preferences, routing_draws
+from miepo.preferences import DirichletPreferences, Stream, draw_preferences, generator, routing_draws
 from miepo.router import ExpectationRouter, Router, SampleRouter
 
 ROUTERS = Router.__subclasses__()
@@ -53,6 +53,28 @@ def test_the_largest_draw_stays_in_range() -> None:
     """A float64 just below 1 would round to 1 in float32."""
     routing = SampleRouter().route(torch.tensor([[0.3, 0.7]]), torch.tensor([1 - 2**-53], dtype=torch.float64))
     assert routing.tolist() == [[0.0, 1.0]]
+
+
+def test_draws_are_those_of_the_place_in_the_run() -> None:
+    epochs, positions = [0, 0, 3], [0, 7, 7]
+    draws = routing_draws(5, epochs, positions)
+    assert draws.dtype == torch.float64
+    assert draws.tolist() == [
+        generator(Stream.ROUTING, 5, e, p).random() for e, p in zip(epochs, positions, strict=True)
+    ]
+    with pytest.raises(ValueError, match="longer"):
+        routing_draws(5, [0], [0, 1])
+
+
+def test_rounding_of_the_preference_moves_no_draw() -> None:
+    """Weights that sum to a little more than 1, of which the last is not drawn too often."""
+    w = torch.tensor([[0.5, 0.5002]])
+    assert SampleRouter().route(w, torch.tensor([0.49995]))[0].tolist() == [0.0, 1.0]
+    assert SampleRouter().route(w, torch.tensor([0.4998]))[0].tolist() == [1.0, 0.0]
+
+
+def test_a_draw_has_a_column_for_every_objective() -> None:
+    assert SampleRouter().route(torch.ones(2, 3, dtype=torch.float64) / 3, torch.zeros(2)).shape == (2, 3)
 
 
 def test_expectation_is_the_preference_itself() -> None:

@@ -97,6 +97,11 @@ def test_rank_correlation() -> None:
     assert rank_correlation(-means, grid)[0].item() == pytest.approx(-1)
     means[1] = torch.nan
     assert rank_correlation(means, grid)[0].item() == pytest.approx(1)
+    means[2:4] = torch.nan
+    assert rank_correlation(means, grid)[0].item() == pytest.approx(1)  # two are enough
+    means[4] = torch.nan
+    assert rank_correlation(means, grid).isnan().all()
+    assert found.dtype == torch.float64
 
 
 def test_the_metric_does_not_depend_on_batches() -> None:
@@ -107,6 +112,9 @@ def test_the_metric_does_not_depend_on_batches() -> None:
     for part in torch.arange(len(scores)).split(5)[::-1]:
         parts.update(index[part], scores[part], positions[part])
     result = whole.compute()
+    assert set(result) == {"slope", "low", "high", "rank"}
+    means = torch.stack([scores[index == i].mean(0) for i in range(len(grid))])
+    torch.testing.assert_close(result["rank"], rank_correlation(means, grid))
     for key, value in parts.compute().items():
         assert torch.equal(value, result[key]), key
     assert (result["low"] < result["slope"]).all()
@@ -141,7 +149,14 @@ def test_parts_of_mip() -> None:
     assert float(covariance) == pytest.approx(float(centred.sum(-1).mean()))
     assert float(mip_parts(grid, torch.ones_like(grid) * 7)[1]) == pytest.approx(0)
     means[1] = torch.nan
-    assert all(part.isfinite() for part in mip_parts(grid, means))
+    rest = [0, 2, 3, 4]
+    expected = (grid[rest].mean(0) * means[rest].mean(0)).sum()
+    assert float(mip_parts(grid, means)[0]) == pytest.approx(float(expected))
+    assert mip_parts(grid.float(), means)[0].dtype == means.dtype
+    three = evaluation_grid(3).double()
+    level, covariance = mip_parts(three, three**2)
+    assert float(level) == pytest.approx(float((three.mean(0) * (three**2).mean(0)).sum()))
+    assert float(level + covariance) == pytest.approx(float((three**3).sum(-1).mean()))
 
 
 def test_permuted_preferences_keep_prompts_and_rewards() -> None:
