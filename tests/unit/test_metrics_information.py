@@ -14,8 +14,10 @@ from miepo.metrics import (
     feedback_information,
     infonce_bound,
     pointwise_information,
+    t_interval,
 )
 from miepo.policy import GatedConditioning, PromptConditioning
+from miepo.preferences import Stream, generator
 from miepo.rollout import TransformersEngine
 from miepo.types import EvaluationBatch
 from tests.helpers.tiny import randomise_adapter, tiny_policy
@@ -71,6 +73,10 @@ def test_infonce_bound_is_below_the_information_and_its_ceiling() -> None:
     w = torch.randint(0, 6, (40_000,), generator=g)
     y = torch.multinomial(p[w], 1, generator=g).squeeze(1)
     previous = 0.0
+    assert infonce_bound(torch.zeros(2, 1), torch.zeros(2, 1, 3)).shape == (2, 1)
+    torch.testing.assert_close(
+        infonce_bound(torch.zeros(4, 1), torch.full((4, 1, 2), -torch.inf)), torch.full((4, 1), log(3))
+    )
     for c in (1, 4, 16):
         others = torch.randint(0, 6, (40_000, c), generator=g)
         bound = infonce_bound(p[w, y].log(), p[others, y.unsqueeze(1)].log())
@@ -109,6 +115,32 @@ def test_bootstrap_covers_as_often_as_it_says() -> None:
 def test_bootstrap_weighs_groups_by_their_size() -> None:
     """Of a group of nine zeros and one of a single one, half of the resamples have both: a mean of a tenth."""
     assert bootstrap_interval([0.0] * 9 + [1.0], [0] * 9 + [1], level=0.3) == pytest.approx((0.1, 0.1))
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_bootstrap_is_that_of_a_slow_loop(seed: int | None) -> None:
+    values, groups = [0.5, 2.0, float("nan"), -1.0, 7], [4, 4, 2, 9, 2]
+    drawn = []
+    for chosen in generator(Stream.BOOTSTRAP, seed or 0).integers(3, size=(1000, 3)):
+        rows = [([7.0], [0.5, 2.0], [-1.0])[group] for group in chosen]
+        drawn.append(np.mean([value for row in rows for value in row]))
+    found = bootstrap_interval(values, groups) if seed is None else bootstrap_interval(values, groups, seed)
+    assert found == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    assert bootstrap_interval([1, 2, 4], [0, 0, 1], draws=1)[0] in (1.5, 4.0, 7 / 3)  # whole numbers are numbers
+
+
+def test_information_is_the_mean_of_the_prompts_means() -> None:
+    metric = PreferenceInformationMetric(2)
+    log_prob = torch.tensor([[-1.0, -3.0], [-1.0, -1.0], [-2.0, -1.0], [-1.0, -9.0]])
+    metric.update(log_prob, torch.tensor([0, 0, 0, 0]), torch.tensor([8, 8, 3, 8]))
+    each = pointwise_information(log_prob.double(), torch.zeros(4, dtype=torch.long))
+    prompts = torch.stack([each[2], each[[0, 1, 3]].mean()])
+    found = metric.compute()
+    assert set(found) == {"preference", "preference_low", "preference_high", "ceiling"}
+    assert torch.equal(
+        torch.stack([found[f"preference{s}"] for s in ("", "_low", "_high")]), torch.stack(t_interval(prompts))
+    )
+    assert found["preference"].dtype == torch.float64
 
 
 def test_bootstrap_without_values() -> None:
