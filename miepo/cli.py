@@ -122,9 +122,10 @@ class MiepoCLI(LightningCLI):
         if last:
             options["ckpt_path"] = last_checkpoint(options.trainer)
         path = options.get("ckpt_path")
-        for entry in _loggers(options.trainer.logger) if self.config.get("subcommand") == "fit" else []:
-            if entry.class_path == "lightning.pytorch.loggers.CSVLogger":
-                entry.class_path = "miepo.loggers.CSVLogger"
+        for entry in _loggers(options.trainer.logger) if options else []:
+            name = entry.class_path.removeprefix("lightning.pytorch.loggers.")
+            if name == "WandbLogger" or (name == "CSVLogger" and self.config.subcommand == "fit"):
+                entry.class_path = f"miepo.loggers.{name}"
         if "weights_only" in options:
             options["weights_only"] = True  # a checkpoint is data: nothing in it is executed
         if options and path is None:

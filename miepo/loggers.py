@@ -1,4 +1,4 @@
-"""A CSV log that a crash leaves whole and a resumed run continues."""
+"""A CSV log that a crash leaves whole and a resumed run continues; W&B without warnings that no one asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger as LightningCSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.wandb import WandbLogger as LightningWandbLogger
 
 
 class CSVLogger(LightningCSVLogger):
@@ -35,6 +36,26 @@ class CSVLogger(LightningCSVLogger):
         writer = self.experiment
         if isinstance(writer, _Writer):  # on the process that logs
             writer.forget_from(step)
+
+
+class WandbLogger(LightningWandbLogger):
+    """Lightning's W&B logger, without the warnings that W&B has for what Lightning does.
+
+    Args:
+        kwargs: Of Lightning's.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if self._wandb_init.get("anonymous") is None:
+            self._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it is
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None and self.save_dir is not None:
+            Path(self.save_dir).mkdir(parents=True, exist_ok=True)  # W&B looks for a repository around it
+        return super().experiment
 
 
 class _Writer(ExperimentWriter):

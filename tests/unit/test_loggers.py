@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from miepo.loggers import CSVLogger
+from miepo.loggers import CSVLogger, WandbLogger
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -52,3 +52,17 @@ def test_it_goes_on_where_it_is_told_to(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="exists and is not empty"):
         logger(tmp_path).log_metrics({"loss": 9.0}, step=0)  # another run of that version
     assert not (tmp_path / "run/version_0/metrics.csv").exists()
+
+
+def test_wandb_has_nothing_to_warn_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    said: list[str] = []
+    monkeypatch.setattr(wandb, "termwarn", lambda text, *_, **__: said.append(text))
+    log = WandbLogger(project="miepo", save_dir=str(tmp_path / "runs"), offline=True)
+    log.log_metrics({"loss": 1.0}, step=0)
+    wandb.finish()
+    assert said == []
+    assert list((tmp_path / "runs/wandb").glob("offline-run-*"))
