@@ -20,7 +20,7 @@ from miepo.metrics import (
     rank_correlation,
     t_interval,
 )
-from miepo.metrics.resampling import permuted_means
+from miepo.metrics.resampling import permuted_means, resampled_moments
 from miepo.preferences import Stream, evaluation_grid, generator
 
 
@@ -198,8 +198,58 @@ def test_the_correction_of_the_hypervolume_is_the_bootstraps_bias() -> None:
         means = torch.stack([scores[rows][index[rows] == i].mean(0) for i in range(5)])
         drawn.append(float(hypervolume(means, -1.0)))
     estimate = estimate_hypervolume(sums, -1.0, 5)
+    assert estimate.value == hypervolume(torch.stack([scores[index == i].mean(0) for i in range(5)]), -1.0)
     assert estimate.corrected == pytest.approx(2 * estimate.value - np.mean(drawn))
     assert estimate.high == pytest.approx(2 * estimate.value - np.quantile(drawn, 0.025))
+    assert estimate.low == pytest.approx(2 * estimate.value - np.quantile(drawn, 0.975))
+    assert estimate_hypervolume(sums, -1.0) == estimate_hypervolume(sums, -1.0, 0) != estimate
     one = estimate_hypervolume(AnswerSums.of(scores[:5], index[:5], positions[:5], 5), -1.0)
-    assert np.isnan(one.corrected)
+    assert all(np.isnan(getattr(one, f)) for f in ("above_chance", "p_value", "corrected", "low", "high"))
     assert one.value > 0
+
+
+def test_what_chance_gives_is_that_of_a_slow_loop() -> None:
+    """The preferences of every prompt in another order, 400 times; a value that is reached counts."""
+    grid = evaluation_grid(2, 3).double()
+    scores, index, positions = answers(4, 6, grid, grid)
+    sums = AnswerSums.of(scores, index, positions, 3)
+    chance = []
+    for order in generator(Stream.BOOTSTRAP, 5, 1).random((400, 6, 3)).argsort(-1):
+        rows = np.array([scores.view(6, 3, 2)[p].numpy()[order[p]] for p in range(6)])  # (P, M, K)
+        chance.append(float(hypervolume(torch.tensor(rows.mean(0)), -1.0)))
+    estimate = estimate_hypervolume(sums, -1.0, 5)
+    assert estimate.above_chance == pytest.approx(estimate.value - np.mean(chance))
+    assert estimate.p_value == (1 + sum(value >= estimate.value - 1e-12 for value in chance)) / 401
+    none = AnswerSums.of(torch.zeros(6, 2), index[:6], positions[:6], 3)  # all alike: chance gives as much, always
+    assert estimate_hypervolume(none, -1.0).p_value == 1
+
+
+def test_sums_of_answers_by_hand() -> None:
+    """Two prompts, three vectors, two answers under one of them; an answer without a score does not count."""
+    scores = torch.tensor([[1.0, 2.0], [3.0, 5.0], [0.0, -1.0], [torch.nan, 7.0]])
+    sums = AnswerSums.of(scores, torch.tensor([0, 0, 2, 1]), torch.tensor([8, 8, 8, 3]), 3)
+    assert sums.count.tolist() == [[0, 0, 0], [2, 0, 1]]
+    assert sums.total[1].tolist() == [[4, 7], [0, 0], [0, -1]]
+    assert sums.outer[1, 0].tolist() == [[10, 17], [17, 29]]
+    means, covariances = sums.moments()
+    assert means[[0, 2]].tolist() == [[2, 3.5], [0, -1]]
+    assert covariances[0].tolist() == [[2, 3], [3, 4.5]]
+    assert means[1].isnan().all()
+    assert covariances[1:].isnan().all()  # one answer has no covariance
+    assert {x.dtype for x in (sums.count, sums.total, sums.outer)} == {torch.float64}
+    none = AnswerSums.of(scores[:0], torch.zeros(0, dtype=torch.long), torch.zeros(0), 3)
+    assert none.count.shape == (0, 3)
+
+
+def test_resampled_moments_are_those_of_whole_prompts() -> None:
+    grid = evaluation_grid(2, 3).double()
+    scores, index, positions = answers(2, 4, grid, grid, repeat=2)
+    means, covariances = resampled_moments(AnswerSums.of(scores, index, positions, 3), 20, 7)
+    assert means.shape == (20, 3, 2)
+    for d, chosen in enumerate(generator(Stream.BOOTSTRAP, 7).integers(4, size=(20, 4))):
+        for m in range(3):
+            rows = torch.cat([scores[(positions == p) & (index == m)] for p in chosen]).numpy()
+            np.testing.assert_allclose(means[d, m], rows.mean(0))
+            np.testing.assert_allclose(covariances[d, m], np.cov(rows.T))
+    assert len(resampled_moments(AnswerSums.of(scores, index, positions, 3))[0]) == 1000
+    assert len(permuted_means(AnswerSums.of(scores, index, positions, 3))) == 400
