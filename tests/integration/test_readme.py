@@ -109,10 +109,10 @@ def test_export_and_report(quickstart_run: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_two_commands_stand_there_exactly() -> None:
     for command in (
         'pip install -c tools/constraints.txt -e ".[quickstart]" && miepo fit --config configs/quickstart.yaml',
-        'pip install -c tools/constraints.txt -e ".[test]" && pytest',
+        'pip install -c tools/constraints.txt -e ".[test]" && OMP_NUM_THREADS=1 pytest -n 2',
     ):
         assert f"```bash\n{command}\n```" in README
-    assert (ROOT / ".ci/run").read_text().rstrip().endswith("pytest")
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("OMP_NUM_THREADS=1 pytest -n 2")
 
 
 def test_every_class_path_and_file_it_names_exists() -> None:
