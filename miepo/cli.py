@@ -142,7 +142,7 @@ class MiepoCLI(LightningCLI):
                 "--ckpt_path takes last or a checkpoint's file, got best: which trade-off is best no run can say"
             )
         elif path not in (None, "hpc"):
-            if (inside := Path(path) / "checkpoints" / "last.ckpt").is_file():  # the folder of a run
+            if is_file(inside := Path(path) / "checkpoints" / "last.ckpt"):  # the folder of a run
                 path = options["ckpt_path"] = str(inside)
             if not is_file(Path(path)):
                 raise UserError(f"expected a checkpoint at '{path}': there is none")

@@ -114,7 +114,7 @@ def _load_dataset(source: str, path: Path, splits: Sequence[str]) -> Any:
         import datasets
     except ImportError:
         raise needs("datasets", f"the data set '{source}'") from None
-    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    saved = any(is_file(path / name) for name in ("dataset_dict.json", "state.json"))
     try:
         found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(source)
     except Exception as error:  # the library raises many kinds, all of them about this source
