@@ -53,6 +53,16 @@ SIZES = {
     "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "layerdrop": 0.0,
     "initializer_range": 0.2, "init_std": 0.2, "use_cache": True, "is_decoder": True, "causal": True,
 }  # fmt: skip
+# sizes that a type wants to agree with others of its own
+OF_TYPE: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_d_head": 16}, "granitemoehybrid": {"mamba_d_head": 16}, "mamba2": {"head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "nemotron": {"num_key_value_heads": 2}, "zaya": {"num_experts_per_tok": 1},
+    "plbart": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    "whisper": {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "reformer": {"axial_pos_embds_dim": (16, 16)},
+}  # fmt: skip
 LARGEST = 30_000_000  # parameters: a size that SIZES does not know
 SECONDS = 120
 PROMPTS = ["the garden", "people like rain in spring when it is good"]
@@ -69,14 +79,22 @@ def tiny_config(kind: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     plain: Any = CONFIG_MAPPING[kind]()
     inner = plain.get_text_config(decoder=True)
     fields = inner.to_dict().keys() | set(getattr(inner, "attribute_map", {}))
-    sizes = {k: v for k, v in SIZES.items() if k in fields and getattr(inner, k, None) is not None}
+    sizes = {k: v for k, v in SIZES.items() if k in fields and _of_all_layers(inner, k) is not None}
     sizes |= {"vocab_size": len(tokenizer), "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
     for name in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types"):
         if isinstance(given := inner.to_dict().get(name), (list, tuple)) and given:
             kinds = list(dict.fromkeys(given))  # one layer of each kind, and at least two
             sizes[name] = kinds if len(kinds) > 1 else kinds * 2
             sizes["num_hidden_layers"] = len(sizes[name])
-    return type(inner)(**sizes)
+    return type(inner)(**sizes | OF_TYPE.get(kind, {}))
+
+
+def _of_all_layers(config: Any, name: str) -> Any:
+    """A size of a configuration; None where it has none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # AmbiguousGlobalPerLayerAttributeError, which Transformers does not export
+        return None
 
 
 def expected(base: Path, policy: Policy, folder: Path, gated: bool) -> tuple[torch.Tensor, int]:
@@ -153,7 +171,7 @@ def cell(base: Path, way: str) -> tuple[str, str, str]:
         narrow = "" if targets == "all-linear" else ", attention alone"
         narrow += f"; PEFT does not find {lost} weights of the adapter it wrote" if lost else ""
         return ("equal", f"{gap:.0e}{narrow}", how) if gap <= 1e-5 else ("differs", f"**differs by {gap:.1e}**", how)
-    return "refused", f"refused: {said}"[:230], ""
+    return "refused", f"refused: {said.replace(str(base), '..')}"[:230], ""
 
 
 def row(kind: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
@@ -198,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
     text = (
         "# Architectures\n\n"
-        f"`python -m tools.architectures --out ..`, Transformers {transformers.__version__}, torch "
+        f"`python -m tools.architectures --out tools/architectures.md`, Transformers {transformers.__version__}, torch "
         f"{torch.__version__}, float32. Conditioned by the prompt: {said}.\n\n"
         "Numbers are the largest difference from the log-probabilities of Transformers and PEFT, relative to each\n"
         "or in nats. *trees* and *one by one* say how the policy reads the network, *own head* that its logits are\n"
