@@ -67,9 +67,9 @@ class LogConfig(SaveConfigCallback):
         own = {key: value for key, value in config.items() if key not in ("ckpt_path", "weights_only")}
         pl_module.config = own | {"trainer": {k: v for k, v in config["trainer"].items() if k != "logger"}}
         if not self.save_to_log_dir:
-            run_folder(trainer).mkdir(parents=True, exist_ok=True)
-            file = run_folder(trainer) / self.config_filename
-            self.parser.save(self.config, str(file), skip_none=False, overwrite=True)
+            folder = run_folder(trainer)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(folder / self.config_filename), skip_none=False, overwrite=True)
         for logger in trainer.loggers:
             try:
                 logger.log_hyperparams(config)
@@ -315,7 +315,9 @@ def check_yaml(args: Sequence[str]) -> None:
     """
     files = [b for a, b in pairwise(args) if a == "--config"]
     files += [a.removeprefix("--config=") for a in args if a.startswith("--config=")]
-    for file in filter(os.path.isfile, files):  # a pipe can be read once, by the parser
+    for file in files:
+        if not is_file(Path(file)):  # a pipe can be read once, by the parser
+            continue
         try:
             root = yaml.compose(Path(file).read_text())
         except (OSError, ValueError, yaml.YAMLError, RecursionError):

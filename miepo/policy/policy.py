@@ -241,7 +241,7 @@ class Policy(nn.Module):
                 warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
                 warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
                 self.model = get_peft_model(model, config, adapter_name=ADAPTER)
-        except (ValueError, re.error) as error:
+        except ValueError as error:
             raise UserError(f"lora_targets {self.lora_targets!r} do not fit the model '{self.base}': {error}") from None
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
