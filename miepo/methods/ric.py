@@ -300,10 +300,8 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             self._begin(stage, range(index, ends[stage]), per_epoch)
         assert self.pool is not None
         rng = generator(Stream.SHUFFLE, self.seed, stage, 1)
-        each, processes = (
-            self.responses * trainer.world_size,
-            trainer.world_size,
-        )  # rows of a step for each of our prompts
+        processes = trainer.world_size
+        each = self.responses * processes  # rows of a step for each of our prompts
         begin, size = ends[stage - 1] if stage else 0, each * self.batch_size
         passes = -(-(ends[stage] - begin) * size // len(self.pool))  # over the pool in this stage
         order = np.concatenate([rng.permutation(len(self.pool)) for _ in range(passes)])
