@@ -155,6 +155,10 @@ class MiepoCLI(LightningCLI):
         if isinstance(self.model, PolicyModule):  # before objectives load their models
             self.model.check_trainer(self.trainer, subcommand)
             base_folder(self.model.policy.base)
+        if subcommand == "fit" and not self.config.fit.ckpt_path:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunCheckpoint):
+                    callback.expect_no_run(self.trainer)
         super()._run_subcommand(subcommand)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:

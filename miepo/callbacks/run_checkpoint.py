@@ -54,7 +54,19 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             self._listen()
-            self.path = Path(trainer.strategy.broadcast(str(run_folder(trainer) / "checkpoints" / "last.ckpt")))
+            self.path = Path(trainer.strategy.broadcast(str(_last(trainer))))
+
+    def expect_no_run(self, trainer: Trainer) -> None:
+        """Refuses to begin a run in the folder of another: without a logger, no run has a folder to itself.
+
+        Raises:
+            UserError: there is a checkpoint.
+        """
+        if (path := _last(trainer)).exists():
+            raise UserError(
+                f"expected a folder without a run, got '{path.parents[1]}', which has checkpoints/last.ckpt: "
+                "go on with it (--ckpt_path last) or name another (--trainer.default_root_dir, or the version of the logger)"
+            )
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -271,3 +283,7 @@ def _config_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def _state_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     states = [v for k, v in checkpoint.get("callbacks", {}).items() if k.startswith(RunCheckpoint.__name__)]
     return states[0] if states else {}
+
+
+def _last(trainer: Trainer) -> Path:
+    return run_folder(trainer) / "checkpoints" / "last.ckpt"

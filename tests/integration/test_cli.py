@@ -665,6 +665,21 @@ def test_a_logger_without_a_folder(tiny_model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints/last.ckpt").is_file()
 
 
+def test_a_run_without_a_logger_takes_no_other_ones_place(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = config(tiny_model, tmp_path, trainer__logger=False)
+    run("fit", values, tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "config.yaml", tmp_path / "checkpoints/last.ckpt")}
+    values["seed_everything"] = 7
+    with pytest.raises(SystemExit) as error:
+        run("fit", values, tmp_path)
+    assert error.value.code == 2
+    assert f"expected a folder without a run, got '{tmp_path}', which has checkpoints" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    run("fit", values, tmp_path, "--ckpt_path", "last")
+
+
 def test_a_full_disk_is_one_sentence(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

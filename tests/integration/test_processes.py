@@ -1,4 +1,4 @@
-"""Two processes on one machine, started by torchrun, against one with a batch twice as large."""
+"""Two processes on one machine, started as torchrun starts them, against one with a batch twice as large."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers.data import write_rows
 from tests.helpers.interruption import logged
+from tests.helpers.launch import torchrun
 from tests.integration.test_cli import callbacks, config, run
 
 ROOT = Path(__file__).parents[2]
@@ -34,23 +36,23 @@ def values_of(model: Path, root: Path, batch_size: int, **changes: Any) -> dict:
     return values
 
 
-def torchrun(*args: str, limit: float = 120) -> tuple[int, str, float]:
-    """Exit status, what was printed, and seconds."""
+def torchrun_itself(*args: str) -> tuple[int, str, float]:
+    """The command that the README names: exit status, what was printed, and seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", *args]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     start = time.monotonic()
     ended = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
     )
     return ended.returncode, ended.stdout, time.monotonic() - start
 
 
-def fit_by_two(values: dict, root: Path, strategy: str, *args: str) -> tuple[int, str, float]:
+def fit_by_two(
+    values: dict, root: Path, strategy: str, *args: str, start: Callable[..., tuple[int, str, float]] = torchrun
+) -> tuple[int, str, float]:
     file = root / "two.yaml"
     file.write_text(yaml.safe_dump(values))
-    return torchrun(
-        "miepo", "fit", "--config", str(file), "--trainer.devices", "2", "--trainer.strategy", strategy, *args
-    )
+    return start("miepo", "fit", "--config", str(file), "--trainer.devices", "2", "--trainer.strategy", strategy, *args)
 
 
 def assert_alike(two: Path, one: Path) -> None:
@@ -82,12 +84,14 @@ def one(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run/version_0"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
-def test_two_are_one_process_with_the_batch_of_both(one: Path, strategy: str, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "start"), [("ddp", torchrun_itself), ("sharded", torchrun)])
+def test_two_are_one_process_with_the_batch_of_both(
+    one: Path, strategy: str, start: Callable[..., tuple[int, str, float]], tiny_model: Path, tmp_path: Path
+) -> None:
     values = values_of(tiny_model, tmp_path, 2)
     if strategy == "sharded":  # which must not notice that one process has more to compute than the other
         values["model"]["policy"]["init_args"] |= {"tokens_per_pass": 40, "gradient_checkpointing": True}
-    status, said, _ = fit_by_two(values, tmp_path, strategy)
+    status, said, _ = fit_by_two(values, tmp_path, strategy, start=start)
     assert status == 0, said
     assert_alike(tmp_path / "run/version_0", one)
 

@@ -36,6 +36,8 @@ def values_of(model: Path, root: Path, way: str) -> dict:
     values = config(model, root)
     values["trainer"] |= {"max_epochs": 3, "gradient_clip_val": 1.0} | WAYS[way]
     values["trainer"]["callbacks"] = callbacks({"class_path": "tests.helpers.interruption.StopAt"})
+    front = next(entry for entry in values["trainer"]["callbacks"] if entry["class_path"].endswith("ParetoFront"))
+    front["init_args"] = {"draw": False}  # a fifth of the time
     values["data"] |= {"prompts": PROMPTS, "validation_prompts": ["the rain", "a garden"], "batch_size": 2}
     values["model"]["policy"]["init_args"]["lora_dropout"] = 0.2
     values["checkpoint"] = {"every_n_steps": 2}
@@ -89,9 +91,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     (version,) = (tmp_path / "run").iterdir()  # the same folder
     assert logged(version) == whole
     assert same(kept(version), kept(straight[way]))
-    run("fit", values, tmp_path, "--ckpt_path", "last")  # it is over, and stays as it is
-    assert logged(version) == whole
-    assert same(kept(version), kept(straight[way]))
+    if (hook, step) == ("on_train_batch_end", 5):  # it is over, and stays as it is
+        run("fit", values, tmp_path, "--ckpt_path", "last")
+        assert logged(version) == whole
+        assert same(kept(version), kept(straight[way]))
 
 
 @pytest.fixture
