@@ -141,7 +141,11 @@ class MiepoCLI(LightningCLI):
             raise UserError(
                 "--ckpt_path takes last or a checkpoint's file, got best: which trade-off is best no run can say"
             )
-        elif path not in (None, "hpc"):
+        elif path == "hpc":
+            root = options.trainer.default_root_dir or "."
+            if not list(Path(root).glob("hpc_ckpt_*.ckpt")):
+                raise UserError(f"--ckpt_path hpc: expected what Lightning writes when SLURM ends a job in '{root}'")
+        elif path is not None:
             if is_file(inside := Path(path) / "checkpoints" / "last.ckpt"):  # the folder of a run
                 path = options["ckpt_path"] = str(inside)
             if not is_file(Path(path)):

@@ -1,9 +1,9 @@
 """Mutation testing of the mathematics: which small changes of the code no test notices.
 
-``mutmut run`` changes one expression at a time, of the files that ``[tool.mutmut]`` names in ``pyproject.toml``, and runs
-the tests that reach it; a run that was stopped goes on with what is missing. ``python -m tools.mutation`` then writes
-``tools/mutation.md``: the changes of each module, and every survivor. With ``--again`` the survivors meet today's tests
-first. Needs ``pip install -c tools/constraints.txt -e ".[test,mutation]"``.
+``mutmut run`` changes one expression at a time, of the files that ``[tool.mutmut]`` names in ``pyproject.toml``, and
+runs the tests that reach it; a run that was stopped goes on with what is missing. ``python -m tools.mutation`` then
+writes ``tools/mutation.md``: the changes of each module, and every survivor. With ``--again`` the survivors meet
+today's tests first. Needs ``pip install -c tools/constraints.txt -e ".[test,mutation]"``.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def report(status: dict[str, str]) -> str:
         "# Mutation testing",
         "",
         "How many small changes of the mathematics no test notices: `mutmut run`, then `python -m tools.mutation`",
-        f"(mutmut {version('mutmut')}). Of {total} changes, {equivalent} change nothing that a test could see. Of the other "
-        f"{total - equivalent}, {len(survivors)} survived: {len(survivors) / (total - equivalent):.1%}.",
+        f"(mutmut {version('mutmut')}). Of {total} changes, {equivalent} change nothing that a test could see. Of the "
+        f"other {total - equivalent}, {len(survivors)} survived: {len(survivors) / (total - equivalent):.1%}.",
         "",
         "| module | changes | noticed | equivalent | survived |",
         "|---|---|---|---|---|",

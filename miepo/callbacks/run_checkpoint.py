@@ -65,7 +65,7 @@ class RunCheckpoint(Checkpoint):
         if (path := _last(trainer)).exists():
             raise UserError(
                 f"expected a folder without a run, got '{path.parents[1]}', which has checkpoints/last.ckpt: "
-                "go on with it (--ckpt_path last) or name another (--trainer.default_root_dir, or the version of the logger)"
+                "go on with it (--ckpt_path last) or name another (--trainer.default_root_dir, the logger's version)"
             )
 
     # -- state ---------------------------------------------------------------------------------------------------------

@@ -318,6 +318,23 @@ def test_the_last_checkpoint_of_no_run(
     assert "expected a run with a checkpoint, got none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("best", "--ckpt_path takes last or a checkpoint's file, got best: which trade-off is best no run can say"),
+        ("hpc", "--ckpt_path hpc: expected what Lightning writes when SLURM ends a job in '"),
+    ],
+)
+def test_checkpoints_that_no_run_keeps(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        run("fit", config(tiny_model, tmp_path), tmp_path, "--ckpt_path", asked)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_wandb_offline_run_reads_back(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metrics, tables, images and the whole configuration are in the file that the offline run leaves."""
     import wandb
