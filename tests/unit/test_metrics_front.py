@@ -38,6 +38,15 @@ def test_hypervolume_by_hand() -> None:
     assert hypervolume(torch.full((3, 2), torch.nan), -1.0) == 0
 
 
+def test_hypervolume_of_one_objective_is_the_best_above_the_reference_point() -> None:
+    column = torch.tensor([[0.5], [2.0], [torch.nan], [-3.0]])
+    assert hypervolume(column, -1.0) == 3
+    assert hypervolume(column[2:], -1.0) == hypervolume(column[:0], -1.0) == 0
+    assert hypervolume(column[:1], 0.0) == 0.5
+    assert hypervolume(torch.tensor([[0.0, 2.0]]), -1.0) == 3  # one vector of two objectives is another thing
+    assert hypervolume(column, -1.0).dtype == torch.float64
+
+
 def test_hypervolume_does_not_depend_on_the_order_of_objectives() -> None:
     means = torch.rand(5, 3)
     torch.testing.assert_close(hypervolume(means, -1.0), hypervolume(means[:, [2, 0, 1]], -1.0))
@@ -47,6 +56,15 @@ def test_mip_by_hand() -> None:
     w = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
     assert mean_inner_product(w, torch.tensor([[2.0, 9.0], [1.0, 3.0]])) == 2
     assert mean_inner_product(w, torch.tensor([[2.0, 9.0], [torch.nan, 3.0]])) == 2  # not measured
+
+
+def test_parts_of_mip_by_hand() -> None:
+    """Preferences that are no balanced grid: mean weights (5/6, 1/6), mean rewards (2, 5)."""
+    w = torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 0.0], [0.2, 0.8]])
+    means = torch.tensor([[3.0, 1.0], [1.0, 12.0], [2.0, 2.0], [torch.nan, 3.0]])
+    level, covariance = mip_parts(w, means)
+    assert level.item() == pytest.approx(5 / 6 * 2 + 1 / 6 * 5)
+    assert (level + covariance).item() == pytest.approx((3 + 6.5 + 2) / 3)
 
 
 def test_crd_by_hand() -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 
 from miepo.metrics import (
     AnswerSums,
+    ParetoFrontMetric,
     SteerabilityMetric,
     estimate_hypervolume,
     follows,
@@ -253,3 +254,68 @@ def test_resampled_moments_are_those_of_whole_prompts() -> None:
             np.testing.assert_allclose(covariances[d, m], np.cov(rows.T))
     assert len(resampled_moments(AnswerSums.of(scores, index, positions, 3))[0]) == 1000
     assert len(permuted_means(AnswerSums.of(scores, index, positions, 3))) == 400
+
+
+def test_an_interval_of_two_prompts_has_one_degree_of_freedom() -> None:
+    mean, low, high = t_interval(torch.tensor([[1.0], [3.0]]))
+    assert mean == 2
+    assert (high - mean).item() == pytest.approx(stats.t.ppf(0.975, 1))  # times sd / sqrt(2), which is 1
+    assert (mean - low).item() == pytest.approx(stats.t.ppf(0.975, 1))
+
+
+def test_two_vectors_have_a_rank_correlation() -> None:
+    found = rank_correlation(torch.tensor([[2.0, 0.0], [1.0, 5.0]]), torch.eye(2))
+    assert found.tolist() == pytest.approx([1.0, 1.0])
+    assert found.dtype == torch.float64
+
+
+def test_the_metrics_figures_by_hand() -> None:
+    """Two prompts under three vectors: of the first reward 0, 1, 5 and 2, 1, 7 from weight 0 to weight 1."""
+    grid = torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
+    first = torch.tensor([0.0, 1.0, 5.0, 2.0, 1.0, 7.0])
+    scores, index = torch.stack([first, -first], 1), torch.tensor([0, 1, 2, 0, 1, 2])
+    positions = torch.tensor([0, 0, 0, 1, 1, 1])
+    metric = SteerabilityMetric(grid)
+    metric.update(index, scores, positions)
+    found = metric.compute()
+    assert set(found) == {"slope", "low", "high", "rank"}
+    torch.testing.assert_close(found["slope"], torch.tensor([[5.0, -5.0], [-5.0, 5.0]], dtype=torch.float64))
+    assert found["low"].isnan().any() == found["high"].isnan().any() == False  # noqa: E712
+    assert found["rank"].tolist() == pytest.approx([3**0.5 / 2] * 2)  # means 1, 1, 6: a tie is no rise
+    front = ParetoFrontMetric(grid, reference_point=-2.0)
+    front.update(index, scores, positions)
+    figures = front.compute()
+    means = torch.tensor([[1.0, -1.0], [1.0, -1.0], [6.0, -6.0]])
+    level, covariance = mip_parts(grid, means)
+    estimate = estimate_hypervolume(AnswerSums.of(scores, index, positions, 3), -2.0)
+    expected = {
+        "hv": hypervolume(means, -2.0), "mip": level + covariance, "mip_level": level, "mip_covariance": covariance,
+        "crd": 0.0, "left_out": 0, "hv_above_chance": estimate.above_chance, "hv_p": estimate.p_value,
+        "hv_corrected": estimate.corrected, "hv_corrected_low": estimate.low, "hv_corrected_high": estimate.high,
+    }  # fmt: skip
+    assert set(figures) == {*expected, "sd", "means"}
+    for key, value in expected.items():
+        assert float(figures[key]) == pytest.approx(float(value), abs=1e-6), key
+        assert figures[key].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((0.7, 0.2, 1.2), "x follows its weight"),
+        ((0.5, 0.0, 1.0), "x: no evidence that it follows its weight"),
+        ((-0.5, -1.0, 0.0), "x: no evidence that it follows its weight"),
+        ((-0.5, -0.9, -0.1), "x goes against its weight"),
+    ],
+)
+def test_words_at_the_edge(numbers: tuple[float, float, float], said: str) -> None:
+    assert follows("x", *numbers).startswith(said)
+
+
+def test_what_is_drawn_by_default() -> None:
+    grid = evaluation_grid(2, 3)
+    sums = AnswerSums.of(*answers(1, 4, grid, grid.double()), 3)
+    assert torch.equal(permuted_means(sums), permuted_means(sums, seed=0))
+    assert not torch.equal(permuted_means(sums), permuted_means(sums, seed=1))
+    assert torch.equal(resampled_moments(sums)[0], resampled_moments(sums, seed=0)[0])
+    assert not torch.equal(resampled_moments(sums)[0], resampled_moments(sums, seed=1)[0])
