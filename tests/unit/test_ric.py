@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 
 from miepo.errors import UserError
 from miepo.methods import RewardsInContext, RewardsInContextDataModule, TargetConditioning
-from miepo.methods.ric import good_at_something, non_dominated, preference_to_target, score_range
+from miepo.methods.ric import Pool, good_at_something, join, non_dominated, preference_to_target, score_range
 from miepo.objectives import Patient
 from miepo.policy import GatedConditioning, Policy
-from miepo.types import SupervisedBatch
+from miepo.preferences import Stream, generator, torch_seeds
+from miepo.types import SupervisedBatch, Tokens
 from tests.helpers.fit import PROMPTS, tiny_run
 from tests.helpers.tiny import Length, Letters
 from tests.unit.test_patient import Moody, fails
@@ -65,6 +67,33 @@ def test_the_quantile_filter_keeps_what_is_good_at_anything() -> None:
     scores = torch.tensor([[0.0, 9.0], [1.0, 0.0], [2.0, 1.0], [3.0, 2.0], [float("nan"), 3.0]])
     # thresholds at 0.7: 2.1 of (0, 1, 2, 3) and 2.8 of (0, 1, 2, 3, 9)
     assert good_at_something(scores, 0.7).tolist() == [True, False, False, True, True]
+
+
+def test_each_score_has_a_quantile_of_its_own_and_reaching_it_is_enough() -> None:
+    scores = torch.tensor([[0.0, 10.0], [1.0, 20.0], [2.0, 30.0]])  # medians 1 and 20; of all six it is 6
+    assert good_at_something(scores, 0.5).tolist() == [False, True, True]
+    nothing = good_at_something(scores[:0], 0.5)
+    assert nothing.tolist() == []
+    assert nothing.dtype == torch.bool
+
+
+def test_a_pool_keeps_by_either_rule() -> None:
+    scores = torch.tensor([[0.0, 9.0], [1.0, 8.0], [1.0, 7.0], [2.0, 0.0]])
+    tokens = Tokens(torch.arange(8).view(4, 2), torch.ones(4, 2, dtype=torch.bool))
+    pool = Pool(["a", "b", "c", "d"], tokens, scores)
+    assert pool.good("quantile", 0.9).prompts == ["a", "d"]
+    assert pool.good("non_dominated", 0.9).prompts == ["a", "b", "d"]
+    assert pool.good("non_dominated", 0.9).responses.ids.tolist() == [[0, 1], [2, 3], [6, 7]]
+
+
+def test_pools_join_at_the_width_of_the_widest() -> None:
+    narrow = Pool(["a"], Tokens(torch.tensor([[5]]), torch.tensor([[True]])), torch.tensor([[0.5]]))
+    wide = Pool(["b"], Tokens(torch.tensor([[6, 7]]), torch.tensor([[True, True]])), torch.tensor([[1.5]]))
+    both = join([narrow, wide], 3)
+    assert both.prompts == ["a", "b"]
+    assert both.responses.ids.tolist() == [[5, 3], [6, 7]]
+    assert both.responses.mask.tolist() == [[True, False], [True, True]]
+    assert both.scores.tolist() == [[0.5], [1.5]]
 
 
 def test_the_non_dominated_set_keeps_what_nothing_beats() -> None:
@@ -133,12 +162,74 @@ def test_a_step_is_the_likelihood_of_responses_under_their_scores(tiny_model: Pa
         expected.append(-total / count)
         result = step(batch, batch_idx)
         losses.append(result["loss"].item())
+        means = dict(zip(figures, batch.scores.mean(0).tolist(), strict=True))
+        for key, value in (means | {"loss": expected[-1]}).items():
+            assert trainer.callback_metrics[key].item() == pytest.approx(value, rel=1e-4), key
+        assert trainer.progress_bar_metrics["loss"] == pytest.approx(expected[-1], rel=1e-4)
         return result
 
     module.training_step = training_step
+    figures = ["reward/letter_e", "reward/length"]
     trainer.fit(module, data)
     assert losses == pytest.approx(expected, rel=1e-4)
     assert len(set(losses)) == 8
+
+
+def test_prompts_preferences_and_seeds_are_those_of_an_online_method(tiny_model: Path, tmp_path: Path) -> None:
+    """The same prompts in the same order, under the same draws, whatever the stage."""
+    trainer, module, data = ric_run(tiny_model, tmp_path, seed=5)
+    asked: list[tuple[Any, ...]] = []
+    sample = data.engine.sample
+
+    def watched(policy: Policy, texts: Any, preference: Any, count: int, length: int, seeds: Any) -> Any:
+        if data.stage >= 0 or data.scored_responses or data.offline_pool or trainer.training:
+            asked.append((list(texts), preference.clone(), count, length, seeds))
+        return sample(policy, texts, preference, count, length, seeds)
+
+    data.engine.sample = watched
+    trainer.fit(module, data)
+    prompts, order = data._train_prompts, data._positions
+    wanted = []
+    for batch in range(8):
+        epoch, positions = batch // 4, order[batch % 4 * 2 : batch % 4 * 2 + 2]
+        draws = [data.preferences.draw(generator(Stream.PREFERENCE, 5, epoch, p), 1, 2)[0] for p in positions]
+        seeds = torch_seeds(Stream.SAMPLING, 5, [epoch] * 2, positions)
+        wanted.append(([prompts.at(epoch, p) for p in positions], torch.tensor(np.array(draws)).float(), seeds))
+    asked = asked[-8:]
+    assert [row[0] for row in asked] == [row[0] for row in wanted]
+    assert all(torch.equal(row[1], other[1]) for row, other in zip(asked, wanted, strict=True))
+    assert [row[4] for row in asked] == [row[2] for row in wanted]
+    assert {row[2:4] for row in asked} == {(2, 12)}
+
+
+def test_what_has_no_score_or_no_text_is_not_imitated(tiny_model: Path, tmp_path: Path) -> None:
+    """One response without a score among the sixteen of the offline stage, and one that is empty."""
+    trainer, module, data = ric_run(tiny_model, tmp_path, rounds=0, offline=1.0, trainer={"max_epochs": 1})
+    unscored, sample = [float("nan")], data.engine.sample
+
+    def judge(prompts: Any, responses: Any) -> list[float]:
+        return [unscored.pop() if unscored and len(responses) == 4 else float(len(r)) for r in responses]
+
+    def watched(*args: Any) -> Any:
+        made = sample(*args)
+        if trainer.training and not emptied:
+            emptied.append(True)
+            made.tokens.mask[-1, -1] = False
+            made.texts[-1][-1] = ""
+        return made
+
+    emptied: list[bool] = []
+    data.engine.sample = watched
+    for objective in (o for o in trainer.callbacks if hasattr(o, "normalisation")):
+        objective.calibrate(torch.tensor([0.0, 1.0]))
+    next(o for o in trainer.callbacks if isinstance(o, Length)).score = judge
+    watch = Watch(module, data)
+    trainer.fit(module, data)
+    assert emptied
+    assert not unscored
+    assert data.scored_responses == 16
+    assert len(watch.pools[0]) == 14
+    assert watch.pools[0].scores.isfinite().all()
 
 
 def test_the_offline_stage_samples_the_base_on_the_plain_prompt(tiny_model: Path, tmp_path: Path) -> None:
@@ -176,6 +267,20 @@ def test_offline_rows_from_a_file(tiny_model: Path, tmp_path: Path) -> None:
     tokens = watch.pools[0].responses
     ends = {int(i[m][-1]) for i, m in zip(tokens.ids, tokens.mask, strict=True) if m.sum() < 20}
     assert ends == {module.policy.end_ids[0]}  # whole responses end
+    assert data.scored_responses == 9
+    for prompt, row, mask in zip(watch.pools[0].prompts, tokens.ids, tokens.mask, strict=True):
+        assert module.policy.tokenizer.decode(row[mask], skip_special_tokens=True) == f"{prompt} eee"[:20]
+
+
+def test_one_offline_row_is_enough_and_a_long_prompt_is_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "food", "response": "eee"}, {"prompt": "food " * 500, "response": "eee"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    trainer, module, data = ric_run(
+        tiny_model, tmp_path, offline_rows=str(tmp_path / "rows.jsonl"), rounds=0, offline=1.0, overlong="drop"
+    )
+    with pytest.warns(UserWarning, match="1 of 2 offline prompts do not fit the context"):
+        trainer.fit(module, data)
+    assert data.pool.prompts == ["food"]
 
 
 def test_a_resume_in_a_stage_goes_on_with_its_rows(tiny_model: Path, tmp_path: Path) -> None:
