@@ -30,15 +30,46 @@ class Equivalent(NamedTuple):
     where: str = ""  # the functions it holds for, as a pattern of their names; everywhere by default
 
 
-LENGTHS = "the lengths agree at every call (`strict`)"
+LENGTHS = "the lengths agree at every call: `strict` asks for what holds"
 DEVICES = "there is one device: seen on a GPU only"
-LAST = "1 and -1 name the same dimension, or the only one"
-THRESHOLD = "two floats that are equal to the last bit, or a bound that no value reaches"
+LAST = "the dimension counted from the other end, of a tensor that has two"
+EDGE = "a threshold that no value meets to the last bit"
+PROMOTED = "the type comes out the same without being asked for"
+PROCESSES = "seen with several processes only (tests/integration/test_processes.py)"
+ALGEBRA = "the same number by another way"
 EQUIVALENT = [
     *(Equivalent(r"strict=True", text, LENGTHS) for text in ("strict=None", "strict=False", "")),
     *(Equivalent(r"device=[\w.]+", text, DEVICES) for text in ("device=None", "")),
-    Equivalent(r"\.to\([\w.]+\.device\)", ".to(None)", DEVICES),
-    Equivalent(r'"nan"', '"NAN"', "Python reads NAN and nan alike"),
+    Equivalent(r"\.to\(([\w.]+\.device|\"cpu\")\)", ".to(None)", DEVICES),
+    Equivalent(r'"nan"', '"NAN"', "Python reads NAN as nan"),
+    Equivalent(
+        r"(sum|mean|all|any|cumsum|unsqueeze|squeeze|argmin)\(-1",
+        r"\1(+1",
+        LAST,
+        "matching_loss|counterfactual_alignment|ǁloss|router|losses|metrics.front|AnswerSums|ric",
+    ),
+    Equivalent(r"shape\[-1\]", "shape[+1]", LAST, "SampleRouter|metrics.information"),
+    Equivalent(r"(?<![<>])([<>]) (1e-\d+|self.clip)", r"\1= \2", EDGE, "exploration|steerability"),
+    Equivalent(r"> (ROUNDING|\(ROUNDING)", r">= \1", EDGE),
+    Equivalent(r">= value", "> value", EDGE, "estimate_hypervolume"),
+    Equivalent(r"1e9", "1000000001.0", "as good as infinite"),
+    Equivalent(r"\.to\(means\)", ".to(None)", PROMOTED),
+    *(Equivalent(r'dist_reduce_fx="cat"', text, PROCESSES) for text in ("dist_reduce_fx=None", "")),
+    Equivalent(r"self\._trainer\.world_size", "", PROCESSES, "_read"),
+    Equivalent(r"\* self\._trainer\.world_size", "/ self._trainer.world_size", PROCESSES, "_sample"),
+    Equivalent(r"batch\.tokens", "None", PROCESSES, "RewardsInContext.*training_step"),
+    *(
+        Equivalent(r"batch_size=len\(batch\)", text, "Lightning reads it for means over an epoch, which are not logged")
+        for text in ("batch_size=None", "")
+    ),
+    Equivalent(r"x - mean_x", "x + mean_x", ALGEBRA, "preference_slopes"),  # of centred x, whose sum is 0
+    Equivalent(r"finite, scores, 0\.0", "finite, scores, 1.0", "what is not finite is masked afterwards", "slopes"),
+    Equivalent(r"> 0, total", ">= 0, total", "0 / 0 is NaN, too"),
+    Equivalent(r"\bn > 1, quantile", "n >= 1, quantile", "0 / 0 is NaN, too"),
+    Equivalent(r"unsqueeze\(-1\) > 1, centred", "unsqueeze(-1) >= 1, centred", "0 / 0 is NaN, too"),
+    Equivalent(r"n\.unsqueeze\(-1\)", "n.unsqueeze(-2)", "the last dimension has one element", "reward_moments"),
+    Equivalent(r'"dp,p\.\.\.->d\.\.\."', '"DP,P...->D..."', "names of dimensions"),
+    Equivalent(r"1\.0\) \* self\.loss", "2.0) * self.loss", ALGEBRA, "__call__"),  # at most 1
 ]
 
 

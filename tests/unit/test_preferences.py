@@ -18,6 +18,8 @@ from miepo.preferences import (
     generator,
     parse_preference,
     simplex_rows,
+    torch_seed,
+    torch_seeds,
 )
 
 
@@ -179,3 +181,9 @@ def test_alpha_of_another_length() -> None:
 def test_corners_are_one_hot() -> None:
     drawn = CornerPreferences().draw(generator(Stream.PREFERENCE, 0), 50, 3)
     assert set(map(tuple, drawn)) == set(map(tuple, np.eye(3)))
+
+
+def test_seeds_for_torch_are_draws_of_numpy() -> None:
+    wanted = [int(np.random.default_rng([Stream.SAMPLING, 3, *place]).integers(2**63)) for place in ((0, 7), (1, 2))]
+    assert torch_seeds(Stream.SAMPLING, 3, [0, 1], [7, 2]) == wanted
+    assert torch_seed(Stream.SAMPLING, 3, 0, 7) == wanted[0]

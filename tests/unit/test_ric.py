@@ -202,6 +202,68 @@ def test_prompts_preferences_and_seeds_are_those_of_an_online_method(tiny_model:
     assert {row[2:4] for row in asked} == {(2, 12)}
 
 
+def test_a_step_imitates_the_next_rows_of_a_shuffled_pool(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, module, data = ric_run(tiny_model, tmp_path, seed=5)
+    watch = Watch(module, data)
+    trainer.fit(module, data)
+    for stage, begin, end in ((0, 0, 4), (1, 4, 6), (2, 6, 8)):
+        pool, rng = watch.pools[stage], generator(Stream.SHUFFLE, 5, stage, 1)
+        order = np.concatenate([rng.permutation(len(pool)) for _ in range(2)])  # once more where the pool is too small
+        for step in range(begin, end):
+            rows = pool.rows(order[(step - begin) * 4 :][:4])
+            batch = watch.batches[step]
+            assert batch.prompts == rows.prompts
+            assert torch.equal(batch.responses.ids, rows.responses.ids)
+            assert torch.equal(batch.scores, rows.scores)
+            assert batch.tokens == rows.responses.mask.sum()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "asked"),
+    [
+        ({"max_epochs": 2}, {8}),
+        ({"max_epochs": 1}, {4}),
+        ({"max_epochs": -1, "max_steps": 3, "accumulate_grad_batches": 2}, {3, 6}),  # of steps, of batches
+        ({"max_epochs": -1, "max_steps": 1}, {1}),
+        ({"max_epochs": 2, "max_steps": 100}, {8}),
+    ],
+)
+def test_stages_divide_what_the_run_has(
+    tiny_model: Path, tmp_path: Path, trainer: dict[str, Any], asked: set[int]
+) -> None:
+    fitted, module, data = ric_run(tiny_model, tmp_path, trainer={"limit_val_batches": 1, **trainer})
+    plan, seen = data.plan, set()
+
+    def watched(steps: int) -> list[int]:
+        seen.add(steps)
+        return plan(steps)
+
+    data.plan = watched
+    fitted.fit(module, data)
+    assert seen == asked
+
+
+def test_where_stages_end() -> None:
+    def ends(steps: int, offline: float, rounds: int) -> list[int]:
+        return RewardsInContextDataModule(prompts=PROMPTS, offline=offline, rounds=rounds).plan(steps)
+
+    assert ends(8, 0.5, 2) == [4, 6, 8]
+    assert ends(8, 0.01, 1) == [1, 8]  # at least one
+    assert ends(10, 0.4, 3) == [4, 6, 8, 10]
+    assert ends(8, 1.0, 0) == [8]
+
+
+@pytest.mark.parametrize(("rate", "rates"), [(0.03, [0.01, 0.02, 0.03, 0.03] + [0.006] * 4), (0.0, [0.0] * 8)])
+def test_the_rate_rises_in_the_offline_stage_and_is_constant_online(
+    tiny_model: Path, tmp_path: Path, rate: float, rates: list[float]
+) -> None:
+    trainer, module, data = ric_run(tiny_model, tmp_path)
+    module = RewardsInContext(module.policy, learning_rate=rate, online_learning_rate=0.006, warmup=0.25)
+    watch = Watch(module, data)
+    trainer.fit(module, data)
+    assert watch.rates == pytest.approx(rates)
+
+
 def test_what_has_no_score_or_no_text_is_not_imitated(tiny_model: Path, tmp_path: Path) -> None:
     """One response without a score among the sixteen of the offline stage, and one that is empty."""
     trainer, module, data = ric_run(tiny_model, tmp_path, rounds=0, offline=1.0, trainer={"max_epochs": 1})
