@@ -226,7 +226,10 @@ class SteerPage:
                     moved.then(self._redraw, weights, plot, **quiet)
             given = [prompt, tokens, temperature, seed, *weights]
             shown = [*boxes, *notes, table, plot]
-            gr.on([ask.click, prompt.submit], self.answer, given, shown, api_visibility="private", time_limit=None)
+            gr.on(
+                [ask.click, prompt.submit], self.answer, given, shown, api_visibility="private", time_limit=None,
+                trigger_mode="always_last",  # who asks again while the last answers are scored is answered, too
+            )  # fmt: skip
             page.load(self._redraw, weights, plot, **quiet)
         page.queue(max_size=self.batcher.limit, default_concurrency_limit=AT_ONCE, api_open=False)
         return page

@@ -123,6 +123,26 @@ def test_a_slider_moves_the_answer(trained: TrainedPolicy, tmp_path: Path, monke
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("before.png", "after.png"))
 
 
+def test_who_asks_while_the_last_answers_are_scored_is_answered(
+    trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = SteerPage.scores
+
+    def late(*args: Any) -> Any:
+        time.sleep(2)
+        return scores(*args)
+
+    monkeypatch.setattr(SteerPage, "scores", late)
+    first, last, moved = (expected(trained, w) for w in ((1.0, 0.0), (0.0, 1.0), (0.3, 0.7)))
+    with shown(trained) as address, open_page(address) as page:
+        page.wait_for_selector("#ask")
+        asks(page, first, last)
+        set_slider(page, "A-0", "0.3")
+        eventually(lambda: number(page, "A-1") == 0.7)
+        asks(page, moved, last)
+        assert page.complaints == []
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.15])
 def test_a_slider_stays_where_it_is_dragged(
     trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch, seconds: float
