@@ -12,7 +12,7 @@ from miepo.datasets import PreferenceDataset
 from miepo.datasets.base import fingerprint_of
 from miepo.errors import UserError
 from miepo.objectives import Objective
-from miepo.objectives.base import Normalisation, identity_of, score_responses
+from miepo.objectives.base import Normalisation, alike, identity_of, score_responses
 from miepo.resources import is_file
 from miepo.rows import read_rows
 
@@ -97,7 +97,7 @@ def read_normalisation(path: Path, objectives: Sequence[Objective], offline: Off
             continue
         if objective.name not in values:
             raise UserError(f"the normalisation at '{path}' is of {', '.join(values)}, and not of {objective.name}")
-        if of[objective.name] != identity_of(objective):
+        if not alike(of[objective.name], identity_of(objective)):
             raise UserError(
                 f"the normalisation of {objective.name} at '{path}' was measured with {of[objective.name]}, the config "
                 f"has {identity_of(objective)}: measure it again"

@@ -350,6 +350,7 @@ class TrainedPolicy:
                 if objective.normalisation is None:
                     raise UserError(f"'{self.saved.source}' has no normalisation of {objective.name}")
                 objective.load_checked(self._device)
+                objective.has_scored = True  # a text without a score is an answer here, and no sign of a mistake
             self._objectives = found
         return self._objectives
 

@@ -66,7 +66,8 @@ def t_interval(values: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor, Ten
 def rank_correlation(means: Tensor, grid: Tensor) -> Tensor:
     """Spearman's correlation of each weight and its mean reward over the grid, ``(M, K), (M, K) -> (K,)``.
 
-    1 where the mean reward rises with its weight from vector to vector. NaN where the rewards or the weights are all alike.
+    1 where the mean reward rises with its weight from vector to vector. NaN where the rewards, or the weights, are all
+    alike.
     """
     found = []
     for k in range(grid.shape[1]):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from itertools import product
 from math import isfinite, nan
 from threading import Thread
@@ -20,6 +22,7 @@ from torch import Tensor
 from miepo.errors import ObjectiveError, UserError
 
 T = TypeVar("T")
+NO_SCORE = ("self", "name", "normalisation", "concurrent")  # arguments of an objective that change no score
 # what an objective is asked when it is loaded
 TRIAL = (["What is a garden?", "Hello"], ["A place where plants grow.", "Hi there!"])
 
@@ -56,7 +59,18 @@ class Objective(Callback):
     concurrent: bool = False
     failures = 0  # calls given up since they were last counted
     given = False  # whether the configuration states the normalisation, which counts more than a checkpoint's then
-    identity: Sequence[str] = ("higher_is_better",)  # attributes that make it what it is: with others, other scores
+    # attributes that make it what it is, so that with others it gives other scores; by default what it was built with
+    identity: Sequence[str] | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
+        """Notes the arguments, for classes that name no ``identity``."""
+        self = super().__new__(cls)
+        self.arguments = {}
+        with suppress(TypeError):  # a copy is made without any, and what __init__ does not take it says itself
+            bound = signature(cls.__init__).bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            self.arguments = {k: _told(v) for k, v in bound.arguments.items() if k not in NO_SCORE}
+        return self
 
     def __init__(self, name: str | None = None, normalisation: dict[str, float] | None = None) -> None:
         self.name = name or type(self).__name__.lower()
@@ -77,6 +91,9 @@ class Objective(Callback):
 
     def load(self, device: torch.device) -> None:
         """Loads what scoring needs, on ``device`` where it can. Called once before anything is scored."""
+
+    def check(self) -> None:
+        """Refuses, by an ObjectiveError, what :meth:`load` loaded where its scores cannot be right."""
 
     def unload(self) -> None:
         """Frees what :meth:`load` loaded."""
@@ -149,7 +166,7 @@ class Objective(Callback):
                 f"{self.name}: expected a normalisation by finite numbers in the checkpoint, got {kept}"
             ) from None
         of = state_dict.get("of")
-        if not self.given and of is not None and of != (now := identity_of(self)):
+        if not self.given and of is not None and not alike(of, now := identity_of(self)):
             raise UserError(
                 f"{self.name}: the checkpoint's normalisation was measured with {of}, the config has {now}: expected "
                 "the same objective, or a normalisation of its own in the config"
@@ -178,6 +195,7 @@ class Objective(Callback):
         except Exception as error:
             raise ObjectiveError(f"objective {self.name} failed to load: {type(error).__name__}: {error}") from error
         self.reward(*TRIAL)
+        self.check()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.unload()
@@ -186,7 +204,32 @@ class Objective(Callback):
 def identity_of(objective: Objective) -> dict[str, Any]:
     """What a normalisation belongs to: with another model, label or sign it would be another."""
     kind = type(objective)
-    return {"class": f"{kind.__module__}.{kind.__qualname__}"} | {k: getattr(objective, k) for k in objective.identity}
+    named = objective.identity
+    own = objective.arguments if named is None else {k: _told(getattr(objective, k)) for k in named}
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "higher_is_better": objective.higher_is_better,
+        **own,
+    }
+
+
+def alike(saved: Any, now: Any) -> bool:
+    """Whether an identity that was saved is that of now, in all it tells: older files tell less."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return all(key in now and alike(value, now[key]) for key, value in saved.items())
+    return bool(saved == now)
+
+
+def _told(value: Any) -> Any:
+    """An argument as a file can hold it: plain values as they are, others by their name or class."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _told(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_told(entry) for entry in value]
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def take_failures(objectives: Sequence[Objective]) -> dict[str, int]:

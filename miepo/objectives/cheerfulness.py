@@ -32,7 +32,7 @@ class Cheerfulness(Objective):
         normalisation: See :class:`~miepo.objectives.base.Objective`.
     """
 
-    identity = ("higher_is_better", "by_sentence")
+    identity = ("by_sentence",)
 
     def __init__(
         self, by_sentence: bool = False, name: str | None = None, normalisation: dict[str, float] | None = None

@@ -63,6 +63,9 @@ class Patient(Objective):
         self.objective.load(device)
         self._answer(*TRIAL)
 
+    def check(self) -> None:
+        self.objective.check()
+
     # -- what the objective behind it keeps of its own, beside the normalisation ---------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,6 +22,8 @@ class PythonObjective(Objective):
         normalisation: See :class:`~miepo.objectives.base.Objective`.
     """
 
+    identity = ("module", "attribute")
+
     def __init__(
         self,
         function: str,

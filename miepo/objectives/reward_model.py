@@ -127,13 +127,8 @@ class ModelObjective(Objective):
         self.device = self.place or device
         self.model: Any = network.eval().requires_grad_(False).to("cpu" if self.offload else self.device)
 
-    def load_checked(self, device: torch.device) -> None:
-        """As of any objective; and a response must score alike alone and beside a longer one.
-
-        Raises:
-            UserError: names the objective.
-        """
-        super().load_checked(device)
+    def check(self) -> None:
+        """Expects a response to score alike alone and beside a longer one."""
         prompts, responses = ["Hello", "What is a garden?"], ["Hi!", "A garden is a place where people grow plants."]
         alone = torch.cat([self.reward(prompts[i : i + 1], responses[i : i + 1]) for i in range(2)])
         gap = (self.reward(prompts, responses) - alone).abs().max() / alone.abs().max().clamp(min=1)
@@ -178,7 +173,7 @@ class RewardModel(ModelObjective):
     """
 
     kind = "a sequence classifier"
-    identity = ("source", "input", "label", "higher_is_better")
+    identity = ("source", "input", "label")
 
     def __init__(
         self,
@@ -209,7 +204,7 @@ class RewardModel(ModelObjective):
         return network, report
 
     def shape(self, config: Any) -> nn.Module:
-        return AutoModelForSequenceClassification.from_config(config)
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 
     def tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
         # a tokenizer without a begin token makes nothing of an empty response, and the model needs something
@@ -247,7 +242,7 @@ class ScoreModel(ModelObjective):
     """
 
     kind = "a LLaMA with a score head"
-    identity = ("source", "template", "higher_is_better")
+    identity = ("source", "template")
 
     def __init__(
         self,

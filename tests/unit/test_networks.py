@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -22,7 +22,9 @@ from transformers import (
 
 from miepo.errors import UserError
 from miepo.policy import GatedConditioning, PromptConditioning
+from miepo.policy.network_check import check_layers
 from miepo.policy.packing import pack
+from miepo.policy.policy import _Gate
 from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
 from tools.architectures import PREFERENCES, compare
 
@@ -102,19 +104,29 @@ def test_refused_before_training(tmp_path: Path, name: str) -> None:
         tiny_policy(tmp_path, [GatedConditioning(shared=False)], **options)
 
 
-def test_a_gate_in_another_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrong", [lambda value: value.flip(0 if len(value) > 1 else 1), torch.ones_like])
+def test_a_gate_of_another_row_or_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     """A layer whose rows are not sequence by sequence gets other rows' gates: found by what comes out."""
     save(tmp_path, OPTConfig, ffn_dim=48, word_embed_proj_dim=32)
-    plain = nn.Linear.forward
+    tiny_policy(tmp_path, [GatedConditioning(shared=False)])
+    plain = _Gate.apply
 
-    def by_columns(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return plain(layer, x.flip(0)).flip(0) if x.dim() == 2 and layer.out_features == 4 else plain(layer, x)
+    def gated(gate: _Gate, *args: Any) -> torch.Tensor:
+        with gate.set(None if gate.value is None else wrong(gate.value)):
+            return plain(gate, *args)
 
-    monkeypatch.setattr(nn.Linear, "forward", by_columns)
-    tiny_policy(tmp_path, [PromptConditioning()], lora_rank=4)  # as good as any order
-    monkeypatch.setattr("miepo.policy.policy._Gate.apply", lambda gate, module, inputs, output: output)
+    monkeypatch.setattr(_Gate, "apply", gated)
     with pytest.raises(UserError, match="differ from the network's own by"):
         tiny_policy(tmp_path, [GatedConditioning(shared=False)])
+
+
+def test_only_lora_layers_train(tiny_model: Path) -> None:
+    policy = tiny_policy(tiny_model, [GatedConditioning()])
+    policy.body.norm.weight.requires_grad_()
+    with pytest.raises(UserError, match=r"expected parameters of LoRA layers alone to train, got '.*norm.weight'"):
+        check_layers(policy)
 
 
 def test_trees_that_a_network_does_not_take_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import threading
-from copy import copy
+from collections.abc import Callable
+from copy import copy, deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,7 @@ from transformers import (
 
 import miepo.objectives as package
 from miepo.errors import ObjectiveError, UserError
+from miepo.normalisation import read_normalisation, write_normalisation
 from miepo.objectives import (
     Brevity,
     Cheerfulness,
@@ -203,16 +206,31 @@ def test_positions_that_are_counted_from_behind_the_padding(tmp_path: Path) -> N
     assert objective.reward(["word " * 500], ["word " * 500]).isfinite().all()
 
 
-def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "m.C"}}))
-    tokenizer = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["m.T", None]}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    (tmp_path / "m.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    for objective in (RewardModel(str(tmp_path), "r", label=0), ScoreModel(str(tmp_path), "r")):
-        with pytest.raises(ObjectiveError, match="code of its own, which miepo does not execute"):
-            objective.load(torch.device("cpu"))
+@pytest.mark.parametrize("whose", ["tokenizer", "model"])
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda folder: load_base(folder, "float32"),
+        lambda folder: RewardModel(folder, "r", label=0).load(torch.device("cpu")),
+        lambda folder: ScoreModel(folder, "r").load(torch.device("cpu")),
+    ],
+)
+def test_code_that_comes_with_a_model_is_not_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str, load: Callable[[str], Any]
+) -> None:
+    """Not even where someone would answer yes to the question that Transformers asks."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_model, folder)
+    (folder / "m.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    if whose == "tokenizer":
+        file, own = "tokenizer_config.json", {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["m.T", None]}}
+    else:
+        names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+        file, own = "config.json", {"model_type": "own", "auto_map": dict.fromkeys(names, "m.C")}
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | own))
     with pytest.raises(UserError, match="code of its own, which miepo does not execute"):
-        load_base(str(tmp_path), "float32")
+        load(str(folder))
     assert not (tmp_path / "ran").exists()
 
 
@@ -243,6 +261,64 @@ def test_a_checkpoints_normalisation_belongs_to_its_objective() -> None:
     older = {key: state[key] for key in ("mean", "sd")}
     second.load_state_dict(older)  # of a checkpoint that does not tell
     assert second.normalisation == first.normalisation
+
+
+class Wordy(Objective):
+    """As a user writes one: nothing about what it is."""
+
+    def __init__(self, words: list[str], strict: bool = False, name: str | None = None) -> None:
+        super().__init__(name)
+        self.words = words
+
+    def score(self, prompts: Any, responses: Any) -> list[float]:
+        return [float(sum(r.count(word) for word in self.words)) for r in responses]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: Brevity(30), lambda: Brevity(60)),
+        (lambda: Relevance("one"), lambda: Relevance("two")),
+        (lambda: Cheerfulness(), lambda: Cheerfulness(by_sentence=True)),
+        (lambda: PythonObjective("a.f", "q"), lambda: PythonObjective("a.g", "q")),
+        (lambda: PythonObjective("a.f", "q"), lambda: PythonObjective("a.f", "q", higher_is_better=False)),
+        (lambda: RewardModel("m", "r", label=0), lambda: RewardModel("m", "r", label=1)),
+        (lambda: RewardModel("m", "r"), lambda: RewardModel("m", "r", "response")),
+        (lambda: ScoreModel("one", "r"), lambda: ScoreModel("two", "r")),
+        (lambda: Wordy(["a"]), lambda: Wordy(["b"])),
+        (lambda: Wordy(["a"]), lambda: Wordy(["a"], strict=True)),
+        (lambda: Patient(Wordy(["a"])), lambda: Patient(Wordy(["b"]))),
+    ],
+)
+def test_a_normalisation_is_not_taken_by_what_scores_otherwise(
+    one: Callable[[], Objective], other: Callable[[], Objective], tmp_path: Path
+) -> None:
+    measured = one()
+    measured.calibrate(torch.tensor([1.0, 2.0, 4.0]))
+    state = measured.state_dict()
+    again = one()
+    again.load_state_dict(state)
+    assert again.normalisation == measured.normalisation
+    deepcopy(again).load_state_dict(state)
+    with pytest.raises(UserError, match="was measured with"):
+        other().load_state_dict(state)
+    write_normalisation(tmp_path / "n.json", [measured], None)
+    read_normalisation(tmp_path / "n.json", [one()], None)
+    with pytest.raises(UserError, match="was measured with"):
+        read_normalisation(tmp_path / "n.json", [other()], None)
+    renamed = {**state, "of": {"class": state["of"]["class"]}}  # of a version that told less
+    other().load_state_dict(renamed)
+
+
+def test_patience_does_not_skip_the_checks_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    objective = save_classifier(tmp_path, GPT2ForSequenceClassification, GPT2Config, pad_token_id=0, **sizes)
+    Patient(objective, timeout=60.0).load_checked(torch.device("cpu"))
+    monkeypatch.setattr(
+        RewardModel, "read", lambda self, inputs: self.model(**inputs).logits[:, 0] + inputs["input_ids"].shape[1]
+    )
+    with pytest.raises(ObjectiveError, match="scores a response otherwise beside a longer one than alone"):
+        Patient(objective, timeout=60.0).load_checked(torch.device("cpu"))
 
 
 def test_cheerful_words_are_counted_once_each() -> None:

@@ -142,6 +142,15 @@ def test_stages_relabelling_filter_and_equal_work(tiny_model: Path, tmp_path: Pa
     assert len(first) > 8
 
 
+def test_the_rule_of_the_configuration_filters_the_rounds(tiny_model: Path, tmp_path: Path) -> None:
+    trainer, module, data = ric_run(tiny_model, tmp_path, selection="non_dominated")
+    watch = Watch(module, data)
+    trainer.fit(module, data)
+    kept = watch.pools[0].good("non_dominated", 0.7)
+    assert 0 < len(kept) < len(watch.pools[0].good("quantile", 0.7))
+    assert torch.equal(watch.pools[1].scores[-len(kept) :], kept.scores)
+
+
 def test_a_step_is_the_likelihood_of_responses_under_their_scores(tiny_model: Path, tmp_path: Path) -> None:
     """The loss of every step, again, one response at a time, before the step changed the policy."""
     trainer, module, data = ric_run(tiny_model, tmp_path)
