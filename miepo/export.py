@@ -50,7 +50,7 @@ WEIGHTS = """\
 {%%- for name, weight in (preference or {}).items() -%%}
 {%%- if name not in [%(names)s] -%%}
 {{- raise_exception('unknown objective ' ~ name ~ '; the objectives are ' ~ %(said)s) -}}
-{%%- elif weight is not number or weight < 0 -%%}
+{%%- elif weight is not number or weight is boolean or not 0 <= weight <= 1e9 -%%}
 {{- raise_exception('the weight of ' ~ name ~ ' must be a number that is not negative, got ' ~ weight) -}}
 {%%- endif -%%}
 {%%- endfor -%%}

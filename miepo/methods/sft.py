@@ -31,7 +31,7 @@ from miepo.policy import Policy
 from miepo.policy.policy import rounding_note
 from miepo.policy_module import PolicyModule
 from miepo.preferences import Stream, generator
-from miepo.prompts import EvaluationShare, RunLoader, place_in_run, split_rows
+from miepo.prompts import EvaluationShare, RunLoader, place_in_run, say_repeated, split_rows
 from miepo.resources import check_writable
 from miepo.rows import read_rows
 from miepo.strategies import ShardedStrategy
@@ -209,6 +209,7 @@ class SupervisedDataModule(LightningDataModule):
             held_out = self._read(self.examples, "test")
         else:
             self.train_set, held_out = split_rows(self.train_set, VALIDATION, self.seed, itemgetter(0))
+        say_repeated([prompt for prompt, _ in self.train_set], [prompt for prompt, _ in held_out])
         self.validation_set = held_out[: self.validation_limit]
 
     @property
@@ -231,7 +232,7 @@ class SupervisedDataModule(LightningDataModule):
         return pairs
 
     def train_dataloader(self) -> DataLoader:
-        rows = self._tokenised(self.train_set)
+        rows = self._tokenised(self.train_set, "training")
         trainer: Any = self.trainer
         lengths = [prompt_length + len(ids) for _, ids, prompt_length in rows]
         batches = _Batches(
@@ -243,14 +244,14 @@ class SupervisedDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         trainer: Any = self.trainer
-        rows = sorted(self._tokenised(self.validation_set), key=lambda row: row[2] + len(row[1]))
+        rows = sorted(self._tokenised(self.validation_set, "validation"), key=lambda row: row[2] + len(row[1]))
         share = EvaluationShare(len(rows), self.batch_size, trainer.global_rank, trainer.world_size)
         return DataLoader(_Examples(rows), batch_size=None, sampler=share, collate_fn=self._collate)
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()
 
-    def _tokenised(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[int], int]]:
+    def _tokenised(self, pairs: Sequence[tuple[str, str]], use: str) -> list[tuple[str, list[int], int]]:
         """Prompt, tokens of the response, number of tokens of the prompt."""
         policy = self._policy
         limit = min(self.max_tokens or 10**9, policy.context_length or 10**9)
@@ -261,9 +262,11 @@ class SupervisedDataModule(LightningDataModule):
             rows.append((prompt, ids[: self.max_response_tokens], given))
         fitting = [row for row in rows if row[2] + len(row[1]) <= limit]
         if not fitting:
-            raise UserError(f"no example of {len(rows)} has at most {limit} tokens, prompt and response")
+            raise UserError(f"no {use} example of {len(rows)} has at most {limit} tokens, prompt and response")
         if len(fitting) < len(rows):
-            rank_zero_warn(f"{len(rows) - len(fitting)} of {len(rows)} examples have over {limit} tokens; left out")
+            rank_zero_warn(
+                f"{len(rows) - len(fitting)} of {len(rows)} {use} examples have over {limit} tokens; left out"
+            )
         return fitting
 
     def _collate(self, rows: Sequence[tuple[str, list[int], int]]) -> SupervisedBatch:

@@ -39,4 +39,5 @@ def tiny_run(
     values["callbacks"] = [*values.get("callbacks", []), *objectives]
     settings = {"learning_rate": 1e-2} | (module or {})
     rollouts = {"validation_prompts": ["the rain", "a garden"], "batch_size": 4, "max_new_tokens": 6, "normalise_on": 4}
-    return Trainer(**values), MIEPO(built, **settings), OnlinePreferenceDataModule(PROMPTS, **rollouts | (data or {}))
+    rollouts = {"prompts": PROMPTS} | rollouts | (data or {})
+    return Trainer(**values), MIEPO(built, **settings), OnlinePreferenceDataModule(**rollouts)

@@ -307,6 +307,8 @@ def test_the_template_takes_content_in_parts(
         ({"letter_e": 2, "brevity": 8}, "weights that sum to 1, got a sum of 10"),
         ({"letter_e": -0.5, "brevity": 1.5}, "the weight of letter_e must be a number that is not negative, got -0.5"),
         ({"letter_e": "1"}, "the weight of letter_e must be a number"),
+        ({"letter_e": True}, "the weight of letter_e must be a number"),
+        ({"letter_e": float("nan")}, "the weight of letter_e must be a number"),
     ],
 )
 @pytest.mark.parametrize("way", ["prompt", "gated"])

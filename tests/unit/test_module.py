@@ -681,6 +681,20 @@ def test_information_is_of_the_policy_without_dropout(tiny_model: Path, tmp_path
     assert policy.training
 
 
+def test_a_prompt_is_trained_on_or_evaluated_on(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [f"food {i % 5}" for i in range(20)]
+    run = tiny_run(
+        tiny_model, tmp_path, data={"prompts": prompts, "validation_prompts": None}, trainer={"max_steps": 1}
+    )
+    with caplog.at_level("INFO"):
+        run[0].fit(run[1], run[2])
+    assert (len(run[2].train_set), len(set(run[2].train_set)), len(set(run[2].validation_set))) == (16, 4, 1)
+    assert not set(run[2].train_set) & set(run[2].validation_set)
+    assert "12 of 16 training prompts repeat another one" in caplog.text
+
+
 class Seeds(TransformersEngine):
     """Keeps the seed of every prompt and what its preference was."""
 

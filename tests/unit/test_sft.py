@@ -147,3 +147,34 @@ def test_mistakes(tiny_base_model: Path, tmp_path: Path) -> None:
     (tmp_path / "merged/config.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match=r"expected an empty folder for the merged model.*set model.save_to"):
         fit(tiny_base_model, tmp_path)
+
+
+def test_a_prompt_is_trained_on_or_evaluated_on(
+    tiny_base_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Five prompts with four responses each: the responses of a prompt stay together."""
+    rows = [{"prompt": f"food {i % 5}", "response": f"rain {i}"} for i in range(20)]
+    data = SupervisedDataModule(examples=write_rows(tmp_path / "examples.jsonl", rows))
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    parts = [{prompt for prompt, _ in part} for part in (data.train_set, data.validation_set)]
+    assert [len(part) for part in parts] == [4, 1]
+    assert not parts[0] & parts[1]
+    assert "12 of 16 training prompts repeat another one" in caplog.text
+
+
+def test_what_is_too_long_is_said_of_its_part(tiny_base_model: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "short.jsonl", [{"prompt": "food", "response": "rain"}])
+    write_rows(tmp_path / "long.jsonl", [{"prompt": "food " * 50, "response": "rain"}])
+    data = SupervisedDataModule(
+        examples=str(tmp_path / "short.jsonl"), validation_examples=str(tmp_path / "long.jsonl"), max_tokens=30
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(UserError, match="no validation example of 1 has at most 30 tokens"):
+        trainer.validate(SupervisedFineTuning(plain_policy(tiny_base_model)), data, verbose=False)
