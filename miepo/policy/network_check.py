@@ -70,7 +70,7 @@ def check_log_prob(policy: Policy) -> None:
             shorter = [[[row[:1] for row in rows] for rows in under] for under in answers]
             first = _own(policy, prompts, shorter)[..., 0]
         except FAILURES as error:
-            raise _unfit(policy, f"it does not read token ids alone: {first_line(error)}") from None
+            raise _unfit(policy, f"it does not read token ids alone: {_reason(error)}") from None
         if _difference(policy, lambda: first, truth[..., 0]):
             raise _unfit(policy, "it reads tokens that come later")
         found = []
@@ -120,7 +120,7 @@ def check_adapter(policy: Policy) -> None:
             _set(second, update)
             wrong = _difference(policy, lambda: policy.pass_log_prob(prompts, gate, answers, WIDTH), truth)
         except FAILURES as error:
-            wrong = first_line(error)
+            wrong = _reason(error)
         finally:
             _set(second, before)
     if wrong:
@@ -164,7 +164,7 @@ def _difference(policy: Policy, compute: Callable[[], Tensor], truth: Tensor) ->
     try:
         found = compute().cpu()
     except FAILURES as error:
-        return first_line(error)
+        return _reason(error)
     gap = ((found - truth).abs() / truth.abs().clamp(min=1)).max()
     # "not (<=)", so that what is no number differs
     if not gap <= TOLERANCE[policy.weight_dtype]:
@@ -175,6 +175,12 @@ def _difference(policy: Policy, compute: Callable[[], Tensor], truth: Tensor) ->
 def _set(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
+
+
+def _reason(error: Exception) -> str:
+    """What to say of a failure: an attribute that is missing tells a user nothing."""
+    unknown = isinstance(error, AttributeError)
+    return "it is put together in a way that miepo does not know" if unknown else first_line(error)
 
 
 def _unfit(policy: Policy, reason: str | None) -> UserError:

@@ -274,7 +274,9 @@ class Policy(nn.Module):
 
     @property
     def body(self) -> nn.Module:
-        return getattr(self.causal_lm, self.causal_lm.base_model_prefix)
+        network = self.causal_lm
+        named = hasattr(network, network.base_model_prefix)  # not so of Llama 4, whose prefix is of another class
+        return getattr(network, network.base_model_prefix) if named else network.model
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ from transformers import (
     BertConfig,
     GraniteConfig,
     HyperCLOVAXConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
@@ -25,6 +26,7 @@ from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.policy.network_check import check_layers
 from miepo.policy.packing import pack
 from miepo.policy.policy import _Gate
+from miepo.rollout import TransformersEngine
 from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
 from tools.architectures import PREFERENCES, compare
 
@@ -44,6 +46,12 @@ def save(folder: Path, kind: type[PreTrainedConfig], **settings: Any) -> Path:
 EQUAL = {
     "experts, by the prompt": (MixtralConfig, {**LLAMA_LIKE, "num_local_experts": 4}, "prompt", "all-linear"),
     "experts, attention gated": (MixtralConfig, {**LLAMA_LIKE, "num_local_experts": 4}, "gate", ATTENTION),
+    "a body under another's name": (
+        Llama4TextConfig,
+        {**LLAMA_LIKE, "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8, "pad_token_id": 0},
+        "gate",
+        ATTENTION,
+    ),
     "a multiplier under another's name": (HyperCLOVAXConfig, {**LLAMA_LIKE, "logits_scaling": 8.0}, "gate", "all-linear"),
     "a divisor": (GraniteConfig, {**LLAMA_LIKE, "logits_scaling": 8.0}, "gate", "all-linear"),
     "a layer in front of the head": (BertConfig, {"intermediate_size": 48, "is_decoder": True}, "prompt", "all-linear"),
@@ -120,6 +128,18 @@ def test_a_gate_of_another_row_or_none_is_refused(
     monkeypatch.setattr(_Gate, "apply", gated)
     with pytest.raises(UserError, match="differ from the network's own by"):
         tiny_policy(tmp_path, [GatedConditioning(shared=False)])
+
+
+def test_a_gate_is_followed_in_a_rollout_where_tokens_lie_below_each_other(tmp_path: Path) -> None:
+    """What is sampled under a preference is likelier under it than under the other's, by so many nats a token."""
+    save(tmp_path, OPTConfig, ffn_dim=48, word_embed_proj_dim=32)
+    policy = randomise_adapter(tiny_policy(tmp_path, [GatedConditioning(shared=False)], lora_alpha=32))
+    w, prompts = torch.eye(2), ["the garden", "the garden"]
+    tokens = TransformersEngine().sample(policy, prompts, w, 200, 3, [1, 2]).tokens
+    own, other = (
+        policy.response_log_prob(prompts, v.unsqueeze(1), tokens).squeeze(2)[tokens.mask].mean() for v in (w, w.flip(0))
+    )
+    assert own > other + 0.1
 
 
 def test_only_lora_layers_train(tiny_model: Path) -> None:

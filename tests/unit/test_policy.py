@@ -309,6 +309,8 @@ def test_ends_that_the_generation_settings_alone_name(tiny_model: Path, tmp_path
     assert policy.tokenizer.eos_token_id is None
     sampled = TransformersEngine().sample(policy, PROMPTS, W, 2, 4, 0)
     assert len(sampled.texts) == 3
+    with pytest.raises(UserError, match="expected a tokenizer or model with an end-of-text token, this one has none"):
+        tiny_policy(Path(changed(tmp_path / "none", tiny_model, lambda folder: forget(folder, also=True))))
 
 
 def test_bad_targets(tiny_model: Path) -> None:
