@@ -118,9 +118,8 @@ def pairwise_feedback(
     compared = torch.ones_like(empty)
     if count > 2:
         told = own_pair(cross) != 0  # (B, K)
-        told = told.any(1, keepdim=True) if pairs.shape[1] == 1 else told  # (B, Q)
         hits = torch.nn.functional.one_hot(pairs, count).any(2)  # (B, Q, n)
-        compared = (hits & told.unsqueeze(-1)).any(1)
+        compared = (hits & told.unsqueeze(-1)).any(1)  # where Q is 1, it is if any objective told
     return PairwiseFeedback(
         pairs,
         own_pair(cross),

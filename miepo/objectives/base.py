@@ -61,6 +61,7 @@ class Objective(Callback):
     given = False  # whether the configuration states the normalisation, which counts more than a checkpoint's then
     # attributes that make it what it is, so that with others it gives other scores; by default what it was built with
     identity: Sequence[str] | None = None
+    arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
         """Notes the arguments, for classes that name no ``identity``."""

@@ -326,6 +326,7 @@ def test_defaults_of_their_own() -> None:
     assert (InfoNCE().beta_w, InfoNCE().anchors, InfoNCE().clip, InfoNCE().per_token) == (0.01, 2, None, False)
     assert (Matching().reuse, Matching().beta) == (1.0, None)
     assert Matching(beta=0.5).beta == 0.5
+    assert Matching(warmup=1.0).warmup == 1.0
     assert (InfoNCE().reads_information, InfoNCE(clip=1.0).reads_information) == (False, True)
 
 

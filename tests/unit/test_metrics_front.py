@@ -105,6 +105,19 @@ def test_overlap_is_that_of_numpys_histograms(bins: int | None) -> None:
     assert found.item() == pytest.approx(np.mean(each))
 
 
+def test_overlap_does_not_depend_on_the_unit_of_the_rewards() -> None:
+    grid, index = torch.eye(2), torch.tensor([0, 1]).repeat(30)
+    scores = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)) + grid[index]
+    torch.testing.assert_close(
+        reward_overlap(scores / 100 + 7, index, grid), reward_overlap(scores, index, grid), atol=0.1, rtol=0
+    )
+    assert (reward_overlap(scores / 100, index, grid) < 0.9).all()
+
+
+def test_what_an_evaluation_holds_is_in_no_checkpoint() -> None:
+    assert dict(ParetoFrontMetric(torch.eye(2), -1.0).state_dict()) == {}
+
+
 def test_overlap_of_constant_rewards_is_whole() -> None:
     assert reward_overlap(torch.full((4, 2), 7.0), torch.tensor([0, 0, 1, 1]), torch.eye(2)).item() == pytest.approx(1)
 

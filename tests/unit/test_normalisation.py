@@ -38,6 +38,15 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert [o.normalisation.mean for o in both] == [1.0, objectives[1].normalisation.mean]
 
 
+def test_the_file_is_for_people_too_and_makes_its_folders(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "n.json"
+    write_normalisation(file, [Letters("length", normalisation={"mean": 1.0, "sd": 2.0}, name="length")], None)
+    text = file.read_text()
+    assert text.startswith('{\n  "schema": 1,\n  "objectives": {\n    "length": {\n')
+    assert text.endswith("}\n")
+    assert [path.name for path in file.parent.iterdir()] == ["n.json"]
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     file, data = measured(tmp_path)
     other = SafeRLHF(data.source, train=15, test=5, seed=1)

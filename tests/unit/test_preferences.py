@@ -187,3 +187,10 @@ def test_seeds_for_torch_are_draws_of_numpy() -> None:
     wanted = [int(np.random.default_rng([Stream.SAMPLING, 3, *place]).integers(2**63)) for place in ((0, 7), (1, 2))]
     assert torch_seeds(Stream.SAMPLING, 3, [0, 1], [7, 2]) == wanted
     assert torch_seed(Stream.SAMPLING, 3, 0, 7) == wanted[0]
+
+
+def test_grids_of_as_many_points_as_there_are() -> None:
+    assert [len(evaluation_grid(3, n)) for n in (3, 5, 6, 9, 10)] == [3, 3, 6, 6, 10]
+    assert evaluation_grid(3, 6).unique().tolist() == [0.0, 0.5, 1.0]
+    assert evaluation_grid(2)[3, 0] == torch.tensor(0.3)
+    assert DirichletPreferences().alpha == 1.0

@@ -409,6 +409,38 @@ def test_bad_settings(kwargs: dict, message: str) -> None:
         RewardsInContextDataModule(prompts=PROMPTS, **kwargs)
 
 
+def test_targets_span_what_was_asked_for() -> None:
+    assert TargetConditioning(draws=2).bounds == score_range(2)
+    assert TargetConditioning(bounds=(-1.0, 2.0)).bounds == (-1.0, 2.0)
+    for bounds in ((1.0, 1.0), (2.0, 1.0)):
+        with pytest.raises(UserError, match=r"TargetConditioning.bounds must be the lowest and the highest target"):
+            TargetConditioning(bounds=bounds)
+    with pytest.raises(UserError, match=r"TargetConditioning.draws must be at least 2, got 1"):
+        TargetConditioning(draws=1)
+
+
+def test_rates(tiny_model: Path) -> None:
+    policy = Policy(str(tiny_model), [TargetConditioning()])
+    module = RewardsInContext(policy)
+    assert (module.learning_rate, module.online_learning_rate, module.warmup) == (1e-4, 1e-5, 0.0)
+    assert RewardsInContext(policy, online_learning_rate=0.0).online_learning_rate == 0
+    for rate in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="online_learning_rate must not be negative, got"):
+            RewardsInContext(policy, online_learning_rate=rate)
+    with pytest.raises(UserError, match="got GatedConditioning, TargetConditioning"):
+        RewardsInContext(Policy(str(tiny_model), [GatedConditioning(), TargetConditioning()]))
+
+
+def test_defaults_of_the_stages() -> None:
+    data = RewardsInContextDataModule(prompts=PROMPTS)
+    assert (data.offline, data.rounds, data.selection, data.quantile) == (0.5, 2, "quantile", 0.7)
+    assert (data.stage, data.pool, data.offline_pool) == (-1, None, None)
+    assert RewardsInContextDataModule(prompts=PROMPTS, quantile=0.0).quantile == 0
+    assert RewardsInContextDataModule(prompts=PROMPTS, selection="non_dominated").selection == "non_dominated"
+    with pytest.raises(UserError, match=r"data.offline is a share of the steps, above 0 and at most 1, got 1.5"):
+        RewardsInContextDataModule(prompts=PROMPTS, offline=1.5)
+
+
 def test_parts_that_do_not_fit(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs one conditioning, TargetConditioning, got GatedConditioning"):
         RewardsInContext(Policy("x", [GatedConditioning()]))

@@ -319,3 +319,11 @@ def test_what_is_drawn_by_default() -> None:
     assert not torch.equal(permuted_means(sums), permuted_means(sums, seed=1))
     assert torch.equal(resampled_moments(sums)[0], resampled_moments(sums, seed=0)[0])
     assert not torch.equal(resampled_moments(sums)[0], resampled_moments(sums, seed=1)[0])
+
+
+def test_permuted_means_of_one_answer_each() -> None:
+    grid = torch.eye(2)
+    sums = AnswerSums.of(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1]), torch.tensor([0, 0]), 2)
+    permuted = permuted_means(sums)
+    assert permuted.shape[1:] == grid.shape
+    assert sorted(map(tuple, permuted[0].tolist())) == [(1.0, 2.0), (3.0, 4.0)]
