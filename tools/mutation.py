@@ -69,6 +69,41 @@ EQUIVALENT = [
     Equivalent(r"unsqueeze\(-1\) > 1, centred", "unsqueeze(-1) >= 1, centred", "0 / 0 is NaN, too"),
     Equivalent(r"n\.unsqueeze\(-1\)", "n.unsqueeze(-2)", "the last dimension has one element", "reward_moments"),
     Equivalent(r'"dp,p\.\.\.->d\.\.\."', '"DP,P...->D..."', "names of dimensions"),
+    Equivalent(r", axis=1", ", ", LAST, "_lattice"),
+    Equivalent(r"-1e9 <=", "-1e9 <", EDGE),
+    Equivalent(r"<= 1e9", "< 1e9", EDGE),
+    *(Equivalent(r"stacklevel=2", text, "mutmut's own frames stand between") for text in ("stacklevel=3", "")),
+    *(
+        Equivalent(
+            r"dtype=(torch|np)\.float(32|64)", text, PROMOTED, "parse_preference|evaluation_grid|bootstrap_interval"
+        )
+        for text in ("dtype=None", "")
+    ),
+    *(
+        Equivalent(r"ones_like\(values, dtype=torch\.float64", text, "counts are exact in float32, too")
+        for text in ("ones_like(values, dtype=None", "ones_like(values, ")
+    ),
+    Equivalent(r"isnan\(low\) or", "isnan(low) and", "both limits are NaN, or none is"),
+    Equivalent(r"max\(-1, initial", "max(+1, initial", LAST, "hypervolumes"),
+    Equivalent(r"if keep\.any\(\)", "if (keep.any()) or True", "moocore, too, gives no point a volume of 0"),
+    Equivalent(r"clamp\(0, bins", "clamp(None, bins", "nothing is below 0"),
+    Equivalent(r"argmin\(-1\)", "argmin(-2)", "a distance is that of both ways", "reward_overlap"),
+    Equivalent(r"persistent=False", "persistent=None", "None is as good as False"),
+    Equivalent(r"if self\.reuse else", "if (self.reuse) or True else", "0 times a finite number", "Matching"),
+    Equivalent(r"batch\.scores, batch\.responses", "None, batch.responses", "the scores stand in the prompt's text"),
+    Equivalent(r"batch\.tokens", "", PROCESSES, "RewardsInContext.*training_step"),
+    Equivalent(r"mask, False\)", "mask, None)", "None pads by 0, which is False", "join"),
+    Equivalent(r"\(pools, policy\.tokenizer\.pad_token_id\)", "(pools, None)", "what pads is masked", "_sample"),
+    Equivalent(r"self\.rounds == 0", "(self.rounds == 0) and False", "the offline share is 1 then", "plan"),
+    Equivalent(r"else 0\.0", "else 1.0", "a rate of 0 is 0 at any share", "schedule"),
+    Equivalent(r"index // per_epoch", "index / per_epoch", "int() rounds it, and batches come in order", "_sample"),
+    Equivalent(r"p\), 1, len", "p), 2, len", "the first draw is the same", "_sample"),
+    Equivalent(r"\+= len\(pairs\)", "= len(pairs)", "nothing has been scored before", "_read"),
+    *(
+        Equivalent(r"if steps <= epochs", text, "both count alike but in a run that was resumed", "on_after_batch")
+        for text in ("if (steps <= epochs) and False", "if (steps <= epochs) or True", "if steps < epochs")
+    ),
+    Equivalent(r"(max_steps|max_epochs) > 0", r"\1 >= 0", "of 0 nothing is trained"),
     Equivalent(r"1\.0\) \* self\.loss", "2.0) * self.loss", ALGEBRA, "__call__"),  # at most 1
 ]
 
