@@ -136,23 +136,38 @@ def results() -> dict[str, str]:
     return dict(re.findall(r"^ *(\S+): (.+)$", mutmut("results", "--all", "true"), re.MULTILINE))
 
 
+class Unnoticed(NamedTuple):
+    """A change that no test noticed."""
+
+    name: str
+    came: str  # mutmut's word for it
+    before: str
+    after: str
+
+    @property
+    def why(self) -> str | None:
+        return reason(self.name, self.before, self.after)
+
+
+def unnoticed(status: dict[str, str]) -> list[Unnoticed]:
+    return [
+        Unnoticed(name, came, *change(mutmut("show", name))) for name, came in status.items() if came not in NOTICED
+    ]
+
+
 def report(status: dict[str, str]) -> str:
     """Tabulates what became of the changes, as Markdown."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     reasons: Counter[str] = Counter()
     survivors = []
     for name, came in status.items():
-        module = name.partition(".x")[0]
-        if came in NOTICED:
-            counts[module]["noticed"] += 1
-            continue
-        before, after = change(mutmut("show", name))
-        why = reason(name, before, after)
-        counts[module]["survived" if why is None else "equivalent"] += 1
-        if why is None:
-            survivors.append(f"- `{name}` ({came}): `{before}` became `{after}`")
+        counts[_module(name)]["noticed"] += came in NOTICED
+    for found in unnoticed(status):
+        counts[_module(found.name)]["survived" if found.why is None else "equivalent"] += 1
+        if found.why is None:
+            survivors.append(f"- `{found.name}` ({found.came}): `{found.before}` became `{found.after}`")
         else:
-            reasons[why] += 1
+            reasons[found.why] += 1
     kinds = ("noticed", "equivalent", "survived")
     rows = [f"| `{m}` | {sum(c.values())} | {' | '.join(str(c[kind]) for kind in kinds)} |" for m, c in counts.items()]
     total, equivalent = len(status), sum(reasons.values())
@@ -178,13 +193,17 @@ def report(status: dict[str, str]) -> str:
     ])  # fmt: skip
 
 
+def _module(name: str) -> str:
+    return name.partition(".x")[0]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m tools.mutation", description=__doc__)
-    parser.add_argument("--again", action="store_true", help="run the tests on the survivors again, first")
+    parser.add_argument("--again", action="store_true", help="run today's tests on the survivors, first")
     options = parser.parse_args(arguments)
     status = results()
     if options.again:
-        mutmut("run", *(name for name, came in status.items() if came not in NOTICED))
+        mutmut("run", *(found.name for found in unnoticed(status) if found.why is None))
         status = results()
     (ROOT / "tools" / "mutation.md").write_text(report(status))
     return 0
