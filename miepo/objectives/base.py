@@ -43,7 +43,23 @@ class Normalisation:
             raise ValueError(f"not positive: {self.sd!r}")
 
 
-class Objective(Callback):
+class _Built(Callback):
+    """Knows what it was built with; a class of its own, so that the signature of an objective is its constructor's."""
+
+    arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Notes the arguments, for objectives that name no ``identity``."""
+        self = super().__new__(cls)
+        self.arguments = {}
+        with suppress(TypeError):  # a copy is made without any, and what __init__ does not take it says itself
+            bound = signature(cls.__init__).bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            self.arguments = {k: _told(v) for k, v in bound.arguments.items() if k not in NO_SCORE}
+        return self
+
+
+class Objective(_Built):
     """One objective. Subclasses implement :meth:`score`; everything else has a default.
 
     As a callback an objective lives with the run: :meth:`load` is called on every process before training, the state
@@ -61,17 +77,6 @@ class Objective(Callback):
     given = False  # whether the configuration states the normalisation, which counts more than a checkpoint's then
     # attributes that make it what it is, so that with others it gives other scores; by default what it was built with
     identity: Sequence[str] | None = None
-    arguments: dict[str, Any]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
-        """Notes the arguments, for classes that name no ``identity``."""
-        self = super().__new__(cls)
-        self.arguments = {}
-        with suppress(TypeError):  # a copy is made without any, and what __init__ does not take it says itself
-            bound = signature(cls.__init__).bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            self.arguments = {k: _told(v) for k, v in bound.arguments.items() if k not in NO_SCORE}
-        return self
 
     def __init__(self, name: str | None = None, normalisation: dict[str, float] | None = None) -> None:
         self.name = name or type(self).__name__.lower()

@@ -310,6 +310,11 @@ def test_a_normalisation_is_not_taken_by_what_scores_otherwise(
     other().load_state_dict(renamed)
 
 
+@pytest.mark.parametrize("kind", [CheerfulWords, Brevity, PythonObjective, Wordy])
+def test_the_signature_of_an_objective_is_its_constructors(kind: type[Objective]) -> None:
+    assert list(inspect.signature(kind).parameters) == list(inspect.signature(kind.__init__).parameters)[1:]
+
+
 def test_patience_does_not_skip_the_checks_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
     objective = save_classifier(tmp_path, GPT2ForSequenceClassification, GPT2Config, pad_token_id=0, **sizes)
