@@ -175,8 +175,9 @@ def report(status: dict[str, str]) -> str:
         "# Mutation testing",
         "",
         "How many small changes of the mathematics no test notices: `mutmut run`, then `python -m tools.mutation`",
-        f"(mutmut {version('mutmut')}). Of {total} changes, {equivalent} change nothing that a test could see. Of the "
-        f"other {total - equivalent}, {len(survivors)} survived: {len(survivors) / (total - equivalent):.1%}.",
+        f"(mutmut {version('mutmut')}). Of {total} changes, {equivalent} change nothing that a test in one process",
+        f"on a CPU could see. Of the other {total - equivalent}, {len(survivors)} survived: "
+        f"{len(survivors) / (total - equivalent):.1%}.",
         "",
         "| module | changes | noticed | equivalent | survived |",
         "|---|---|---|---|---|",
