@@ -46,7 +46,7 @@ EQUIVALENT = [
         r"(sum|mean|all|any|cumsum|unsqueeze|squeeze|argmin)\(-1",
         r"\1(+1",
         LAST,
-        "matching_loss|counterfactual_alignment|ǁloss|router|losses|metrics.front|AnswerSums|ric",
+        "matching_loss|counterfactual_alignment|ǁloss|router|losses|metrics.front|AnswerSums|methods.ric",
     ),
     Equivalent(r"shape\[-1\]", "shape[+1]", LAST, "SampleRouter|metrics.information"),
     Equivalent(r"(?<![<>])([<>]) (1e-\d+|self.clip)", r"\1= \2", EDGE, "exploration|steerability"),

@@ -32,8 +32,6 @@ class Cheerfulness(Objective):
         normalisation: See :class:`~miepo.objectives.base.Objective`.
     """
 
-    identity = ("by_sentence",)
-
     def __init__(
         self, by_sentence: bool = False, name: str | None = None, normalisation: dict[str, float] | None = None
     ) -> None:

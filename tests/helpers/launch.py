@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tools.architectures import at_most
 
 get_context("forkserver").set_forkserver_preload(["miepo.cli", "tools.study.record", "tests.helpers.interruption"])
 
@@ -27,20 +28,13 @@ def module(name: str, *arguments: str) -> None:
 
 
 @contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Ends what takes longer by an error, and leaves the handlers of signals as they were."""
-
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM)
+def handlers_kept() -> Iterator[None]:
+    """Leaves the handlers of signals, which the launcher sets, as they were."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.getsignal(number) for number in numbers]
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
@@ -54,7 +48,7 @@ def torchrun(*command: str) -> tuple[int, str, float]:
         )  # fmt: skip
         start, status = time.monotonic(), 0
         try:
-            with limited(120):
+            with handlers_kept(), at_most(120):
                 elastic_launch(config, module)(*command)
         except ChildFailedError as error:
             status = error.get_first_failure()[1].exitcode
