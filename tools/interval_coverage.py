@@ -18,7 +18,7 @@ from torch import Tensor
 from miepo.metrics import estimate_hypervolume, hypervolume, mean_inner_product, preference_slopes, t_interval
 from miepo.metrics.resampling import AnswerSums
 from miepo.preferences import evaluation_grid
-from miepo.report.intervals import bootstrap
+from miepo.report.intervals import front_of
 from miepo.report.runs import Evaluation
 
 REFERENCE_POINT = -1.0
@@ -53,7 +53,8 @@ def simulated(means: Tensor, prompts: int, seed: int) -> Evaluation:
 def row(name: str, means: Tensor, prompts: int, simulations: int) -> str:
     """A line of the table."""
     grid = evaluation_grid(2, len(means)).double()
-    truth, mip = float(hypervolume(means, REFERENCE_POINT)), float(mean_inner_product(grid, means))
+    truth = float(hypervolume(means, REFERENCE_POINT))
+    known = {"mip": float(mean_inner_product(grid, means)), "crd": 1.0}
     slope = preference_slopes(means, torch.arange(len(means)), torch.zeros(len(means)), grid)[0, 0, 0].nan_to_num()
     found, hits = [], np.zeros(5)
     for seed in range(simulations):
@@ -61,10 +62,10 @@ def row(name: str, means: Tensor, prompts: int, simulations: int) -> str:
         sums = AnswerSums.of(e.scores, e.grid_index, e.positions, len(grid))
         hv = estimate_hypervolume(sums, REFERENCE_POINT)
         found.append([hv.value, hv.corrected, hv.above_chance, hv.p_value <= 0.05])
-        low, high = np.nanquantile(bootstrap(e, REFERENCE_POINT, draws=400), [0.025, 0.975], axis=0)[:, 1:]
+        front = front_of(e, REFERENCE_POINT, draws=1)
         _, under, over = (x[0, 0] for x in t_interval(preference_slopes(e.scores, e.grid_index, e.positions, grid)))
         percentile = 2 * hv.value - hv.high <= truth <= 2 * hv.value - hv.low
-        within = (low <= [mip, 1.0]) & ([mip, 1.0] <= high)
+        within = [front[f"front/{key}_low"] <= true <= front[f"front/{key}_high"] for key, true in known.items()]
         hits += [percentile, hv.low <= truth <= hv.high, under <= slope <= over, *within]
     value, corrected, above, clear = np.mean(found, 0)
     shares = " | ".join(f"{share:.0%}" for share in hits / simulations)
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"{prompts} prompts x {vectors} vectors, {options.simulations} simulations\n\n"
                 "| front | true HV | plug-in | corrected | above chance | p <= .05 | plug-in, percentile interval | "
-                "corrected, basic interval | slope, t interval | MIP | CRD |\n" + "|---" * 11 + "|"
+                f"corrected, basic interval | slope, t interval | MIP, jackknife | CRD, jackknife |\n{'|---' * 11}|"
             )
             for name, means in fronts(evaluation_grid(2, vectors).double()).items():
                 print(row(name, means, prompts, options.simulations), flush=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from miepo.callbacks.reporting import gathered_rows, grid_of, log_evaluation, whole_evaluation
-from miepo.metrics import PreferenceInformationMetric, bootstrap_interval
+from miepo.metrics import PreferenceInformationMetric, t_interval
 from miepo.policy import Policy
 from miepo.types import EvaluationBatch, Tokens
 
@@ -44,7 +44,7 @@ class PreferenceInformation(Callback):
 
     At every evaluation it logs ``information/preference`` with its 95 % t interval over prompts (``.._low``,
     ``.._high``) and ``information/ceiling``, which is ``log M``. It costs M passes over the evaluation responses. From
-    the training pairs since the last evaluation it logs ``information/feedback/NAME`` with its interval: a lower bound
+    the training pairs since the last evaluation it logs ``information/feedback/NAME`` with its t interval: a lower bound
     of I(Y; C_k | X, W), see :func:`~miepo.metrics.feedback_information`.
     """
 
@@ -90,11 +90,10 @@ class PreferenceInformation(Callback):
         if pairs:
             # in an order that does not tell which process had which
             each = torch.cat(pairs).sort(0).values  # (n, K)
-            for k, name in enumerate(pl_module.names):
-                column = each[:, k]
-                low, high = bootstrap_interval(column, range(len(column)))
-                key = f"information/feedback/{name}"
-                values |= {key: column.nanmean(), f"{key}_low": torch.tensor(low), f"{key}_high": torch.tensor(high)}
+            for suffix, figures in zip(("", "_low", "_high"), t_interval(each), strict=True):
+                values |= zip(
+                    (f"information/feedback/{n}{suffix}" for n in pl_module.names), figures.float(), strict=True
+                )
             self.pairs = []
         log_evaluation(trainer, pl_module, {k: v for k, v in values.items() if not v.isnan()})
 

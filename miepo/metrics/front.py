@@ -41,12 +41,15 @@ def mean_inner_product(preferences: Tensor, means: Tensor) -> Tensor:
 
     Args:
         preferences: ``(M, K)``.
-        means: ``(M, K)`` mean reward vector under each.
+        means: ``(.., M, K)`` mean reward vector under each.
+
+    Returns:
+        ``(..)``.
 
     >>> mean_inner_product(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     tensor(2.)
     """
-    return (preferences.to(means) * means).sum(-1).nanmean()
+    return (preferences.to(means) * means).sum(-1).nanmean(-1)
 
 
 def mip_parts(preferences: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,12 +76,15 @@ def conditional_reward_dispersion(covariances: Tensor) -> Tensor:
     A determinant is a volume: it can shrink while one axis widens, so it is reported beside the standard deviations.
 
     Args:
-        covariances: ``(M, K, K)`` covariance of the reward vectors of single responses under each preference vector.
+        covariances: ``(.., M, K, K)`` covariance of the reward vectors of single responses under each preference vector.
+
+    Returns:
+        ``(..)``.
 
     >>> conditional_reward_dispersion(torch.eye(2).expand(3, 2, 2))
     tensor(1.)
     """
-    return torch.linalg.det(covariances).nanmean()
+    return torch.linalg.det(covariances).nanmean(-1)
 
 
 def front_figures(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from miepo.metrics.front import hypervolume, hypervolumes, reward_moments
+from miepo.metrics.steerability import t_interval
 from miepo.preferences import Stream, generator
 
 DRAWS = 1000
@@ -77,6 +78,31 @@ def resampled_moments(sums: AnswerSums, draws: int = DRAWS, seed: int = 0) -> tu
     )
     parts = (sums.count, sums.total, sums.outer)
     return reward_moments(*(torch.einsum("dp,p...->d...", times.to(part.device), part) for part in parts))
+
+
+def moments_without_each(sums: AnswerSums) -> tuple[Tensor, Tensor]:
+    """Means ``(P, M, K)`` and covariances ``(P, M, K, K)`` of all prompts but one, for each prompt."""
+    return reward_moments(*(part.sum(0) - part for part in (sums.count, sums.total, sums.outer)))
+
+
+def jackknife_interval(value: Tensor, without_each: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Limits of a figure's t interval with the jackknife's standard error (Tukey 1958).
+
+    Args:
+        value: ``(..)`` the figure of all P prompts.
+        without_each: ``(P, ..)`` the figure of all prompts but one; NaN does not count.
+        level: Coverage.
+
+    Returns:
+        Two of ``(..)``; NaN where fewer than two values are known.
+
+    >>> low, high = jackknife_interval(torch.tensor(2.0), torch.tensor([2.5, 2.0, 1.5]))  # the mean of 1, 2 and 3
+    >>> round(float(low), 2), round(float(high), 2)
+    (-0.48, 4.48)
+    """
+    p = (~without_each.isnan()).sum(0)
+    _, low, high = t_interval(p * value - (p - 1) * without_each, level)
+    return value - (high - low) / 2, value + (high - low) / 2
 
 
 def permuted_means(sums: AnswerSums, draws: int = PERMUTATIONS, seed: int = 0) -> Tensor:

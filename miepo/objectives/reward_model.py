@@ -117,8 +117,7 @@ class ModelObjective(Objective):
                 f"weights, first {keys[0]}"
             )
         self.tokenizer.padding_side = "right"
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._give_padding(network.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         config: Any = network.config
         config.pad_token_id = self.tokenizer.pad_token_id  # classifiers may read the last token that is not padding
         config.use_cache = False  # nothing is generated
@@ -126,6 +125,17 @@ class ModelObjective(Objective):
             self.max_length = min(self.tokenizer.model_max_length, positions(network))
         self.device = self.place or device
         self.model: Any = network.eval().requires_grad_(False).to("cpu" if self.offload else self.device)
+
+    def _give_padding(self, embeddings: int) -> None:
+        """Makes the end token the padding where the tokenizer has none, or one that the network has no embedding of."""
+        found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        known = [i for i in found if i is not None and i < embeddings]
+        if not known:
+            raise ObjectiveError(
+                f"objective {self.name}: expected a tokenizer with a padding or end token among the {embeddings} tokens "
+                f"that '{self.source}' has an embedding of, got {found[0]} and {found[1]}"
+            )
+        self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(known[0])
 
     def check(self) -> None:
         """Expects a response to score alike alone and beside a longer one."""

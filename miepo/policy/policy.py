@@ -240,6 +240,8 @@ class Policy(nn.Module):
                 # said although it is not so, of experts; and of a merged head that was tied, which save_merged unties
                 warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
                 warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+                # PEFT sees by itself whether a layer is a Conv1D
+                warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
                 self.model = get_peft_model(model, config, adapter_name=ADAPTER)
         except ValueError as error:
             raise UserError(f"lora_targets {self.lora_targets!r} do not fit the model '{self.base}': {error}") from None

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from miepo.metrics import estimate_hypervolume, mip_parts, preference_slopes, reward_overlap, t_interval
-from miepo.metrics.front import front_figures
-from miepo.metrics.resampling import DRAWS, AnswerSums, resampled_moments
+from miepo.metrics import (
+    conditional_reward_dispersion,
+    estimate_hypervolume,
+    mean_inner_product,
+    mip_parts,
+    preference_slopes,
+    reward_overlap,
+    t_interval,
+)
+from miepo.metrics.front import front_figures, hypervolumes
+from miepo.metrics.resampling import (
+    DRAWS,
+    AnswerSums,
+    jackknife_interval,
+    moments_without_each,
+    resampled_moments,
+)
 from miepo.report.runs import Evaluation
 
 KEYS = ("front/hv", "front/mip", "front/crd")
@@ -53,39 +69,45 @@ def slopes_of(evaluation: Evaluation, before: Evaluation | None = None) -> dict[
     return found
 
 
-def bootstrap(evaluation: Evaluation, reference_point: float, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
-    """HV, MIP and CRD of resamples of the prompts, ``(draws, 3)``.
+def front_of(
+    evaluation: Evaluation, reference_point: float, before: Evaluation | None = None, draws: int = DRAWS
+) -> dict[str, float]:
+    """HV, MIP and CRD with the limits of their 95 % intervals over prompts, by logged names; what is NaN is left out.
 
-    Answers to one prompt stay together. Two evaluations of the same prompts get the same resamples, so that the
-    difference of their values is that of pairs.
+    HV is flattered by noise, and a resample's even more: it has no interval, but ``front/hv_corrected``, from which the
+    bias is taken that resampling the prompts shows, has a basic one. MIP and CRD have t intervals with the jackknife's
+    standard error; CRD's is that of its logarithm.
 
-    A resample repeats prompts and so has less spread than the prompts themselves, and a determinant even less: the
-    values of CRD are scaled to have the estimate as their mean.
+    With ``before``, an evaluation of the same prompts, the changes since then; their intervals are those of pairs.
     """
-    moments = zip(*resampled_moments(sums_of(evaluation), draws, seed), strict=True)
-    drawn = np.array([front_figures(*pair, evaluation.grid, reference_point) for pair in moments])
-    estimate, dispersion = point_estimates(evaluation, reference_point)["front/crd"], drawn[:, 2]
-    if estimate > 0 and np.nansum(dispersion) > 0:
-        drawn[:, 2] *= estimate / np.nanmean(dispersion)
-    return drawn
+    points = [point_estimates(e, reference_point) for e in (evaluation, before) if e is not None]
+    found = {key: points[0][key] - (points[1][key] if before else 0.0) for key in KEYS}
+    found = {key: value for key, value in found.items() if np.isfinite(value)}
+    sums = [sums_of(e) for e in (evaluation, before) if e is not None]
+    if len(sums[0].count) < 2:
+        return found
 
+    def change(of: Callable[[AnswerSums], Tensor]) -> Tensor:
+        return of(sums[0]) - of(sums[1]) if before else of(sums[0])
 
-def with_interval(values: Mapping[str, float], drawn: np.ndarray, level: float = 0.95) -> dict[str, float]:
-    """Figures and the limits of their intervals, ``.._low`` and ``.._high``; what is NaN is left out.
-
-    Percentile intervals for MIP and CRD. HV is flattered by noise, and a resample's even more: it has no interval, but
-    ``front/hv_corrected``, from which the bias is taken that resampling shows, has a basic one.
-    """
-    found: dict[str, float] = {}
-    for key, column in zip(KEYS, drawn.T, strict=True):
-        if not np.isfinite(values[key]):
-            continue
-        low, high = np.nanquantile(column, [(1 - level) / 2, (1 + level) / 2])
-        found[key] = values[key]
-        if key == "front/hv":
-            key, low, high = "front/hv_corrected", 2 * values[key] - high, 2 * values[key] - low
-            found[key] = 2 * values["front/hv"] - float(np.nanmean(column))
-        found |= {f"{key}_low": float(low), f"{key}_high": float(high)}
+    limits = {}
+    if (hv := found.get("front/hv")) is not None:
+        drawn = change(lambda s: torch.from_numpy(hypervolumes(resampled_moments(s, draws)[0], reference_point)))
+        found["front/hv_corrected"] = 2 * hv - float(drawn.mean())
+        limits["front/hv_corrected"] = 2 * hv - drawn.quantile(0.975), 2 * hv - drawn.quantile(0.025)
+    if (mip := found.get("front/mip")) is not None:
+        without = change(lambda s: mean_inner_product(evaluation.grid, moments_without_each(s)[0]))  # (P,)
+        limits["front/mip"] = jackknife_interval(torch.tensor(mip), without)
+    if (crd := found.get("front/crd")) is not None:
+        without = change(lambda s: conditional_reward_dispersion(moments_without_each(s)[1]))  # (P,)
+        if before:
+            limits["front/crd"] = jackknife_interval(torch.tensor(crd), without)
+        elif crd > 0:
+            low, high = jackknife_interval(torch.tensor(crd).log(), without.clamp(min=0).log())
+            limits["front/crd"] = low.exp(), high.exp()
+    for key, (low, high) in limits.items():
+        if low.isfinite() and high.isfinite():
+            found |= {f"{key}_low": float(low), f"{key}_high": float(high)}
     return found
 
 

@@ -119,7 +119,7 @@ def before_and_after(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
     if not evaluations:
         logged = [*run.figures[:1], *run.figures[1:][-1:]]
         return [_column(f"step {step}", values) for step, values in logged], ""
-    columns, drawn = [], []
+    columns = []
     for evaluation in evaluations:
         logged_here = logged_figures(run, evaluation)
         points = intervals.point_estimates(evaluation, run.reference_point)
@@ -130,14 +130,11 @@ def before_and_after(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
                 f"{run.label}: HV, MIP and CRD are the logged ones, without intervals: the answers that were kept "
                 f"({kept} prompts at {evaluation.title}) have others."
             )
-        draws = intervals.bootstrap(evaluation, run.reference_point)
-        drawn.append((points, draws))
         measured = logged_here | intervals.chance_of(evaluation, run.reference_point) | intervals.slopes_of(evaluation)
-        columns.append(_column(evaluation.title, measured | intervals.with_interval(points, draws)))
+        columns.append(_column(evaluation.title, measured | intervals.front_of(evaluation, run.reference_point)))
     if len(evaluations) == 2 and intervals.same_prompts(*evaluations):
-        (old, old_draws), (new, new_draws) = drawn
-        change = intervals.with_interval({key: new[key] - old[key] for key in old}, new_draws - old_draws)
-        change |= intervals.slopes_of(evaluations[1], evaluations[0])
+        old, new = evaluations
+        change = intervals.front_of(new, run.reference_point, old) | intervals.slopes_of(new, old)
         columns.append(_column("change", change))
     return columns, ""
 

@@ -11,10 +11,13 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    GPT2Config,
+    GptOssConfig,
     GraniteConfig,
     HyperCLOVAXConfig,
     Llama4TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -66,6 +69,25 @@ def test_log_probabilities_are_those_of_transformers(tmp_path: Path, name: str) 
     gap, policy, _ = compare(save(tmp_path, kind, **settings), way, targets)
     assert gap < 1e-5
     assert policy.own_head == (kind in (HyperCLOVAXConfig, BertConfig))
+
+
+def test_a_cap_that_no_configuration_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network's own head does what its configuration does not say: found by what comes out."""
+    plain = LlamaForCausalLM.forward
+
+    def capped(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        out = plain(self, *args, **kwargs)
+        out.logits = 2 * torch.tanh(out.logits / 2)
+        return out
+
+    base = save(tmp_path, LlamaConfig, **LLAMA_LIKE)
+    uncapped, policy, _ = compare(base, "gate", "all-linear")
+    assert uncapped < 1e-5
+    assert not policy.own_head
+    monkeypatch.setattr(LlamaForCausalLM, "forward", capped)
+    gap, policy, _ = compare(base, "gate", "all-linear")
+    assert gap < 1e-5
+    assert policy.own_head
 
 
 def test_the_gradient_through_a_networks_own_head(tmp_path: Path) -> None:
@@ -166,12 +188,26 @@ def test_building_leaves_the_adapter_at_zero_and_the_random_state_alone(tiny_mod
     torch.testing.assert_close(torch.rand(3), expected)
 
 
+MERGED = {
+    "linear": (LlamaConfig, LLAMA_LIKE),
+    "experts": (MixtralConfig, LLAMA_LIKE),
+    "experts laid out the other way, with a bias": (
+        GptOssConfig,
+        {**LLAMA_LIKE, "num_local_experts": 4, "head_dim": 8},
+    ),
+    "Conv1D": (GPT2Config, {}),
+}
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], "all-linear"])
-@pytest.mark.parametrize("kind", [LlamaConfig, MixtralConfig])
-def test_a_merged_model_is_the_policy(tmp_path: Path, kind: type, targets: str | list[str], tied: bool) -> None:
+@pytest.mark.parametrize("targets", [["attention", "lm_head"], "all-linear"])
+@pytest.mark.parametrize("name", MERGED)
+def test_a_merged_model_is_the_policy(tmp_path: Path, name: str, targets: str | list[str], tied: bool) -> None:
     """Experts included, and a head that was the embedding and was adapted."""
-    save(tmp_path / "base", kind, **LLAMA_LIKE, tie_word_embeddings=tied)
+    kind, settings = MERGED[name]
+    save(tmp_path / "base", kind, **settings, tie_word_embeddings=tied)
+    if targets != "all-linear":
+        targets = ["c_attn" if kind is GPT2Config else "q_proj", "lm_head"]
     policy = randomise_adapter(tiny_policy(tmp_path / "base", [PromptConditioning()], lora_targets=targets))
     assert policy.save_merged(tmp_path / "merged") == pytest.approx(1, abs=1e-3)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()

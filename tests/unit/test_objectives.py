@@ -165,6 +165,9 @@ def test_reward_model_is_cut_to_what_the_model_can_read(classifier: Path) -> Non
     assert objective.reward(["word " * 500], ["word " * 500]).isfinite().all()
 
 
+SMALL_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+
+
 def save_classifier(folder: Path, network: type, config: type, **settings: Any) -> RewardModel:
     tokenizer = tiny_tokenizer(chat=False)
     torch.manual_seed(0)
@@ -175,8 +178,7 @@ def save_classifier(folder: Path, network: type, config: type, **settings: Any) 
 
 def test_a_score_does_not_depend_on_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration's padding is not the tokenizer's: GPT-2 like classifiers then read a token of padding."""
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    objective = save_classifier(tmp_path, GPT2ForSequenceClassification, GPT2Config, pad_token_id=0, **sizes)
+    objective = save_classifier(tmp_path, GPT2ForSequenceClassification, GPT2Config, pad_token_id=0, **SMALL_GPT2)
     objective.load_checked(torch.device("cpu"))
     assert objective.tokenizer.pad_token_id == 1
     alone = [objective.reward([p], [r]) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
@@ -193,6 +195,31 @@ def test_a_score_does_not_depend_on_its_neighbours(tmp_path: Path, monkeypatch: 
         ObjectiveError, match=r"objective r: .*scores a response otherwise beside a longer one than alone"
     ):
         objective.load_checked(torch.device("cpu"))
+
+
+def test_padding_that_the_network_has_no_embedding_of(tmp_path: Path) -> None:
+    """As of tokenizers to which [PAD] was added; the end token stands in."""
+    objective = save_classifier(tmp_path, GPT2ForSequenceClassification, GPT2Config, **SMALL_GPT2)
+    objective.load_checked(torch.device("cpu"))
+    expected = objective.reward(PROMPTS, RESPONSES)
+    tokenizer = tiny_tokenizer(chat=False)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    objective.load_checked(torch.device("cpu"))
+    assert objective.tokenizer.pad_token_id == objective.model.config.pad_token_id == 1
+    torch.testing.assert_close(objective.reward(PROMPTS, RESPONSES), expected)
+
+
+def test_a_reward_model_without_padding_and_end(tmp_path: Path) -> None:
+    objective = save_classifier(tmp_path, GPT2ForSequenceClassification, GPT2Config, **SMALL_GPT2)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(
+        json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in ("eos_token", "pad_token")})
+    )
+    with pytest.raises(
+        ObjectiveError, match=r"objective r: expected a tokenizer with a padding or end .* got None and None"
+    ):
+        objective.load(torch.device("cpu"))
 
 
 def test_positions_that_are_counted_from_behind_the_padding(tmp_path: Path) -> None:
@@ -316,8 +343,7 @@ def test_the_signature_of_an_objective_is_its_constructors(kind: type[Objective]
 
 
 def test_patience_does_not_skip_the_checks_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    objective = save_classifier(tmp_path, GPT2ForSequenceClassification, GPT2Config, pad_token_id=0, **sizes)
+    objective = save_classifier(tmp_path, GPT2ForSequenceClassification, GPT2Config, pad_token_id=0, **SMALL_GPT2)
     Patient(objective, timeout=60.0).load_checked(torch.device("cpu"))
     monkeypatch.setattr(
         RewardModel, "read", lambda self, inputs: self.model(**inputs).logits[:, 0] + inputs["input_ids"].shape[1]

@@ -120,6 +120,30 @@ def test_the_loss_is_that_of_the_response_alone(tiny_base_model: Path, tmp_path:
     assert module.training_step(batch, 0)["loss"].item() == pytest.approx(nats / count, rel=1e-5)
 
 
+def test_the_loss_of_batches_of_unequal_length_is_that_over_all_tokens(tiny_base_model: Path, tmp_path: Path) -> None:
+    """A step over a batch of few tokens weighs less: the mean over batches is the mean over the epoch's tokens."""
+    rows = [
+        {"prompt": f"{p} {i}", "response": r}
+        for i in range(2)
+        for p, r in (("rain", "food"), ("rain", "people like it " * 9))
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    data = SupervisedDataModule(file, file, batch_size=2)
+    module = SupervisedFineTuning(plain_policy(tiny_base_model, dtype="float32"))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
+                      max_steps=0, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, data)
+    module.log = lambda *_, **__: None
+    batches = list(data.train_dataloader())
+    counts = [int(batch.responses.mask.sum()) for batch in batches]
+    assert max(counts) > 5 * min(counts)
+    assert data.tokens_per_batch == sum(counts) / 2
+    losses = [module.training_step(batch, i)["loss"].item() for i, batch in enumerate(batches)]
+    nats = [-module._log_prob(batch)[batch.responses.mask].sum().item() for batch in batches]
+    assert sum(losses) / 2 == pytest.approx(sum(nats) / sum(counts), rel=1e-5)
+    assert losses[0] / losses[1] == pytest.approx(nats[0] / nats[1], rel=1e-5)
+
+
 def test_batches_are_of_like_length_seeded_and_whole() -> None:
     lengths = np.random.default_rng(0).integers(5, 500, 1003).tolist()
     batches = length_batches(lengths, 8, np.random.default_rng(1))
