@@ -44,8 +44,8 @@ class PreferenceInformation(Callback):
 
     At every evaluation it logs ``information/preference`` with its 95 % t interval over prompts (``.._low``,
     ``.._high``) and ``information/ceiling``, which is ``log M``. It costs M passes over the evaluation responses. From
-    the training pairs since the last evaluation it logs ``information/feedback/NAME`` with its t interval: a lower bound
-    of I(Y; C_k | X, W), see :func:`~miepo.metrics.feedback_information`.
+    the training pairs since the last evaluation it logs ``information/feedback/NAME`` with its t interval: a lower
+    bound of I(Y; C_k | X, W), see :func:`~miepo.metrics.feedback_information`.
     """
 
     def __init__(self) -> None:

@@ -76,7 +76,7 @@ def conditional_reward_dispersion(covariances: Tensor) -> Tensor:
     A determinant is a volume: it can shrink while one axis widens, so it is reported beside the standard deviations.
 
     Args:
-        covariances: ``(.., M, K, K)`` covariance of the reward vectors of single responses under each preference vector.
+        covariances: ``(.., M, K, K)`` covariance of the reward vectors of single responses under each preference.
 
     Returns:
         ``(..)``.

@@ -132,8 +132,8 @@ class ModelObjective(Objective):
         known = [i for i in found if i is not None and i < embeddings]
         if not known:
             raise ObjectiveError(
-                f"objective {self.name}: expected a tokenizer with a padding or end token among the {embeddings} tokens "
-                f"that '{self.source}' has an embedding of, got {found[0]} and {found[1]}"
+                f"objective {self.name}: expected a tokenizer with a padding or end token among the {embeddings} "
+                f"tokens that '{self.source}' has an embedding of, got {found[0]} and {found[1]}"
             )
         self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(known[0])
 
