@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from tools.study.__main__ import main
 
@@ -68,21 +71,43 @@ def test_a_study_from_start_to_report(tmp_path: Path, capsys: pytest.CaptureFixt
     assert 'class="clear"' not in page  # of two seeds nothing is called clear of zero
     assert {f.name for f in out.glob("*.png")} == {"fronts.png", "information.png"}
 
-    # resumed: what has finished is not repeated, what has not is
-    kept, redone = out / "mo_odpo/seed_0/result.json", out / "ric/seed_1/result.json"
-    before = kept.stat().st_mtime_ns
+    # resumed: what has rows is not repeated, wherever it was made; what ended without them is taken up; the rest runs
+    kept = (tmp_path / "small.jsonl").read_text().splitlines()
+    assert len(kept) == 8
+    two = [line for line in kept if '"seed": 1' not in line]
+    (tmp_path / "small.jsonl").write_text("\n".join(two) + "\n")
+    redone = out / "ric/seed_1/result.json"
     redone.unlink()
+    shutil.rmtree(out / "mo_odpo/seed_0")
+    before = (out / "mo_odpo/seed_1/result.json").stat().st_mtime_ns
     file.write_text(STUDY)
     assert main([str(file), "--out", str(out)]) == 0
-    assert kept.stat().st_mtime_ns == before
+    assert not (out / "mo_odpo/seed_0").exists()
+    assert (out / "mo_odpo/seed_1/result.json").stat().st_mtime_ns == before
     assert redone.exists()
+    now = (tmp_path / "small.jsonl").read_text().splitlines()
+    assert now[:4] == two
+    assert {json.dumps(json.loads(line) | {"seconds": 0}) for line in now} == {
+        json.dumps(json.loads(line) | {"seconds": 0}) for line in kept
+    }
+    row = json.loads(now[-1])
+    assert (row["precision"], row["threads"], row["names"]) == ("float32", 1, ["formality", "warmth"])
+    assert f"torch {torch.__version__}" in row["versions"]
+    assert row["side/warmth on formality"] < 1
     again = pd.read_csv(out / "results.csv")
     same = [c for c in rows.columns if c != "seconds"]
     pd.testing.assert_frame_equal(rows[same], again[same])  # a run repeats itself
 
     file.write_text(STUDY.replace("data.grid: 3", "data.grid: 4"))  # the old runs are of another study
     assert main([str(file), "--out", str(out)]) == 2
-    assert "holds a run of other settings than mo_odpo, seed 0 has now" in capsys.readouterr().err
+    assert re.search(r"small.jsonl holds rows of other settings than \w+, seed 0 has now", capsys.readouterr().err)
+    assert main([str(file), "--out", str(out), "--rows", str(tmp_path / "new.jsonl")]) == 2
+    assert "holds a run of other settings than ric, seed 0 has now" in capsys.readouterr().err
+    assert main([str(file), "--report", "--out", str(tmp_path / "elsewhere")]) == 2
+    assert "holds rows of other settings" in capsys.readouterr().err
+    file.write_text(STUDY)
+    assert main([str(file), "--report", "--out", str(tmp_path / "elsewhere")]) == 0  # from the rows alone
+    assert (tmp_path / "elsewhere/summary.md").read_text() == (out / "summary.md").read_text()
 
     file.write_text(STUDY + "  longer: {set: {trainer.limit_train_batches: 6}}\n")
     assert main([str(file), "--out", str(out)]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from miepo.errors import UserError
 from miepo.methods import TargetConditioning
 from miepo.metrics import hypervolume
-from tools.study import analysis, language, report
+from tools.study import analysis, language, report, rows
 from tools.study.__main__ import main
 from tools.study.report import format_estimate
 from tools.study.study import Method, Run, Study, arguments, read_study, runs_of
@@ -52,13 +53,13 @@ def test_every_study_can_be_read_and_has_a_header(file: Path) -> None:
     [
         ("baseline: a", "baseline: c", "baseline names the unknown method 'c': there are a, b"),
         ("control: a", "control: z", r"methods.b.control names the unknown method 'z'"),
-        ("seeds: 2", "seeds: 2\nmetrics: [hv, mpi]", "unknown metric mpi: there are hv, mip, crd"),
+        ("seeds: 2", "seeds: 2\nmetrics: [hv, mpi]", "unknown metric mpi: there are slope, side, hv_corrected"),
         ("seeds: 2", "seeds: 0", "seeds must be a number of seeds or a list of them, got 0"),
         ("seeds: 2", "seeds: [1, 1]", r"expected different seeds, got \[1, 1\]"),
         ("seeds: 2", "seeds: 2\nseed: 3", "expected the keys .*, got seed"),
         ("seeds: 2\n", "", "expected the keys seeds, got none"),
         ("seeds: 2", "seeds: 2\nprocesses: 0", "processes must be a number of at least 1, got 0"),
-        ("seeds: 2", "seeds: 2\nmetrics: hv", "metrics must be a list of hv, .*, got 'hv'"),
+        ("seeds: 2", "seeds: 2\nmetrics: hv", "metrics must be a list of slope, .*, got 'hv'"),
         ("set: {model.learning_rate: 0.5}", "set: [1]", r"methods.b.set must map settings to values, got \[1\]"),
         ("[configs/methods/mo_odpo.yaml]", "configs", "methods.a.config must be a list of names, got 'configs'"),
         ("control: a", "control: [[a]]", "methods.b.control must be a list of names"),
@@ -80,6 +81,10 @@ def test_files_that_a_study_cannot_use(tmp_path: Path, capsys: pytest.CaptureFix
     for given, said in (
         ([str(tmp_path / "s.yaml")], "expected YAML, got text that is not"),
         ([str(ROOT / "configs/studies/tiny.yaml"), "--out", str(tmp_path / "file")], "--out: expected a folder, got"),
+        (
+            [str(ROOT / "configs/studies/tiny.yaml"), "--rows", str(tmp_path / "no/rows.jsonl")],
+            "--rows: expected a file in",
+        ),
     ):
         assert main(given) == 2
         assert said in capsys.readouterr().err
@@ -115,7 +120,7 @@ def table(values: dict[str, list[float]], steps: dict[str, int] | None = None) -
 
 def study_of(*names: str) -> Study:
     methods = {n: Method(n, n.upper()) for n in names}
-    return Study("s", ROOT, methods, [0, 1, 2], names[0], ["hv", "mip"], {}, None, None, 1, 1)
+    return Study("s", ROOT, methods, [0, 1, 2], names[0], ["hv", "mip"], {}, None, None, 1, 1, ROOT / "none")
 
 
 def test_a_paired_difference_is_taken_seed_by_seed() -> None:
@@ -136,13 +141,21 @@ def test_only_seeds_that_both_have_are_paired() -> None:
     assert (difference.mean, difference.seeds) == (1.0, 2)
 
 
-def test_a_few_seeds_are_never_called_clear() -> None:
-    """With three values the percentile interval is their range: it misses zero whenever the signs agree."""
-    last = analysis.final(table({"a": [1.0, 5.0, 9.0], "b": [1.5, 5.4, 9.6]}))
+def test_two_seeds_are_never_called_clear() -> None:
+    """Two values may be alike by chance."""
+    last = analysis.final(table({"a": [1.0, 5.0], "b": [1.5, 5.5]}))
     difference = analysis.paired(study_of("a", "b"), last, "b", "a")["front/hv"]
-    assert difference.low is not None
-    assert difference.low > 0
+    assert (difference.low, difference.high) == (0.5, 0.5)
     assert not difference.excludes_zero
+
+
+def test_runs_of_different_precision_are_no_pairs() -> None:
+    rows = table({"a": [1.0, 5.0, 9.0], "b": [1.5, 5.4, 0.0]})
+    rows["precision"] = ["float32"] * 5 + ["bfloat16"]
+    last = analysis.final(rows)
+    difference = analysis.paired(study_of("a", "b"), last, "b", "a")["front/hv"]
+    assert (difference.mean, difference.seeds) == (pytest.approx(0.45), 2)
+    assert analysis.relative(last, "b", "a", "front/hv").mean == pytest.approx((3.45 - 3) / 3)
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -174,7 +187,7 @@ def test_the_true_fronts_mip_by_hand() -> None:
 def test_a_title_with_a_bar_stays_one_column_in_markdown() -> None:
     row = {"label": "a", "cells": [{"text": "1", "clear": True}]}
     section = {"title": "t", "note": "n", "head": ["I(Y;W|X)"], "rows": [row]}
-    assert report.markdown([section], {}, []).splitlines()[4:7] == [
+    assert report.markdown([section], [], {}, []).splitlines()[4:7] == [
         r"| method | I(Y;W\|X) |",
         "|---|---|",
         "| a | **1** |",
@@ -192,9 +205,13 @@ def test_only_clear_differences_are_bold_in_the_page() -> None:
 
 def test_interval_of_the_mean_covers_it_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
-    intervals = [analysis.estimate(rng.normal(3.0, 1.0, 10)) for _ in range(200)]
+    intervals = [analysis.estimate(rng.normal(3.0, 1.0, 6)) for _ in range(400)]
     covered = np.mean([e.low <= 3.0 <= e.high for e in intervals])
-    assert 0.84 < covered < 0.98  # the percentile bootstrap of ten values is somewhat narrow
+    assert 0.92 < covered < 0.98
+    draws = rng.normal([[2.0], [3.0]], 0.5, (200, 2, 10)).tolist()
+    pairs = [analysis.final(table({"a": a, "b": b})) for a, b in draws]
+    ratios = [analysis.relative(last, "b", "a", "front/hv") for last in pairs]
+    assert 0.9 < np.mean([r.low <= 0.5 <= r.high for r in ratios]) < 0.99
 
 
 def test_the_drawn_boundary_is_that_of_the_dominated_region() -> None:
@@ -284,8 +301,108 @@ def test_the_base_model_learns(tmp_path: Path) -> None:
 
 def test_a_run_is_finished_or_failed(tmp_path: Path) -> None:
     run = Run(Method("a", "A"), 3, tmp_path)
-    assert (run.finished, run.failure) == (False, None)
+    assert (run.ended, run.failure) == (False, None)
     (tmp_path / "failed.txt").write_text("exit status 1: boom\n")
     assert run.failure == "exit status 1: boom"
     (tmp_path / "result.json").write_text("{}")
-    assert (run.finished, run.failure) == (True, None)
+    assert (run.ended, run.failure) == (True, None)
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+HERE = {"precision": "float32", "threads": 1, "device": "cpu, AVX2", "versions": "torch 2", "commit": "abc", "step": 2}
+WANTED = {("a", 0): "x", ("a", 1): "x", ("b", 0): "y"}
+
+
+def add(file: Path, method: str, seed: int, count: int = 2, parts: str = "p", **origin: object) -> None:
+    each = [HERE | origin | {"front/hv": float(i)} for i in range(count)]
+    rows.append(file, method, seed, {"fingerprint": WANTED[method, seed], "parts": parts}, each)
+
+
+def test_rows_are_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "s.jsonl"
+    assert rows.read(file, WANTED) == ({}, [])
+    add(file, "a", 0)
+    add(file, "b", 0, count=1)
+    found, notes = rows.read(file, WANTED)
+    assert [(key, [row["front/hv"] for row in each]) for key, each in found.items()] == [
+        (("a", 0), [0, 1]),
+        (("b", 0), [0]),
+    ]
+    assert notes == rows.mixtures(found) == []
+    assert rows.read(file, {("a", 0): "x"})[0].keys() == {("a", 0)}  # of a method that the study no longer has
+    table = analysis.tidy(found)
+    assert list(zip(table.method, table.seed, table["front/hv"], strict=True)) == [
+        ("a", 0, 0),
+        ("a", 0, 1),
+        ("b", 0, 0),
+    ]
+
+
+def test_a_half_written_file(tmp_path: Path) -> None:
+    """A run counts with all its rows; a row that was cut off does not swallow the next."""
+    file = tmp_path / "s.jsonl"
+    add(file, "a", 0)
+    add(file, "a", 1)
+    file.write_text(file.read_text()[:-30])
+    found, notes = rows.read(file, WANTED)
+    assert found.keys() == {("a", 0)}
+    assert notes == [
+        "Line 4 of s.jsonl is no whole row and is left out.", "Rows of a, seed 1 are missing in s.jsonl: the run does not count."
+    ]  # fmt: skip
+    add(file, "a", 1)
+    found, notes = rows.read(file, WANTED)
+    assert found.keys() == {("a", 0), ("a", 1)}
+    assert notes == ["Line 4 of s.jsonl is no whole row and is left out."]
+    with file.open("a") as stream:
+        stream.write('[1]\n{"method": "a"}\n\n')
+    assert [note.split(" of")[0] for note in rows.read(file, WANTED)[1]] == ["Line 4", "Line 7", "Line 8"]
+
+
+def test_one_run_on_two_machines_counts_once(tmp_path: Path) -> None:
+    file = tmp_path / "s.jsonl"
+    add(file, "a", 0, count=1)
+    add(file, "a", 0, count=1)  # the same arithmetic: the same rows
+    assert rows.read(file, WANTED)[1] == []
+    add(file, "a", 0, count=1, precision="bfloat16")
+    found, notes = rows.read(file, WANTED)
+    assert len(found["a", 0]) == 1
+    assert found["a", 0][0]["precision"] == "float32"
+    assert "a, seed 0 was run more than once (precision float32" in notes[0]
+    assert "precision bfloat16" in notes[0]
+
+
+def test_rows_of_other_settings_or_parts_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "s.jsonl"
+    add(file, "a", 0)
+    with pytest.raises(UserError, match="holds rows of other settings than a, seed 0 has now: expected another file"):
+        rows.read(file, WANTED | {("a", 0): "other"})
+    assert rows.read(file, WANTED, "p")[0]
+    with pytest.raises(UserError, match="rows of a, seed 0 with another base model or other data than this machine"):
+        rows.read(file, WANTED, "q")
+
+
+def test_what_differs_between_runs_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "s.jsonl"
+    add(file, "a", 0)
+    add(file, "a", 1, precision="bfloat16", commit="def")
+    add(file, "b", 0, precision="bfloat16")
+    assert rows.mixtures(rows.read(file, WANTED)[0]) == [
+        "The runs differ in precision: float32: a 0; bfloat16: a 1, b 0.",
+        "The runs differ in commit: abc: a 0, b 0; def: a 1.",
+    ]
+
+
+def test_a_commit_with_changes_is_marked(tmp_path: Path) -> None:
+    assert rows.commit(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "file").write_text("one")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    clean = rows.commit(tmp_path)
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{10}", clean)
+    (tmp_path / "new").touch()  # not part of the project
+    assert rows.commit(tmp_path) == clean
+    (tmp_path / "file").write_text("two")
+    assert rows.commit(tmp_path) == clean + "+"

@@ -10,14 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from miepo.errors import UserError
+from tools.study import rows
 from tools.study.report import write_report
-from tools.study.study import execute, named, prepare, read_study, runs_of
+from tools.study.study import execute, fingerprints, named, prepare, read_study, runs_of
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.study", description=__doc__)
     parser.add_argument("study", type=Path, help="a file in configs/studies")
     parser.add_argument("--out", type=Path, help="folder of the runs and the report; by default studies/NAME")
+    parser.add_argument("--rows", type=Path, help="rows of finished runs; by default beside the study's file")
     parser.add_argument("--processes", type=int, help="runs at a time")
     parser.add_argument("--report", action="store_true", help="only write the report of what has finished")
     options = parser.parse_args(arguments)
@@ -29,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
             if options.processes < 1:
                 raise UserError(f"--processes must be at least 1, got {options.processes}")
             study = replace(study, processes=options.processes)
+        if options.rows is not None:
+            if not options.rows.parent.is_dir() or options.rows.is_dir():
+                raise UserError(f"--rows: expected a file in a folder that is there, got '{options.rows}'")
+            study = replace(study, rows=options.rows)
         for path in filter(None, (study.prepare, study.true_front)):
             named(path)  # a slip in a name shows now and not after a night
         folder = (options.out or Path("studies") / study.name).resolve()
@@ -37,11 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
         except OSError as error:
             raise UserError(f"--out: expected a folder, got '{folder}': {error.strerror}") from None
         if options.report:
-            runs = runs_of(study, folder)
+            found, notes = rows.read(study.rows, fingerprints(study, folder))
         else:
             prepare(study, folder)
-            runs = execute(study, folder)
-        page = write_report(study, runs, folder)
+            found, notes = execute(study, folder)
+        runs = runs_of(study, folder)
+        page = write_report(study, found, [*notes, *rows.mixtures(found)], runs, folder)
     except KeyboardInterrupt:
         print("study: stopped; the same command goes on with what is missing", file=sys.stderr)
         return 130

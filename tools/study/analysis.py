@@ -11,19 +11,21 @@ import moocore
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from miepo.errors import UserError
-from miepo.metrics import bootstrap_interval, hypervolume
-from tools.study.study import METRICS, Run, Study, rows_of
+from miepo.metrics import hypervolume, t_interval
+from miepo.metrics.resampling import jackknife_interval
+from tools.study.rows import Rows
+from tools.study.study import METRICS, Study
 
-DRAWS = 10_000
-CLEAR_SEEDS = 6  # of fewer values the percentile interval is their range, which misses zero by chance too often
+CLEAR_SEEDS = 3  # two values may be alike by chance, with an interval of no width
 BUDGET = ("scored_responses", "step")  # what two runs must have in common to be compared
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its 95 % bootstrap interval; none is invented for a single seed."""
+    """A mean over seeds with its 95 % t interval; none is invented for a single seed."""
 
     mean: float
     low: float | None
@@ -45,19 +47,16 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(float("nan"), None, None, 0)
     if len(numbers) == 1:
         return Estimate(float(numbers[0]), None, None, 1)
-    low, high = bootstrap_interval(torch.from_numpy(numbers), range(len(numbers)), draws=DRAWS)
-    return Estimate(float(numbers.mean()), low, high, len(numbers))
+    mean, low, high = map(float, t_interval(torch.from_numpy(numbers)))
+    return Estimate(mean, low, high, len(numbers))
 
 
-def tidy(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row per run and evaluation: method, seed, step, work done, metrics; the front is left out."""
-    rows = []
-    for run in runs:
-        if run.finished:
-            for row in rows_of(run):
-                values = {k: v for k, v in row.items() if k not in ("front", "grid")}
-                rows.append({"method": run.method.name, "seed": run.seed, **values})
-    return pd.DataFrame(rows)
+def tidy(found: Rows) -> pd.DataFrame:
+    """A table of all rows, without the front, the grid and the objectives' names."""
+    dropped = ("front", "grid", "names")
+    return pd.DataFrame(
+        {key: value for key, value in row.items() if key not in dropped} for rows in found.values() for row in rows
+    )
 
 
 def final(table: pd.DataFrame) -> pd.DataFrame:
@@ -98,31 +97,38 @@ def summary(study: Study, last: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
     }
 
 
+def pairs(last: pd.DataFrame, method: str, other: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs of two methods that share a seed and a precision, in one order."""
+    keys = [key for key in ("seed", "precision") if key in last]
+    a, b = (last[last.method == name].set_index(keys).sort_index() for name in (method, other))
+    both = a.index.intersection(b.index)
+    return a.loc[both], b.loc[both]
+
+
 def paired(study: Study, last: pd.DataFrame, method: str, other: str) -> dict[str, Estimate]:
-    """Mean difference ``method - other`` over the seeds that both have."""
-    a, b = (last[last.method == name].set_index("seed") for name in (method, other))
-    seeds = sorted(set(a.index) & set(b.index))
-    return {column: estimate(a.loc[seeds, column] - b.loc[seeds, column]) for column in columns(study, last)}
+    """Mean difference ``method - other`` over the seeds that both have in the same precision."""
+    a, b = pairs(last, method, other)
+    return {column: estimate(a[column] - b[column]) for column in columns(study, last)}
 
 
 def relative(last: pd.DataFrame, method: str, other: str, column: str, ceiling: float = 0.0) -> Estimate:
-    """``(method - other) / |ceiling - other|`` of the means over seeds, resampled seed by seed.
+    """``(method - other) / |ceiling - other|`` of the means over seeds, with a jackknife t interval over seeds.
 
     With ``ceiling`` 0 it is the relative change; with what the true front has, the share of the gap that is closed.
     """
-    a, b = (last[last.method == name].set_index("seed")[column] for name in (method, other))
-    seeds = sorted(set(a.index) & set(b.index))
-    x, y = a.loc[seeds].to_numpy(float), b.loc[seeds].to_numpy(float)
-    if len(seeds) == 0 or y.mean() == ceiling:
+    x, y = (torch.tensor(part[column].to_numpy(float)) for part in pairs(last, method, other))
+    n = len(x)
+    if n == 0 or y.mean() == ceiling:
         return Estimate(float("nan"), None, None, 0)
-    value = float((x.mean() - y.mean()) / abs(ceiling - y.mean()))
-    if len(seeds) == 1:
-        return Estimate(value, None, None, 1)
-    index = np.random.default_rng(0).integers(len(seeds), size=(DRAWS, len(seeds)))
-    scale = np.abs(ceiling - y[index].mean(1))
-    drawn = (x[index].mean(1) - y[index].mean(1))[scale > 0] / scale[scale > 0]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(value, float(low), float(high), len(seeds))
+
+    def ratio(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b) / (ceiling - b).abs()
+
+    value = ratio(x.mean(), y.mean())
+    if n == 1:
+        return Estimate(float(value), None, None, 1)
+    low, high = jackknife_interval(value, ratio((x.sum() - x) / (n - 1), (y.sum() - y) / (n - 1)))
+    return Estimate(float(value), float(low), float(high), n)
 
 
 def hull_points(vertices: np.ndarray, steps: int = 2000) -> np.ndarray:
@@ -144,15 +150,15 @@ def true_mip(vertices: np.ndarray, grid: np.ndarray) -> float:
     return float((grid @ vertices.T).max(1).mean())
 
 
-def grid_of(runs: Sequence[Run]) -> np.ndarray:
+def grid_of(found: Rows) -> np.ndarray:
     """The preferences ``(M, K)`` that the runs of a study are evaluated under."""
-    return np.array(next(list(rows_of(run))[-1]["grid"] for run in runs if run.finished))
+    return np.array(next(iter(found.values()))[-1]["grid"])
 
 
-def fronts(runs: Sequence[Run], method: str) -> list[np.ndarray]:
+def fronts(found: Rows, method: str) -> list[np.ndarray]:
     """The last front ``(M, K)`` of every finished run of a method, without vectors that were not measured."""
-    found = [np.array(list(rows_of(r))[-1]["front"]) for r in runs if r.method.name == method and r.finished]
-    return [front[np.isfinite(front).all(1)] for front in found]
+    last = [np.array(rows[-1]["front"]) for (name, _), rows in found.items() if name == method]
+    return [front[np.isfinite(front).all(1)] for front in last]
 
 
 def attainment(sets: Sequence[np.ndarray]) -> dict[int, np.ndarray]:

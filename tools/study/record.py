@@ -16,8 +16,10 @@ from miepo.callbacks.reporting import whole_evaluation
 from miepo.metrics import reward_overlap
 from miepo.metrics.steerability import preference_slopes, t_interval
 from miepo.types import EvaluationBatch
+from tools.study import rows
 
 EVALUATIONS, RESULT = "evaluations.jsonl", "result.json"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Record(Callback):
@@ -25,7 +27,8 @@ class Record(Callback):
 
     Beside what other callbacks log, a row has the KL divergence of the policy under each preference to the base policy
     on the plain prompt (the same reference for every method, whatever its prompts say), the length of the responses,
-    the overlap of the rewards of neighbouring preferences, the front, and the work done so far.
+    slopes and side effects, the overlap of the rewards of neighbouring preferences, the front, the work done so far,
+    and with what arithmetic, libraries and commit it was done.
 
     Args:
         folder: Where the files go.
@@ -47,6 +50,7 @@ class Record(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.origin = rows.origin(pl_module.policy.weight_dtype, pl_module.policy.device, ROOT)
         (self.folder / EVALUATIONS).unlink(missing_ok=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -88,10 +92,18 @@ class Record(Callback):
             for k, name in enumerate(pl_module.names)
             for suffix, part in zip(("", "_low", "_high"), slopes, strict=True)
         }
+        side_effects = {
+            f"side/{other} on {name}": float(slopes[0][j, k])
+            for j, name in enumerate(pl_module.names)
+            for k, other in enumerate(pl_module.names)
+            if j != k
+        }
         row = {
             "step": trainer.global_step,
+            "names": list(pl_module.names),
             **logged,
             **obedience,
+            **side_effects,
             "finished": torch.cat(self.finished).mean().item(),
             "overlap": reward_overlap(scores, index, grid).item(),
             "kl": torch.cat(self.kl).mean().item(),
@@ -101,6 +113,7 @@ class Record(Callback):
             "grid": grid.tolist(),
             "front": means,
             "reference_point": metric.reference_point,
+            **self.origin,
         }
         self.rows.append(row)
         with (self.folder / EVALUATIONS).open("a") as file:
@@ -112,5 +125,5 @@ class Record(Callback):
             return
         last = {"step": trainer.global_step, **{key: self.rows[-1][key] for key in ("scored_responses", "seconds")}}
         part = self.folder / (RESULT + ".part")
-        part.write_text(json.dumps(last | {"names": list(pl_module.names)}))
+        part.write_text(json.dumps(last))
         part.replace(self.folder / RESULT)  # whole or not at all

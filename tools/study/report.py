@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,27 @@ from matplotlib.figure import Figure
 from miepo.errors import UserError
 from tools.study import analysis
 from tools.study.analysis import Estimate
-from tools.study.record import RESULT
+from tools.study.rows import Rows
 from tools.study.study import Run, Study, named
 
 PAGE = Path(__file__).with_name("report.html.jinja")
 
 
-def write_report(study: Study, runs: Sequence[Run], folder: Path) -> Path:
+def write_report(study: Study, found: Rows, notes: Sequence[str], runs: Sequence[Run], folder: Path) -> Path:
     """Writes ``results.csv``, ``summary.md``, the pictures and ``report.html`` into ``folder``; returns the page.
+
+    Args:
+        study: What is reported.
+        found: Rows of finished runs.
+        notes: What a reader has to know of them.
+        runs: All runs of the study.
+        folder: Of the study.
 
     Raises:
         UserError: the runs had different budgets.
     """
-    table = analysis.tidy(runs)
-    failures = {run.name: run.failure for run in runs if run.failure}
+    table = analysis.tidy(found)
+    failures = {run.name: run.failure for run in runs if run.failure and run.key not in found}
     if table.empty:
         lines = "; ".join(f"{name}: {why}" for name, why in failures.items()) or "none was started"
         raise UserError(f"expected finished runs, got none: {lines}")
@@ -38,26 +44,26 @@ def write_report(study: Study, runs: Sequence[Run], folder: Path) -> Path:
     vertices = named(study.true_front)() if study.true_front else None
     ceilings = {}
     if vertices is not None:
-        ceilings["front/hv"] = analysis.true_hypervolume(vertices, last.reference_point.iloc[0])
-        ceilings["front/mip"] = analysis.true_mip(vertices, analysis.grid_of(runs))
+        ceilings["front/hv_corrected"] = analysis.true_hypervolume(vertices, last.reference_point.iloc[0])
+        ceilings["front/mip"] = analysis.true_mip(vertices, analysis.grid_of(found))
     sections = sections_of(study, last, ceilings)
     figures = {"information": draw_information(study, table)}
-    if len(_objective_names(runs)) == 2:
-        figures = {"fronts": draw_fronts(study, runs, vertices)} | figures
+    if len(_objective_names(found)) == 2:
+        figures = {"fronts": draw_fronts(study, found, vertices)} | figures
     pictures = {}
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=130)
         pictures[name] = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-    unfinished = [run.name for run in runs if not run.finished and not run.failure]
-    (folder / "summary.md").write_text(markdown(sections, failures, unfinished))
+    unfinished = [run.name for run in runs if run.key not in found and not run.failure]
+    (folder / "summary.md").write_text(markdown(sections, notes, failures, unfinished))
     text = jinja2.Environment(autoescape=True).from_string(PAGE.read_text()).render(
-        name=study.name, sections=sections, pictures=pictures, failures=failures, unfinished=unfinished,
+        name=study.name, sections=sections, pictures=pictures, notes=notes, failures=failures, unfinished=unfinished,
         work=analysis.work(last), reference_point=last.reference_point.iloc[0],
         ceilings=ceilings,
         captions={
             "fronts": "Empirical attainment surfaces over seeds (dark: reached by half of the runs; band: by a quarter "
             "and by three quarters)" + (", and the true front (dashed)." if vertices is not None else "."),
-            "information": "I(Y;W|X) over training: mean over seeds, band: 95 % bootstrap interval.",
+            "information": "I(Y;W|X) over training: mean over seeds, band: 95 % t interval.",
         },
     )  # fmt: skip
     page = folder / "report.html"
@@ -91,14 +97,14 @@ def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) ->
         return {"title": title, "note": note, "head": head or list(next(iter(rows.values()))), "rows": cells}
 
     sections = [
-        table("Means over seeds", "In brackets: 95 % bootstrap interval over seeds.",
+        table("Means over seeds", "In brackets: 95 % t interval over seeds.",
               {f"{label[n]} ({seeds[n]})": v for n, v in means.items()}, False),
     ]  # fmt: skip
     base = study.baseline
     others = [n for n in means if n != base]
     if base in means and others:
         sections.append(
-            table(f"Difference to {label[base]}", "Paired by seed. Bold: the interval excludes zero.",
+            table(f"Difference to {label[base]}", f"Paired by seed. {chance(len(others) * len(titles))}",
                   {label[n]: analysis.paired(study, last, n, base) for n in others}, True)
         )  # fmt: skip
         margins = {label[n]: _margins(last, n, base, ceilings) for n in others}
@@ -110,12 +116,19 @@ def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) ->
     pairs = [(n, c) for n in means for c in study.methods[n].controls if c in means]
     if pairs:
         differences = {f"{label[n]} − {label[c]}": analysis.paired(study, last, n, c) for n, c in pairs}
-        note = "The same settings without what is tested; paired by seed. Bold: the interval excludes zero."
+        note = "The same settings without what is tested; paired by seed. " + chance(len(pairs) * len(titles))
         sections.append(table("Difference to the controls", note, differences, True))
     return sections
 
 
-MARGINS = {"front/hv": "HV", "front/mip": "MIP", "front/crd": "CRD"}
+def chance(comparisons: int) -> str:
+    return (
+        f"Bold: the interval excludes zero, as about {0.05 * comparisons:.0f} of these {comparisons} would "
+        "where nothing differs."
+    )
+
+
+MARGINS = {"front/hv_corrected": "HV", "front/mip": "MIP", "front/crd": "CRD"}
 
 
 def _margins(last: pd.DataFrame, method: str, base: str, ceilings: dict[str, float]) -> dict[str, Estimate]:
@@ -142,7 +155,12 @@ def format_estimate(value: Estimate, signed: bool = False) -> str:
     return text if value.low is None else f"{text} [{value.low:{sign}.{digits}f}, {value.high:{sign}.{digits}f}]"
 
 
-def markdown(sections: Sequence[dict[str, Any]], failures: dict[str, str | None], unfinished: Sequence[str]) -> str:
+def markdown(
+    sections: Sequence[dict[str, Any]],
+    notes: Sequence[str],
+    failures: dict[str, str | None],
+    unfinished: Sequence[str],
+) -> str:
     """The tables as Markdown."""
     lines = []
 
@@ -156,6 +174,8 @@ def markdown(sections: Sequence[dict[str, Any]], failures: dict[str, str | None]
             cells = [f"**{c['text']}**" if c["clear"] else c["text"] for c in row["cells"]]
             lines.append(line([row["label"], *cells]))
         lines.append("")
+    if notes:
+        lines += ["### Notes", "", *(f"- {note}" for note in notes), ""]
     if failures:
         lines += ["### Failed runs, not in the tables", "", *(f"- {n}: {why}" for n, why in failures.items()), ""]
     if unfinished:
@@ -166,18 +186,16 @@ def markdown(sections: Sequence[dict[str, Any]], failures: dict[str, str | None]
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def draw_fronts(study: Study, runs: Sequence[Run], vertices: np.ndarray | None) -> Figure:
+def draw_fronts(study: Study, found: Rows, vertices: np.ndarray | None) -> Figure:
     """One panel per method: attainment surfaces over seeds, with the baseline's median for comparison."""
-    sets = {name: found for name in study.methods if (found := analysis.fronts(runs, name))}
-    surfaces = {name: analysis.attainment(found) for name, found in sets.items()}
-    names = _objective_names(runs)
+    sets = {name: each for name in study.methods if (each := analysis.fronts(found, name))}
+    surfaces = {name: analysis.attainment(each) for name, each in sets.items()}
+    names = _objective_names(found)
     across = min(3, len(sets))
     down = -(-len(sets) // across)
     figure = Figure(figsize=(4.2 * across, 3.8 * down), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
-    points = np.concatenate(
-        [s for found in sets.values() for s in found] + ([vertices] if vertices is not None else [])
-    )
+    points = np.concatenate([s for each in sets.values() for s in each] + ([vertices] if vertices is not None else []))
     low, high = points.min(0) - 0.15, points.max(0) + 0.15
     for axis, (name, levels) in zip(axes, surfaces.items(), strict=False):
         if vertices is not None:
@@ -203,8 +221,9 @@ def draw_fronts(study: Study, runs: Sequence[Run], vertices: np.ndarray | None) 
     return figure
 
 
-def _objective_names(runs: Sequence[Run]) -> list[str]:
-    return next(json.loads((r.folder / RESULT).read_text())["names"] for r in runs if r.finished)
+def _objective_names(found: Rows) -> list[str]:
+    names: list[str] = next(iter(found.values()))[-1]["names"]
+    return names
 
 
 def _staircase(points: np.ndarray, low: np.ndarray) -> np.ndarray:

@@ -9,13 +9,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 import yaml
@@ -23,23 +23,27 @@ from tqdm import tqdm
 
 from miepo.cli import main
 from miepo.errors import UserError, first_line
-from tools.study.record import EVALUATIONS, RESULT
+from tools.study import rows
+from tools.study.record import EVALUATIONS, RESULT, ROOT
+from tools.study.rows import Rows
 
-ROOT = Path(__file__).resolve().parents[2]
 FAILED, LOG, READY, FINGERPRINT = "failed.txt", "log.txt", "ready", "fingerprint.txt"
+LOCK = Lock()  # runs end in threads of their own
 KEYS = {"prepare", "config", "set", "seeds", "baseline", "metrics", "methods", "true_front", "processes", "threads"}
 
 # what a report can show: name -> (logged key, title, better when)
 METRICS = {
-    "hv": ("front/hv", "HV", "up"),
+    "slope": ("slope/*", "slope", "up"),  # a column for each objective: along its own weight, sd
+    "side": ("side/*", "side effect", ""),  # of a weight on another objective, sd
+    "hv_corrected": ("front/hv_corrected", "HV", "up"),  # without the bias that resampling the prompts shows
+    "hv": ("front/hv", "HV with its bias", "up"),
     "mip": ("front/mip", "MIP", "up"),
     "crd": ("front/crd", "CRD", "down"),
     "information": ("information/preference", "I(Y;W|X), nats", "up"),
-    "sd": ("front/sd/*", "sd", "down"),  # a column for each objective
+    "sd": ("front/sd/*", "sd", "down"),
     "overlap": ("overlap", "overlap", "down"),
     "kl": ("kl", "KL, nats", ""),
     "length": ("length", "tokens", ""),
-    "slope": ("slope/*", "slope", "up"),  # along its own weight, sd
     "finished": ("finished", "finished", "up"),
     "seconds": ("seconds", "seconds", ""),
 }
@@ -71,11 +75,12 @@ class Study:
     true_front: str | None
     processes: int
     threads: int
+    rows: Path  # where the rows of finished runs are kept
 
 
 @dataclass(frozen=True)
 class Run:
-    """One method with one seed, and the folder of its results."""
+    """One method with one seed, and the folder that it works in."""
 
     method: Method
     seed: int
@@ -86,7 +91,12 @@ class Run:
         return f"{self.method.name}, seed {self.seed}"
 
     @property
-    def finished(self) -> bool:
+    def key(self) -> tuple[str, int]:
+        return self.method.name, self.seed
+
+    @property
+    def ended(self) -> bool:
+        """Whether it ended well in its folder."""
         return (self.folder / RESULT).exists()
 
     @property
@@ -97,7 +107,7 @@ class Run:
     @property
     def failure(self) -> str | None:
         path = self.folder / FAILED
-        return path.read_text().strip() if path.exists() and not self.finished else None
+        return path.read_text().strip() if path.exists() and not self.ended else None
 
 
 def read_study(path: Path) -> Study:
@@ -139,6 +149,7 @@ def read_study(path: Path) -> Study:
     return Study(
         path.stem, _file(path, values["config"]), methods, seeds, values["baseline"], metrics, values.get("set") or {},
         values.get("prepare"), values.get("true_front"), values.get("processes", 1), values.get("threads", 1),
+        path.with_suffix(".jsonl"),
     )  # fmt: skip
 
 
@@ -214,40 +225,48 @@ def named(path: str) -> Any:
         raise UserError(f"expected a function at '{path}': {error}") from None
 
 
-def parts_hash(folder: Path) -> bytes:
-    """A hash of what all runs share."""
+def parts_hash(folder: Path) -> str:
+    """A hash of what all runs share, a base model and its data; the same for all studies that prepare nothing."""
     digest = hashlib.sha256()
     for part in sorted(p for p in (folder / "parts").rglob("*") if p.is_file()):
         digest.update(part.read_bytes())
-    return digest.digest()
+    return digest.hexdigest()[:16]
 
 
-def fingerprint(study: Study, run: Run, folder: Path, parts: bytes) -> str:
-    """What a result depends on, as a hash: the settings of the run, the files they name, and the study's parts."""
+def fingerprint(study: Study, run: Run, folder: Path) -> str:
+    """The settings of a run and the files that they name, as a hash."""
     given = arguments(study, run, folder)
     values = [_yaml(Path(a)) if f == "--config" else a for f, a in pairwise(given)]
     text = json.dumps(values, sort_keys=True).replace(str(folder), "").replace(str(ROOT), "")
-    return hashlib.sha256(text.encode() + parts).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def execute(study: Study, folder: Path) -> list[Run]:
-    """Runs what is missing, ``processes`` at a time, and returns all runs. A crashed run does not stop the others.
+def fingerprints(study: Study, folder: Path) -> dict[tuple[str, int], str]:
+    """The fingerprint that each run has now."""
+    return {run.key: fingerprint(study, run, folder) for run in runs_of(study, folder)}
 
-    Each run is a process of its own, forked from one that has imported everything, which saves it ten seconds.
+
+def execute(study: Study, folder: Path) -> tuple[Rows, list[str]]:
+    """Runs what has no rows yet, ``processes`` at a time; rows of finished runs, and sentences about what was left out.
+
+    Each run is a process of its own, forked from one that has imported everything, which saves it ten seconds. A
+    crashed run does not stop the others.
 
     Raises:
         UserError: a finished run had other settings than it would have now.
     """
-    everything = runs_of(study, folder)
-    parts = parts_hash(folder)
-    prints = [fingerprint(study, run, folder, parts) for run in everything]
-    for run, now in zip(everything, prints, strict=True):
-        if run.finished and run.fingerprint != now:
-            raise UserError(
-                f"{run.folder} holds a run of other settings than {run.name} has now: "
-                "expected an empty folder for a changed study (--out), or the old runs removed"
-            )
-    missing = [(run, now) for run, now in zip(everything, prints, strict=True) if not run.finished]
+    everything, prints, parts = runs_of(study, folder), fingerprints(study, folder), parts_hash(folder)
+    found, notes = rows.read(study.rows, prints, parts)
+    for run in everything:
+        if run.key not in found and run.ended:
+            if run.fingerprint != f"{prints[run.key]} {parts}":
+                raise UserError(
+                    f"{run.folder} holds a run of other settings than {run.name} has now: "
+                    "expected an empty folder for a changed study (--out), or the old runs removed"
+                )
+            keep(study, run, prints[run.key], parts)  # it was stopped in between
+            found, _ = rows.read(study.rows, prints, parts)
+    missing = [(run, prints[run.key]) for run in everything if run.key not in found]
     os.environ |= {
         "OMP_NUM_THREADS": str(study.threads), "MKL_NUM_THREADS": str(study.threads), "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"), "MPLBACKEND": "Agg",
@@ -263,7 +282,7 @@ def execute(study: Study, folder: Path) -> list[Run]:
         run.folder.mkdir(parents=True, exist_ok=True)
         for name in (FAILED, LOG):
             (run.folder / name).unlink(missing_ok=True)
-        (run.folder / FINGERPRINT).write_text(now)
+        (run.folder / FINGERPRINT).write_text(f"{now} {parts}")
         process = context.Process(target=fit, args=(arguments(study, run, folder), run.folder / LOG))
         process.start()
         running.add(process)
@@ -271,7 +290,9 @@ def execute(study: Study, folder: Path) -> list[Run]:
             process.kill()
         process.join()
         running.discard(process)
-        if not run.finished and not stopped.is_set():
+        if run.ended:
+            keep(study, run, now, parts)
+        elif not stopped.is_set():
             (run.folder / FAILED).write_text(f"exit status {process.exitcode}: {_last_line(run.folder / LOG)}\n")
         return run
 
@@ -289,7 +310,14 @@ def execute(study: Study, folder: Path) -> list[Run]:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
             process.kill()  # a result is whole or not there at all, so there is nothing to wait for
-    return everything
+    return rows.read(study.rows, prints, parts)[0], notes
+
+
+def keep(study: Study, run: Run, now: str, parts: str) -> None:
+    """Adds the evaluations of a run that has ended to the study's rows."""
+    each = [json.loads(line) for line in (run.folder / EVALUATIONS).read_text().splitlines()]
+    with LOCK:
+        rows.append(study.rows, *run.key, {"fingerprint": now, "parts": parts}, each)
 
 
 def fit(command: Sequence[str], log: Path) -> None:
@@ -311,9 +339,3 @@ def _last_line(path: Path) -> str:
         return "no output"
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no output"
-
-
-def rows_of(run: Run) -> Iterator[dict[str, Any]]:
-    """The evaluations of a finished run."""
-    for line in (run.folder / EVALUATIONS).read_text().splitlines():
-        yield json.loads(line)
