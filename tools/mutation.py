@@ -74,9 +74,7 @@ EQUIVALENT = [
     Equivalent(r"<= 1e9", "< 1e9", EDGE),
     *(Equivalent(r"stacklevel=2", text, "mutmut's own frames stand between") for text in ("stacklevel=3", "")),
     *(
-        Equivalent(
-            r"dtype=(torch|np)\.float(32|64)", text, PROMOTED, "parse_preference|evaluation_grid|bootstrap_interval"
-        )
+        Equivalent(r"dtype=(torch|np)\.float(32|64)", text, PROMOTED, "parse_preference|evaluation_grid")
         for text in ("dtype=None", "")
     ),
     *(

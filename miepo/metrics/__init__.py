@@ -9,7 +9,6 @@ from miepo.metrics.front import (
 )
 from miepo.metrics.information import (
     PreferenceInformationMetric,
-    bootstrap_interval,
     feedback_information,
     infonce_bound,
     pointwise_information,
@@ -30,7 +29,6 @@ __all__ = [
     "ParetoFrontMetric",
     "PreferenceInformationMetric",
     "SteerabilityMetric",
-    "bootstrap_interval",
     "conditional_reward_dispersion",
     "estimate_hypervolume",
     "feedback_information",

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import log
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from miepo.metrics.steerability import t_interval
-from miepo.preferences import Stream, generator
 
 
 def pointwise_information(log_prob: Tensor, grid_index: Tensor) -> Tensor:
@@ -65,34 +62,6 @@ def feedback_information(alignment: Tensor, labels: Tensor) -> Tensor:
         labels: ``(B, K)``.
     """
     return torch.where(labels == 0, torch.nan, log(2) - alignment)
-
-
-def bootstrap_interval(
-    values: Sequence[float] | Tensor,
-    groups: Sequence[int] | Tensor,
-    seed: int = 0,
-    draws: int = 1000,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile interval of the mean under resampling of whole groups (responses to one prompt are not independent).
-
-    Args:
-        values: ``(N,)``; NaN does not count.
-        groups: ``(N,)`` the group (prompt) of each value.
-        seed: Of the resampling.
-        draws: Number of resamples.
-        level: Coverage.
-    """
-    numbers, labels = np.asarray(values, dtype=np.float64), np.asarray(groups)
-    numbers, labels = numbers[~np.isnan(numbers)], labels[~np.isnan(numbers)]
-    if len(numbers) == 0:
-        return float("nan"), float("nan")
-    _, inverse = np.unique(labels, return_inverse=True)
-    sums, counts = np.bincount(inverse, weights=numbers), np.bincount(inverse)
-    chosen = generator(Stream.BOOTSTRAP, seed).integers(len(sums), size=(draws, len(sums)))
-    means = sums[chosen].sum(1) / counts[chosen].sum(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 class PreferenceInformationMetric(Metric):

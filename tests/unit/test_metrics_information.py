@@ -3,21 +3,18 @@ from __future__ import annotations
 from math import log
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from miepo.callbacks.preference_information import grid_log_prob
 from miepo.metrics import (
     PreferenceInformationMetric,
-    bootstrap_interval,
     feedback_information,
     infonce_bound,
     pointwise_information,
     t_interval,
 )
 from miepo.policy import GatedConditioning, PromptConditioning
-from miepo.preferences import Stream, generator
 from miepo.rollout import TransformersEngine
 from miepo.types import EvaluationBatch
 from tests.helpers.tiny import randomise_adapter, tiny_policy
@@ -91,44 +88,6 @@ def test_feedback_information_is_log_two_minus_the_loss_on_labelled_pairs() -> N
     assert value[0, 1].isnan()
 
 
-def test_bootstrap_resamples_whole_groups() -> None:
-    # 50 groups of 20 equal values: the interval is that of 50 values, not of 1000
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=50)
-    values, groups = np.repeat(centres, 20), np.repeat(np.arange(50), 20)
-    low, high = bootstrap_interval(values, groups)
-    expected = 2 * 1.96 * centres.std(ddof=1) / 50**0.5
-    assert high - low == pytest.approx(expected, rel=0.2)
-    assert low < centres.mean() < high
-
-
-def test_bootstrap_covers_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(1)
-    covered = 0
-    for seed in range(200):
-        sample = rng.normal(1.0, 1.0, size=60)
-        low, high = bootstrap_interval(sample, range(60), seed=seed, draws=400)
-        covered += low <= 1.0 <= high
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-def test_bootstrap_weighs_groups_by_their_size() -> None:
-    """Of a group of nine zeros and one of a single one, half of the resamples have both: a mean of a tenth."""
-    assert bootstrap_interval([0.0] * 9 + [1.0], [0] * 9 + [1], level=0.3) == pytest.approx((0.1, 0.1))
-
-
-@pytest.mark.parametrize("seed", [None, 3])
-def test_bootstrap_is_that_of_a_slow_loop(seed: int | None) -> None:
-    values, groups = [0.5, 2.0, float("nan"), -1.0, 7], [4, 4, 2, 9, 2]
-    drawn = []
-    for chosen in generator(Stream.BOOTSTRAP, seed or 0).integers(3, size=(1000, 3)):
-        rows = [([7.0], [0.5, 2.0], [-1.0])[group] for group in chosen]
-        drawn.append(np.mean([value for row in rows for value in row]))
-    found = bootstrap_interval(values, groups) if seed is None else bootstrap_interval(values, groups, seed)
-    assert found == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
-    assert bootstrap_interval([1, 2, 4], [0, 0, 1], draws=1)[0] in (1.5, 4.0, 7 / 3)  # whole numbers are numbers
-
-
 def test_information_is_the_mean_of_the_prompts_means() -> None:
     metric = PreferenceInformationMetric(2)
     log_prob = torch.tensor([[-1.0, -3.0], [-1.0, -1.0], [-2.0, -1.0], [-1.0, -9.0]])
@@ -141,10 +100,6 @@ def test_information_is_the_mean_of_the_prompts_means() -> None:
         torch.stack([found[f"preference{s}"] for s in ("", "_low", "_high")]), torch.stack(t_interval(prompts))
     )
     assert found["preference"].dtype == torch.float64
-
-
-def test_bootstrap_without_values() -> None:
-    assert all(np.isnan(bootstrap_interval([float("nan")], [0])))
 
 
 @pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
