@@ -152,7 +152,7 @@ class EvaluationBatch:
     """One response per (prompt, grid vector) pair, scored by every objective."""
 
     prompts: Sequence[str]
-    positions: Sequence[int]  # which prompt of the evaluation set, the unit of the bootstrap
+    positions: Sequence[int]  # which prompt of the evaluation set, the unit of intervals
     grid_index: Tensor  # (N,)
     preference: Tensor  # (N, K)
     responses: Responses  # (N, 1, T)

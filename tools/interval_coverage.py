@@ -1,15 +1,15 @@
 """How often the intervals of an evaluation have the truth: simulated evaluations whose true figures are known.
 
 ``python -m tools.interval_coverage`` prints a table for each size of the evaluation: fronts of several shapes, the mean
-of the estimates of HV beside the truth, and the share of 95 % intervals that have it. The README's "Reports" and
-``configs/studies/README.md`` have what it printed.
+of the estimates of HV beside the truth, and the share of 95 % intervals that have it. What it printed is in
+``tools/interval_coverage.md``.
 """
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from math import pi
+from math import inf, pi
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def row(name: str, means: Tensor, prompts: int, simulations: int) -> str:
         front = front_of(e, REFERENCE_POINT, draws=1)
         _, under, over = (x[0, 0] for x in t_interval(preference_slopes(e.scores, e.grid_index, e.positions, grid)))
         percentile = 2 * hv.value - hv.high <= truth <= 2 * hv.value - hv.low
-        within = [front[f"front/{key}_low"] <= true <= front[f"front/{key}_high"] for key, true in known.items()]
+        within = [front.get(f"front/{k}_low", inf) <= true <= front[f"front/{k}_high"] for k, true in known.items()]
         hits += [percentile, hv.low <= truth <= hv.high, under <= slope <= over, *within]
     value, corrected, above, clear = np.mean(found, 0)
     shares = " | ".join(f"{share:.0%}" for share in hits / simulations)

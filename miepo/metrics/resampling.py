@@ -81,12 +81,12 @@ def resampled_moments(sums: AnswerSums, draws: int = DRAWS, seed: int = 0) -> tu
 
 
 def moments_without_each(sums: AnswerSums) -> tuple[Tensor, Tensor]:
-    """Means ``(P, M, K)`` and covariances ``(P, M, K, K)`` of all prompts but one, for each prompt."""
+    """Takes means ``(P, M, K)`` and covariances ``(P, M, K, K)`` of all prompts but one, for each prompt."""
     return reward_moments(*(part.sum(0) - part for part in (sums.count, sums.total, sums.outer)))
 
 
 def jackknife_interval(value: Tensor, without_each: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Limits of a figure's t interval with the jackknife's standard error (Tukey 1958).
+    """Gives the limits of a figure's t interval with the jackknife's standard error (Tukey 1958).
 
     Args:
         value: ``(..)`` the figure of all P prompts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -117,8 +118,8 @@ class ModelObjective(Objective):
                 f"weights, first {keys[0]}"
             )
         self.tokenizer.padding_side = "right"
-        self._give_padding(network.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         config: Any = network.config
+        self._give_padding(getattr(config.get_text_config(), "vocab_size", inf))  # CANINE reads characters
         config.pad_token_id = self.tokenizer.pad_token_id  # classifiers may read the last token that is not padding
         config.use_cache = False  # nothing is generated
         if self.max_length is None:
@@ -126,7 +127,7 @@ class ModelObjective(Objective):
         self.device = self.place or device
         self.model: Any = network.eval().requires_grad_(False).to("cpu" if self.offload else self.device)
 
-    def _give_padding(self, embeddings: int) -> None:
+    def _give_padding(self, embeddings: float) -> None:
         """Makes the end token the padding where the tokenizer has none, or one that the network has no embedding of."""
         found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         known = [i for i in found if i is not None and i < embeddings]

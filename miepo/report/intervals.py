@@ -72,11 +72,11 @@ def slopes_of(evaluation: Evaluation, before: Evaluation | None = None) -> dict[
 def front_of(
     evaluation: Evaluation, reference_point: float, before: Evaluation | None = None, draws: int = DRAWS
 ) -> dict[str, float]:
-    """HV, MIP and CRD with the limits of their 95 % intervals over prompts, by logged names; what is NaN is left out.
+    """Gives HV, MIP and CRD with their 95 % intervals over prompts, by logged names; what is NaN is left out.
 
     HV is flattered by noise, and a resample's even more: it has no interval, but ``front/hv_corrected``, from which the
     bias is taken that resampling the prompts shows, has a basic one. MIP and CRD have t intervals with the jackknife's
-    standard error; CRD's is that of its logarithm.
+    standard error; CRD's is that of its logarithm, and there is none where a covariance hangs on one prompt.
 
     With ``before``, an evaluation of the same prompts, the changes since then; their intervals are those of pairs.
     """
@@ -98,7 +98,8 @@ def front_of(
     if (mip := found.get("front/mip")) is not None:
         without = change(lambda s: mean_inner_product(evaluation.grid, moments_without_each(s)[0]))  # (P,)
         limits["front/mip"] = jackknife_interval(torch.tensor(mip), without)
-    if (crd := found.get("front/crd")) is not None:
+    spare = min(int((s.count.sum(0) - s.count).min()) for s in sums)  # answers under a vector without one prompt
+    if (crd := found.get("front/crd")) is not None and spare > evaluation.grid.shape[1]:
         without = change(lambda s: conditional_reward_dispersion(moments_without_each(s)[1]))  # (P,)
         if before:
             limits["front/crd"] = jackknife_interval(torch.tensor(crd), without)

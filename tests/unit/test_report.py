@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from miepo.report import Report, report
 from miepo.report import pictures as draw
 from miepo.report.intervals import KEYS, front_of, overlap, point_estimates
 from miepo.report.page import before_and_after, samples
-from miepo.report.runs import differing, incomparable, labels, read_evaluation, read_run, read_runs
+from miepo.report.runs import Evaluation, differing, incomparable, labels, read_evaluation, read_run, read_runs
 from miepo.report.text import visible
 from tests.helpers.runs import NAMES, evaluation_rows, figures, write_run
 
@@ -194,7 +195,7 @@ def test_runs_on_different_scales_are_said_to_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [("a",), ("a", "b"), ("a", "b", "c")])
 def test_intervals_against_a_slow_loop(names: tuple[str, ...], tmp_path: Path) -> None:
     """Each resample, and each set without a prompt, by itself through the metric of training, from lists of its rows."""
-    rows = evaluation_rows(1, names, prompts=5, points=3 if len(names) == 2 else None)
+    rows = evaluation_rows(1, names, prompts=6, points=3 if len(names) == 2 else None)
     rows[3]["rewards"][names[0]] = None
     evaluation = read_run(write_run(tmp_path / "run", [rows])).first
     assert evaluation is not None
@@ -208,18 +209,18 @@ def test_intervals_against_a_slow_loop(names: tuple[str, ...], tmp_path: Path) -
                     metric.update(torch.tensor([row["grid_index"]]), rewards, torch.tensor([place]))
         return {key: float(value) for key, value in metric.compute().items() if key in ("hv", "mip", "crd")}
 
-    whole = measured(range(5))
-    drawn = [measured(chosen)["hv"] for chosen in generator(Stream.BOOTSTRAP, 0).integers(5, size=(20, 5))]
+    whole = measured(range(6))
+    drawn = [measured(chosen)["hv"] for chosen in generator(Stream.BOOTSTRAP, 0).integers(6, size=(20, 6))]
     high, low = 2 * whole["hv"] - np.quantile(drawn, [0.025, 0.975])
     expected = {f"front/{key}": value for key, value in whole.items()} | {
         "front/hv_corrected": 2 * whole["hv"] - np.mean(drawn),
         "front/hv_corrected_low": low,
         "front/hv_corrected_high": high,
     }
-    without = [measured([q for q in range(5) if q != p]) for p in range(5)]
+    without = [measured([q for q in range(6) if q != p]) for p in range(6)]
     for key, scale, back in (("mip", float, float), ("crd", np.log, np.exp)):
         each = [scale(w[key]) for w in without]
-        half = stats.t.ppf(0.975, 4) * (4 / 5 * np.sum((each - np.mean(each)) ** 2)) ** 0.5
+        half = stats.t.ppf(0.975, 5) * (5 / 6 * np.sum((each - np.mean(each)) ** 2)) ** 0.5
         expected[f"front/{key}_low"] = back(scale(whole[key]) - half)
         expected[f"front/{key}_high"] = back(scale(whole[key]) + half)
     assert front_of(evaluation, -1.5, draws=20) == pytest.approx(expected, rel=1e-6, abs=1e-9)
@@ -282,6 +283,45 @@ def test_the_change_is_that_of_pairs(tmp_path: Path) -> None:
     other = [row | {"position": row["position"] + 100} for row in after]
     columns, _ = before_and_after(read_run(write_run(tmp_path / "other", [before, other])))
     assert len(columns) == 2  # of other prompts there are no pairs
+
+
+def test_the_interval_of_a_change_against_a_slow_loop(tmp_path: Path) -> None:
+    """Both evaluations without the same prompt, one prompt after the other."""
+    run = read_run(write_run(tmp_path / "run", [evaluation_rows(0, prompts=6), evaluation_rows(1, prompts=6)]))
+    old, new = run.first, run.last
+    assert old is not None
+    assert new is not None
+
+    def figure(evaluation: Evaluation, key: str, without: int | None = None) -> float:
+        keep = evaluation.positions != (-1 if without is None else without)
+        parts = {name: getattr(evaluation, name)[keep] for name in ("grid_index", "positions", "scores")}
+        return point_estimates(replace(evaluation, **parts), -1.0)[key]
+
+    found = front_of(new, -1.0, old, draws=20)
+    for key in ("front/mip", "front/crd"):
+        change = figure(new, key) - figure(old, key)
+        each = np.array([figure(new, key, p) - figure(old, key, p) for p in range(6)])
+        half = stats.t.ppf(0.975, 5) * (5 / 6 * np.sum((each - each.mean()) ** 2)) ** 0.5
+        assert found[key] == pytest.approx(change)
+        assert [found[f"{key}_low"], found[f"{key}_high"]] == pytest.approx([change - half, change + half]), key
+    drawn = []
+    for chosen in generator(Stream.BOOTSTRAP, 0).integers(6, size=(20, 6)):
+        both = []
+        for e in (new, old):
+            rows = torch.cat([torch.where(e.positions == p)[0] for p in chosen])
+            parts = {name: getattr(e, name)[rows] for name in ("grid_index", "positions", "scores")}
+            both.append(point_estimates(replace(e, **parts), -1.0)["front/hv"])
+        drawn.append(both[0] - both[1])
+    high, low = 2 * found["front/hv"] - np.quantile(drawn, [0.025, 0.975])
+    assert [found["front/hv_corrected_low"], found["front/hv_corrected_high"]] == pytest.approx([low, high], rel=1e-5)
+
+
+def test_dispersion_of_two_objectives_needs_four_prompts(tmp_path: Path) -> None:
+    """Without one of three, two answers are left, whose covariance has no volume."""
+    for prompts in (3, 4):
+        evaluation = read_run(write_run(tmp_path / str(prompts), [evaluation_rows(1, prompts=prompts)])).first
+        assert evaluation is not None
+        assert ("front/crd_low" in front_of(evaluation, -1.0, draws=2)) == (prompts == 4)
 
 
 def test_no_interval_where_only_some_answers_were_kept(tmp_path: Path) -> None:

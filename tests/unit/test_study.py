@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import subprocess
 from itertools import pairwise
@@ -19,7 +20,7 @@ from miepo.metrics import hypervolume
 from tools.study import analysis, language, report, rows
 from tools.study.__main__ import main
 from tools.study.report import format_estimate
-from tools.study.study import Method, Run, Study, arguments, read_study, runs_of
+from tools.study.study import Method, Run, Study, arguments, execute, fingerprints, parts_hash, read_study, runs_of
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
@@ -172,6 +173,21 @@ def test_different_budgets_are_refused() -> None:
         analysis.final(table({"a": [1.0], "b": [2.0]}, {"b": 6}))
 
 
+def test_a_ratio_to_next_to_nothing_has_no_interval() -> None:
+    last = analysis.final(table({"a": [0.1, -0.3, 0.25], "b": [1.0, 2.0, 3.0]}))
+    assert analysis.relative(last, "b", "a", "front/hv").low is None
+    last = analysis.final(table({"a": [1.0, float("nan"), 1.5, 2.0], "b": [2.0, 2.0, 2.5, float("nan")]}))
+    assert (
+        analysis.relative(last, "b", "a", "front/hv").mean,
+        analysis.relative(last, "b", "a", "front/hv").seeds,
+    ) == (0.8, 2)
+
+
+def test_how_many_comparisons_there_are_is_said() -> None:
+    assert "as about 1.8 of these 36 would" in report.chance({"a": 3, "b": 6, "c": 1}, ["a", "b", "b", "c"], 12)
+    assert report.chance({"a": 2}, ["a"], 12) == "With fewer than 3 seeds no interval is called clear of zero."
+
+
 def test_relative_margin_and_closed_gap() -> None:
     last = analysis.final(table({"a": [2.0, 2.0, 2.0], "b": [3.0, 3.0, 3.0]}))
     assert analysis.relative(last, "b", "a", "front/hv").mean == pytest.approx(0.5)
@@ -310,24 +326,33 @@ def test_a_run_is_finished_or_failed(tmp_path: Path) -> None:
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
-HERE = {"precision": "float32", "threads": 1, "device": "cpu, AVX2", "versions": "torch 2", "commit": "abc", "step": 2}
+HERE = {
+    "precision": "float32",
+    "threads": 1,
+    "device": "cpu, AVX2",
+    "versions": "torch 2",
+    "commit": "abc",
+    "parts": "p",
+}
 WANTED = {("a", 0): "x", ("a", 1): "x", ("b", 0): "y"}
 
 
-def add(file: Path, method: str, seed: int, count: int = 2, parts: str = "p", **origin: object) -> None:
-    each = [HERE | origin | {"front/hv": float(i)} for i in range(count)]
-    rows.append(file, method, seed, {"fingerprint": WANTED[method, seed], "parts": parts}, each)
+def add(file: Path, method: str, seed: int, hv: tuple[float, ...] = (0.0, 1.0), /, **changes: object) -> None:
+    row = {"step": 2, "scored_responses": 4, "reference_point": -1.0, "grid": [], "front": [], "seconds": 1.0}
+    run = {"method": method, "seed": seed, "fingerprint": WANTED[method, seed], "names": ["u", "v"]}
+    rows.append(file, run | HERE | {"evaluations": [row | {"front/hv": value} for value in hv]} | changes)
 
 
 def test_rows_are_read_back(tmp_path: Path) -> None:
     file = tmp_path / "s.jsonl"
     assert rows.read(file, WANTED) == ({}, [])
+    add(file, "b", 0, (3.0,))
     add(file, "a", 0)
-    add(file, "b", 0, count=1)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))  # as an editor may save it
     found, notes = rows.read(file, WANTED)
     assert [(key, [row["front/hv"] for row in each]) for key, each in found.items()] == [
         (("a", 0), [0, 1]),
-        (("b", 0), [0]),
+        (("b", 0), [3]),
     ]
     assert notes == rows.mixtures(found) == []
     assert rows.read(file, {("a", 0): "x"})[0].keys() == {("a", 0)}  # of a method that the study no longer has
@@ -335,51 +360,113 @@ def test_rows_are_read_back(tmp_path: Path) -> None:
     assert list(zip(table.method, table.seed, table["front/hv"], strict=True)) == [
         ("a", 0, 0),
         ("a", 0, 1),
-        ("b", 0, 0),
+        ("b", 0, 3),
     ]
+    assert set(table.precision) == {"float32"}
 
 
 def test_a_half_written_file(tmp_path: Path) -> None:
-    """A run counts with all its rows; a row that was cut off does not swallow the next."""
+    """A line that was cut off does not count, and does not swallow the next."""
     file = tmp_path / "s.jsonl"
     add(file, "a", 0)
     add(file, "a", 1)
     file.write_text(file.read_text()[:-30])
     found, notes = rows.read(file, WANTED)
     assert found.keys() == {("a", 0)}
-    assert notes == [
-        "Line 4 of s.jsonl is no whole row and is left out.", "Rows of a, seed 1 are missing in s.jsonl: the run does not count."
-    ]  # fmt: skip
+    assert notes == ["Line 2 of s.jsonl is no whole run and is left out."]
     add(file, "a", 1)
     found, notes = rows.read(file, WANTED)
     assert found.keys() == {("a", 0), ("a", 1)}
-    assert notes == ["Line 4 of s.jsonl is no whole row and is left out."]
-    with file.open("a") as stream:
-        stream.write('[1]\n{"method": "a"}\n\n')
-    assert [note.split(" of")[0] for note in rows.read(file, WANTED)[1]] == ["Line 4", "Line 7", "Line 8"]
+    assert notes == ["Line 2 of s.jsonl is no whole run and is left out."]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": True}, {"seed": "0"}, {"names": None}, {"evaluations": []}, {"evaluations": [1]}, {"versions": []},
+        {"evaluations": [{"step": 1, "scored_responses": 4, "reference_point": -1, "grid": []}]},
+    ],
+)  # fmt: skip
+def test_lines_that_are_no_runs(tmp_path: Path, changes: dict[str, object]) -> None:
+    file = tmp_path / "s.jsonl"
+    file.write_text("[1]\n\n<<<<<<< ours\n")
+    add(file, "a", 0, **changes)
+    found, notes = rows.read(file, WANTED)
+    assert found == {}
+    assert [note.split(" of")[0] for note in notes] == ["Line 1", "Line 3", "Line 4"]
 
 
 def test_one_run_on_two_machines_counts_once(tmp_path: Path) -> None:
     file = tmp_path / "s.jsonl"
-    add(file, "a", 0, count=1)
-    add(file, "a", 0, count=1)  # the same arithmetic: the same rows
+    add(file, "a", 0)
+    add(file, "a", 0, commit="def")  # the same figures
     assert rows.read(file, WANTED)[1] == []
-    add(file, "a", 0, count=1, precision="bfloat16")
+    add(file, "a", 0, (0.0, 1.5), precision="bfloat16")
     found, notes = rows.read(file, WANTED)
-    assert len(found["a", 0]) == 1
-    assert found["a", 0][0]["precision"] == "float32"
-    assert "a, seed 0 was run more than once (precision float32" in notes[0]
-    assert "precision bfloat16" in notes[0]
+    assert [row["precision"] for row in found["a", 0]] == ["float32", "float32"]
+    assert len(notes) == 1
+    assert re.match(
+        "a, seed 0 was run more than once .precision float32.*; precision bfloat16.*: the first counts", notes[0]
+    )
 
 
-def test_rows_of_other_settings_or_parts_are_refused(tmp_path: Path) -> None:
+def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "s.jsonl"
     add(file, "a", 0)
     with pytest.raises(UserError, match="holds rows of other settings than a, seed 0 has now: expected another file"):
         rows.read(file, WANTED | {("a", 0): "other"})
-    assert rows.read(file, WANTED, "p")[0]
-    with pytest.raises(UserError, match="rows of a, seed 0 with another base model or other data than this machine"):
-        rows.read(file, WANTED, "q")
+
+
+def test_settings_are_told_apart_wherever_the_study_is(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, GOOD + "set: {data.prompts: '{parts}/train.jsonl'}\n"))
+    prints = fingerprints(study, tmp_path)
+    assert prints == fingerprints(study, Path("/configs")) == fingerprints(study, Path("/gr\u00fcn"))
+    assert len(set(prints.values())) == 4
+    other = read_study(write(tmp_path, GOOD + "set: {data.prompts: '{parts}/other.jsonl'}\n"))
+    assert not set(fingerprints(other, tmp_path).values()) & set(prints.values())
+
+
+def test_files_that_cannot_hold_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, GOOD)
+    (tmp_path / "s.jsonl").mkdir()
+    for given, said in (
+        ([], "expected a file for the rows of finished runs, got"),
+        (["--report"], "--report: expected the rows of finished runs at"),
+        (["--rows", str(file)], "--rows: expected another file than the study's own"),
+    ):
+        assert main([str(file), "--out", str(tmp_path / "out"), *given]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match="expected a file of rows, got"):
+        rows.read(tmp_path / "s.jsonl", WANTED)
+    with pytest.raises(UserError, match="expected a file for the rows of finished runs, got"):
+        add(tmp_path / "s.jsonl", "a", 0)
+    assert file.read_text() == GOOD
+
+
+def test_two_studies_at_work_in_one_folder(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, GOOD))
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="expected no other study at work in"):
+            execute(study, tmp_path)
+
+
+def test_rows_of_another_base_model_are_refused(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, GOOD))
+    add(study.rows, "a", 0, fingerprint=fingerprints(study, tmp_path)["a", 0], parts="of another base model")
+    with pytest.raises(UserError, match="holds rows of runs with another base model or other data than those in"):
+        execute(study, tmp_path)
+
+
+def test_a_broken_run_is_not_kept(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, GOOD))
+    run = runs_of(study, tmp_path)[0]
+    run.folder.mkdir(parents=True)
+    for name in ("evaluations.jsonl", "result.json"):
+        (run.folder / name).write_text("{")
+    (run.folder / "fingerprint.txt").write_text(f"{fingerprints(study, tmp_path)[run.key]} {parts_hash(tmp_path)}")
+    with pytest.raises(UserError, match="holds a broken run, expected it whole or removed"):
+        execute(study, tmp_path)
 
 
 def test_what_differs_between_runs_is_said(tmp_path: Path) -> None:
@@ -406,3 +493,12 @@ def test_a_commit_with_changes_is_marked(tmp_path: Path) -> None:
     assert rows.commit(tmp_path) == clean
     (tmp_path / "file").write_text("two")
     assert rows.commit(tmp_path) == clean + "+"
+
+
+def test_rows_that_were_added_do_not_mark_a_commit(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "s.jsonl").write_text("one")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "s.jsonl").write_text("two")
+    assert not str(rows.commit(tmp_path)).endswith("+")

@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
             if not options.rows.parent.is_dir() or options.rows.is_dir():
                 raise UserError(f"--rows: expected a file in a folder that is there, got '{options.rows}'")
             study = replace(study, rows=options.rows)
+        if study.rows.resolve() == options.study.resolve():
+            raise UserError(f"--rows: expected another file than the study's own, got '{study.rows}'")
         for path in filter(None, (study.prepare, study.true_front)):
             named(path)  # a slip in a name shows now and not after a night
         folder = (options.out or Path("studies") / study.name).resolve()
@@ -43,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         except OSError as error:
             raise UserError(f"--out: expected a folder, got '{folder}': {error.strerror}") from None
         if options.report:
+            if not study.rows.is_file():
+                raise UserError(f"--report: expected the rows of finished runs at '{study.rows}': there are none")
             found, notes = rows.read(study.rows, fingerprints(study, folder))
         else:
             prepare(study, folder)
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"study: error: {error}", file=sys.stderr)
         return 2
-    failed = [run.name for run in runs if run.failure]
+    failed = [run.name for run in runs if run.failure and run.key not in found]
     print((folder / "summary.md").read_text())
     print(f"Report: {page}")
     return 1 if failed else 0

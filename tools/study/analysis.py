@@ -52,7 +52,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def tidy(found: Rows) -> pd.DataFrame:
-    """A table of all rows, without the front, the grid and the objectives' names."""
+    """Makes a table of all rows, without the front, the grid and the objectives' names."""
     dropped = ("front", "grid", "names")
     return pd.DataFrame(
         {key: value for key, value in row.items() if key not in dropped} for rows in found.values() for row in rows
@@ -98,7 +98,7 @@ def summary(study: Study, last: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
 
 
 def pairs(last: pd.DataFrame, method: str, other: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The runs of two methods that share a seed and a precision, in one order."""
+    """Finds the runs of two methods that share a seed and a precision, in one order."""
     keys = [key for key in ("seed", "precision") if key in last]
     a, b = (last[last.method == name].set_index(keys).sort_index() for name in (method, other))
     both = a.index.intersection(b.index)
@@ -112,22 +112,24 @@ def paired(study: Study, last: pd.DataFrame, method: str, other: str) -> dict[st
 
 
 def relative(last: pd.DataFrame, method: str, other: str, column: str, ceiling: float = 0.0) -> Estimate:
-    """``(method - other) / |ceiling - other|`` of the means over seeds, with a jackknife t interval over seeds.
+    """Compares the means over seeds: ``(method - other) / |ceiling - other|``, with a jackknife t interval over seeds.
 
     With ``ceiling`` 0 it is the relative change; with what the true front has, the share of the gap that is closed.
+    There is no interval where the denominator changes its sign with a seed, so that the ratio is of no size.
     """
     x, y = (torch.tensor(part[column].to_numpy(float)) for part in pairs(last, method, other))
-    n = len(x)
+    known = x.isfinite() & y.isfinite()
+    x, y, n = x[known], y[known], int(known.sum())
     if n == 0 or y.mean() == ceiling:
         return Estimate(float("nan"), None, None, 0)
 
     def ratio(a: Tensor, b: Tensor) -> Tensor:
         return (a - b) / (ceiling - b).abs()
 
-    value = ratio(x.mean(), y.mean())
-    if n == 1:
-        return Estimate(float(value), None, None, 1)
-    low, high = jackknife_interval(value, ratio((x.sum() - x) / (n - 1), (y.sum() - y) / (n - 1)))
+    value, a, b = ratio(x.mean(), y.mean()), (x.sum() - x) / (n - 1), (y.sum() - y) / (n - 1)
+    if n == 1 or len(torch.sign(ceiling - b).unique()) > 1:
+        return Estimate(float(value), None, None, n)
+    low, high = jackknife_interval(value, ratio(a, b))
     return Estimate(float(value), float(low), float(high), n)
 
 

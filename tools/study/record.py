@@ -25,10 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 class Record(Callback):
     """Writes ``evaluations.jsonl`` while a run trains, and ``result.json`` once it has ended well.
 
+    The second has with what arithmetic, libraries and commit the run was made.
+
     Beside what other callbacks log, a row has the KL divergence of the policy under each preference to the base policy
     on the plain prompt (the same reference for every method, whatever its prompts say), the length of the responses,
-    slopes and side effects, the overlap of the rewards of neighbouring preferences, the front, the work done so far,
-    and with what arithmetic, libraries and commit it was done.
+    slopes and side effects, the overlap of the rewards of neighbouring preferences, the front, and the work done so
+    far.
 
     Args:
         folder: Where the files go.
@@ -96,11 +98,10 @@ class Record(Callback):
             f"side/{other} on {name}": float(slopes[0][j, k])
             for j, name in enumerate(pl_module.names)
             for k, other in enumerate(pl_module.names)
-            if j != k
+            if j != k and len(pl_module.names) > 2  # of two, each is minus a slope
         }
         row = {
             "step": trainer.global_step,
-            "names": list(pl_module.names),
             **logged,
             **obedience,
             **side_effects,
@@ -113,7 +114,6 @@ class Record(Callback):
             "grid": grid.tolist(),
             "front": means,
             "reference_point": metric.reference_point,
-            **self.origin,
         }
         self.rows.append(row)
         with (self.folder / EVALUATIONS).open("a") as file:
@@ -125,5 +125,5 @@ class Record(Callback):
             return
         last = {"step": trainer.global_step, **{key: self.rows[-1][key] for key in ("scored_responses", "seconds")}}
         part = self.folder / (RESULT + ".part")
-        part.write_text(json.dumps(last))
+        part.write_text(json.dumps(last | {"names": list(pl_module.names)} | self.origin))
         part.replace(self.folder / RESULT)  # whole or not at all

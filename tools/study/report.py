@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) ->
     others = [n for n in means if n != base]
     if base in means and others:
         sections.append(
-            table(f"Difference to {label[base]}", f"Paired by seed. {chance(len(others) * len(titles))}",
+            table(f"Difference to {label[base]}", f"Paired by seed and precision. {chance(seeds, others, len(titles))}",
                   {label[n]: analysis.paired(study, last, n, base) for n in others}, True)
         )  # fmt: skip
         margins = {label[n]: _margins(last, n, base, ceilings) for n in others}
@@ -116,14 +116,19 @@ def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) ->
     pairs = [(n, c) for n in means for c in study.methods[n].controls if c in means]
     if pairs:
         differences = {f"{label[n]} − {label[c]}": analysis.paired(study, last, n, c) for n, c in pairs}
-        note = "The same settings without what is tested; paired by seed. " + chance(len(pairs) * len(titles))
+        note = "The same settings without what is tested; paired by seed and precision. "
+        note += chance(seeds, [n for n, _ in pairs], len(titles))
         sections.append(table("Difference to the controls", note, differences, True))
     return sections
 
 
-def chance(comparisons: int) -> str:
+def chance(seeds: Mapping[str, int], methods: Sequence[str], figures: int) -> str:
+    """Says how many of the intervals exclude zero by chance; of few seeds none is called clear of it."""
+    comparisons = figures * sum(seeds[name] >= analysis.CLEAR_SEEDS for name in methods)
+    if not comparisons:
+        return f"With fewer than {analysis.CLEAR_SEEDS} seeds no interval is called clear of zero."
     return (
-        f"Bold: the interval excludes zero, as about {0.05 * comparisons:.0f} of these {comparisons} would "
+        f"Bold: the interval excludes zero, as about {0.05 * comparisons:.1f} of these {comparisons} would "
         "where nothing differs."
     )
 

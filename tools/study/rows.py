@@ -1,11 +1,11 @@
-"""Rows of a study: one for each run and evaluation, kept as text, whichever machine made them."""
+"""The finished runs of a study, kept as text: a line for each, with a row for every evaluation."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,17 @@ from miepo.errors import UserError
 
 Rows = dict[tuple[str, int], list[dict[str, Any]]]  # of finished runs: (method, seed) -> a row for each evaluation
 
-ARITHMETIC = ("precision", "threads", "device")  # with these alike, a run repeats itself bit by bit
-ORIGIN = (*ARITHMETIC, "versions", "commit", "parts")
+ORIGIN = ("precision", "threads", "device", "versions", "commit", "parts")
 LIBRARIES = ("torch", "transformers", "peft", "lightning")
+NUMBER = (int, float)
+RUN = {"method": str, "seed": int, "fingerprint": str, "names": list, "evaluations": list}
+EVALUATION = {
+    "step": NUMBER, "scored_responses": NUMBER, "reference_point": NUMBER, "grid": list, "front": list,
+}  # fmt: skip
 
 
 def origin(precision: torch.dtype, device: torch.device, project: Path) -> dict[str, Any]:
-    """With what arithmetic, libraries and commit this process computes; part of every row."""
+    """Says with what arithmetic, libraries and commit this process computes."""
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
@@ -37,81 +41,89 @@ def origin(precision: torch.dtype, device: torch.device, project: Path) -> dict[
 
 
 def commit(project: Path) -> str | None:
-    """The commit of a folder, with a plus where files have changed since; None outside of git."""
+    """Names the commit of a folder, with a plus where files other than rows have changed; None outside of git."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", project, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*.jsonl")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def append(file: Path, method: str, seed: int, made_of: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds the rows of a run that has ended well; ``made_of`` are its ``fingerprint`` and ``parts``."""
-    head = {"method": method, "seed": seed, **made_of, "of": len(rows)}
-    text = "".join(json.dumps({**head, "evaluation": i, **row}) + "\n" for i, row in enumerate(rows))
-    with file.open("a+b") as stream:
-        if stream.tell():
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":  # a row that was cut off must not swallow the next
-                text = "\n" + text
-        stream.write(text.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
+def check_writable(file: Path) -> None:
+    """Refuses a file that runs could not be added to, before any has begun.
+
+    Raises:
+        UserError: says why.
+    """
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        raise UserError(f"expected a file for the rows of finished runs, got '{file}': {error.strerror}") from None
 
 
-def read(file: Path, wanted: Mapping[tuple[str, int], str], parts: str | None = None) -> tuple[Rows, list[str]]:
-    """The rows of finished runs, and sentences about what was left out.
+def append(file: Path, run: Mapping[str, Any]) -> None:
+    """Adds a run that has ended well: what :data:`RUN` names, and its origin.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = json.dumps(run) + "\n"
+    try:
+        with file.open("a+b") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # a line that was cut off must not swallow the next
+                    text = "\n" + text
+            stream.write(text.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise UserError(f"expected a file for the rows of finished runs, got '{file}': {error.strerror}") from None
+
+
+def read(file: Path, wanted: Mapping[tuple[str, int], str]) -> tuple[Rows, list[str]]:
+    """Reads the rows of finished runs, and says in sentences what was left out.
 
     Args:
         file: It need not exist.
-        wanted: The fingerprint that each run of the study has now; rows of other runs are passed over.
-        parts: The hash of the parts that new runs share; None where there will be none.
+        wanted: The fingerprint that each run of the study has now; other runs are passed over.
 
     Raises:
-        UserError: a run has rows of other settings than it would have now, or with other parts.
+        UserError: a run had other settings than it would have now, or the file cannot be read.
     """
+    try:
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file.exists() else []
+    except OSError as error:
+        raise UserError(f"expected a file of rows, got '{file}': {error.strerror}") from None
     notes: list[str] = []
-    groups: dict[tuple[tuple[str, int], str], dict[int, dict[str, Any]]] = {}
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    runs: dict[tuple[str, int], dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
-        row = _row(line)
-        if row is None:
+        run = _run(line)
+        if run is None:
             if line.strip():
-                notes.append(f"Line {number} of {file.name} is no whole row and is left out.")
+                notes.append(f"Line {number} of {file.name} is no whole run and is left out.")
             continue
-        key = (row["method"], row["seed"])
+        key = (run["method"], run["seed"])
         if key not in wanted:
             continue
-        if row["fingerprint"] != wanted[key]:
+        if run["fingerprint"] != wanted[key]:
             raise UserError(
                 f"{file} holds rows of other settings than {key[0]}, seed {key[1]} has now: expected another file "
                 "for a changed study (--rows), or the old rows removed"
             )
-        if parts is not None and row.get("parts", parts) != parts:
-            raise UserError(
-                f"{file} holds rows of {key[0]}, seed {key[1]} with another base model or other data than this machine "
-                "has prepared: expected the folder 'parts' of those runs (--out), or another file (--rows)"
-            )
-        groups.setdefault((key, json.dumps([row.get(k) for k in ORIGIN])), {}).setdefault(row["evaluation"], row)
-    found: Rows = {}
-    for (key, _), rows in groups.items():
-        each = [rows[i] for i in sorted(rows)]
-        if len(each) == each[0]["of"] and key in found:
-            both = "; ".join(_described(r[0]) for r in (found[key], each))
+        first = runs.setdefault(key, run)
+        if first is not run and _figures(first) != _figures(run):
+            both = "; ".join(", ".join(f"{k} {r.get(k)}" for k in ORIGIN) for r in (first, run))
             notes.append(f"{key[0]}, seed {key[1]} was run more than once ({both}): the first counts.")
-        elif len(each) == each[0]["of"]:
-            found[key] = each
-    for key, _ in groups:
-        if key not in found:
-            notes.append(f"Rows of {key[0]}, seed {key[1]} are missing in {file.name}: the run does not count.")
-    return {key: found[key] for key in wanted if key in found}, [*dict.fromkeys(notes)]
+    return {key: _rows(runs[key]) for key in wanted if key in runs}, notes
 
 
 def mixtures(found: Rows) -> list[str]:
-    """Sentences about arithmetic, libraries or commits that differ between runs."""
+    """Says where the runs differ in arithmetic, libraries, commit or prepared parts."""
     notes = []
     for key in ORIGIN:
         runs: dict[Any, dict[str, list[str]]] = {}
@@ -126,15 +138,31 @@ def mixtures(found: Rows) -> list[str]:
     return notes
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _run(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        run = json.loads(line)
     except ValueError:
         return None
-    needed = {"method": str, "seed": int, "fingerprint": str, "evaluation": int, "of": int}
-    whole = isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in needed.items())
-    return row if whole else None
+    whole = (
+        _has(run, RUN)
+        and all(isinstance(run.get(key), (str, int, type(None))) for key in ORIGIN)
+        and run["evaluations"] != []
+        and all(_has(row, EVALUATION) for row in run["evaluations"])
+    )
+    return run if whole else None
 
 
-def _described(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {row.get(key)}" for key in ORIGIN)
+def _has(values: Any, kinds: Mapping[str, Any]) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(values.get(key), kind) and not isinstance(values[key], bool) for key, kind in kinds.items()
+    )
+
+
+def _rows(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    head = {key: value for key, value in run.items() if key != "evaluations"}
+    return [{**head, **row} for row in run["evaluations"]]
+
+
+def _figures(run: Mapping[str, Any]) -> str:
+    """What two runs alike bit by bit share."""
+    return json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in run["evaluations"]], sort_keys=True)

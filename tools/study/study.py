@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from itertools import pairwise
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Event, Lock
@@ -226,47 +227,75 @@ def named(path: str) -> Any:
 
 
 def parts_hash(folder: Path) -> str:
-    """A hash of what all runs share, a base model and its data; the same for all studies that prepare nothing."""
+    """Hashes what all runs share, a base model and its data; the same for all studies that prepare nothing."""
     digest = hashlib.sha256()
     for part in sorted(p for p in (folder / "parts").rglob("*") if p.is_file()):
         digest.update(part.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def fingerprint(study: Study, run: Run, folder: Path) -> str:
-    """The settings of a run and the files that they name, as a hash."""
-    given = arguments(study, run, folder)
-    values = [_yaml(Path(a)) if f == "--config" else a for f, a in pairwise(given)]
-    text = json.dumps(values, sort_keys=True).replace(str(folder), "").replace(str(ROOT), "")
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def fingerprint(study: Study, run: Run) -> str:
+    """Hashes the settings of a run and the configurations that they name, wherever its folder is."""
+    given = arguments(study, replace(run, folder=Path(run.method.name, str(run.seed))), Path())
+    values = [(f, _yaml(Path(a)) if f == "--config" else a) for f, a in zip(given[1::2], given[2::2], strict=True)]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprints(study: Study, folder: Path) -> dict[tuple[str, int], str]:
-    """The fingerprint that each run has now."""
-    return {run.key: fingerprint(study, run, folder) for run in runs_of(study, folder)}
+    """Gives the fingerprint that each run has now."""
+    return {run.key: fingerprint(study, run) for run in runs_of(study, folder)}
 
 
 def execute(study: Study, folder: Path) -> tuple[Rows, list[str]]:
-    """Runs what has no rows yet, ``processes`` at a time; rows of finished runs, and sentences about what was left out.
+    """Runs what has no rows yet, ``processes`` at a time, and reads the rows of all finished runs.
 
     Each run is a process of its own, forked from one that has imported everything, which saves it ten seconds. A
     crashed run does not stop the others.
 
+    Returns:
+        The rows, and sentences about what was left out.
+
     Raises:
-        UserError: a finished run had other settings than it would have now.
+        UserError: a finished run had other settings than it would have now, or its prepared parts were others; the rows
+            cannot be written; another process is at work in the folder.
     """
-    everything, prints, parts = runs_of(study, folder), fingerprints(study, folder), parts_hash(folder)
-    found, notes = rows.read(study.rows, prints, parts)
-    for run in everything:
-        if run.key not in found and run.ended:
-            if run.fingerprint != f"{prints[run.key]} {parts}":
+    rows.check_writable(study.rows)
+    with _alone(folder):
+        prints = fingerprints(study, folder)
+        found, _ = rows.read(study.rows, prints)
+        missing = [run for run in runs_of(study, folder) if run.key not in found]
+        if missing:
+            prepare(study, folder)
+            parts = parts_hash(folder)
+            if {row[0].get("parts", parts) for row in found.values()} - {parts}:
                 raise UserError(
-                    f"{run.folder} holds a run of other settings than {run.name} has now: "
-                    "expected an empty folder for a changed study (--out), or the old runs removed"
+                    f"{study.rows} holds rows of runs with another base model or other data than those in "
+                    f"'{folder / 'parts'}': expected the folder 'parts' of those runs there, or another file (--rows)"
                 )
-            keep(study, run, prints[run.key], parts)  # it was stopped in between
-            found, _ = rows.read(study.rows, prints, parts)
-    missing = [(run, prints[run.key]) for run in everything if run.key not in found]
+            _run_all(study, folder, [(run, prints[run.key]) for run in missing], parts)
+    return rows.read(study.rows, prints)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"expected no other study at work in '{folder}': there is one") from None
+        yield
+
+
+def _run_all(study: Study, folder: Path, missing: Sequence[tuple[Run, str]], parts: str) -> None:
+    ended = [(run, now) for run, now in missing if run.ended]
+    for run, now in ended:  # it was stopped before it kept them
+        if run.fingerprint != f"{now} {parts}":
+            raise UserError(
+                f"{run.folder} holds a run of other settings than {run.name} has now: "
+                "expected an empty folder for a changed study (--out), or the old runs removed"
+            )
+        keep(study, run, now, parts)
+    missing = [pair for pair in missing if pair not in ended]
     os.environ |= {
         "OMP_NUM_THREADS": str(study.threads), "MKL_NUM_THREADS": str(study.threads), "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"), "MPLBACKEND": "Agg",
@@ -280,7 +309,7 @@ def execute(study: Study, folder: Path) -> tuple[Rows, list[str]]:
         if stopped.is_set():
             return run
         run.folder.mkdir(parents=True, exist_ok=True)
-        for name in (FAILED, LOG):
+        for name in (FAILED, LOG, RESULT):
             (run.folder / name).unlink(missing_ok=True)
         (run.folder / FINGERPRINT).write_text(f"{now} {parts}")
         process = context.Process(target=fit, args=(arguments(study, run, folder), run.folder / LOG))
@@ -299,7 +328,8 @@ def execute(study: Study, folder: Path) -> tuple[Rows, list[str]]:
     pool = ThreadPoolExecutor(study.processes)
     try:
         futures = [pool.submit(one, run, now) for run, now in missing]
-        with tqdm(total=len(everything), initial=len(everything) - len(missing), unit="run", desc=study.name) as bar:
+        total = len(study.methods) * len(study.seeds)
+        with tqdm(total=total, initial=total - len(missing), unit="run", desc=study.name) as bar:
             for future in as_completed(futures):
                 run = future.result()
                 if run.failure:
@@ -310,14 +340,23 @@ def execute(study: Study, folder: Path) -> tuple[Rows, list[str]]:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
             process.kill()  # a result is whole or not there at all, so there is nothing to wait for
-    return rows.read(study.rows, prints, parts)[0], notes
 
 
 def keep(study: Study, run: Run, now: str, parts: str) -> None:
-    """Adds the evaluations of a run that has ended to the study's rows."""
-    each = [json.loads(line) for line in (run.folder / EVALUATIONS).read_text().splitlines()]
+    """Adds a run that has ended to the study's rows.
+
+    Raises:
+        UserError: what it wrote cannot be read.
+    """
+    made_of = {"method": run.method.name, "seed": run.seed, "fingerprint": now, "parts": parts}
+    try:
+        result = json.loads((run.folder / RESULT).read_text())
+        each = [json.loads(line) for line in (run.folder / EVALUATIONS).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run.folder} holds a broken run, expected it whole or removed: {first_line(error)}") from None
+    head = {key: result.get(key) for key in ("names", *rows.ORIGIN) if key not in made_of}
     with LOCK:
-        rows.append(study.rows, *run.key, {"fingerprint": now, "parts": parts}, each)
+        rows.append(study.rows, made_of | head | {"evaluations": each})
 
 
 def fit(command: Sequence[str], log: Path) -> None:
