@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import re
 import subprocess
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
+from miepo.cli import main as miepo_main
 from miepo.errors import UserError
 from miepo.methods import TargetConditioning
 from miepo.metrics import hypervolume
@@ -47,6 +50,17 @@ def test_every_study_can_be_read_and_has_a_header(file: Path) -> None:
     for part in ("Purpose:", "Command:", "Run on:", "Result:"):
         assert any(line.startswith(f"# {part}") for line in header), part
     assert any(f"configs/studies/{file.name}" in line for line in header)
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.stem)
+def test_every_method_of_a_study_is_a_configuration(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = read_study(file)
+    for run in runs_of(replace(study, seeds=[3]), tmp_path):
+        with pytest.raises(SystemExit, match="^0$"):
+            miepo_main([*arguments(study, run, tmp_path), "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out)["seed_everything"] == 3
 
 
 @pytest.mark.parametrize(
