@@ -19,7 +19,7 @@ from miepo.metrics.resampling import jackknife_interval
 from tools.study.rows import Rows
 from tools.study.study import METRICS, Study
 
-CLEAR_SEEDS = 3  # two values may be alike by chance, with an interval of no width
+CLEAR_SEEDS = 3  # of fewer seeds no interval is called clear of zero
 BUDGET = ("scored_responses", "step")  # what two runs must have in common to be compared
 
 
@@ -36,7 +36,8 @@ class Estimate:
     def excludes_zero(self) -> bool:
         if self.low is None or self.high is None or self.seeds < CLEAR_SEEDS:
             return False
-        return self.low > 0 or self.high < 0
+        alike = self.low == self.high  # by chance, as shares of a few answers may be: no width tells of no spread
+        return not alike and (self.low > 0 or self.high < 0)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
