@@ -58,7 +58,7 @@ def test_every_method_of_a_study_is_a_configuration(
 ) -> None:
     study = read_study(file)
     for run in runs_of(replace(study, seeds=[3]), tmp_path):
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             miepo_main([*arguments(study, run, tmp_path), "--print_config"])
         assert yaml.safe_load(capsys.readouterr().out)["seed_everything"] == 3
 
