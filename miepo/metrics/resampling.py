@@ -85,7 +85,7 @@ def moments_without_each(sums: AnswerSums) -> tuple[Tensor, Tensor]:
     return reward_moments(*(part.sum(0) - part for part in (sums.count, sums.total, sums.outer)))
 
 
-def jackknife_interval(value: Tensor, without_each: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
+def jackknife_interval(value: Tensor | float, without_each: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
     """Gives the limits of a figure's t interval with the jackknife's standard error (Tukey 1958).
 
     Args:

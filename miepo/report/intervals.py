@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import log
 
 import numpy as np
 import torch
@@ -97,14 +98,14 @@ def front_of(
         limits["front/hv_corrected"] = 2 * hv - drawn.quantile(0.975), 2 * hv - drawn.quantile(0.025)
     if (mip := found.get("front/mip")) is not None:
         without = change(lambda s: mean_inner_product(evaluation.grid, moments_without_each(s)[0]))  # (P,)
-        limits["front/mip"] = jackknife_interval(torch.tensor(mip), without)
+        limits["front/mip"] = jackknife_interval(mip, without)
     spare = min(int((s.count.sum(0) - s.count).min()) for s in sums)  # answers under a vector without one prompt
     if (crd := found.get("front/crd")) is not None and spare > evaluation.grid.shape[1]:
         without = change(lambda s: conditional_reward_dispersion(moments_without_each(s)[1]))  # (P,)
         if before:
-            limits["front/crd"] = jackknife_interval(torch.tensor(crd), without)
+            limits["front/crd"] = jackknife_interval(crd, without)
         elif crd > 0:
-            low, high = jackknife_interval(torch.tensor(crd).log(), without.clamp(min=0).log())
+            low, high = jackknife_interval(log(crd), without.clamp(min=0).log())
             limits["front/crd"] = low.exp(), high.exp()
     for key, (low, high) in limits.items():
         if low.isfinite() and high.isfinite():
