@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,10 @@ def test_wandb_offline_run_reads_back(tiny_model: Path, tmp_path: Path, monkeypa
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     history: dict[str, Any] = {}
     settings: dict[str, Any] = {}
+    end = time.monotonic() + 60  # W&B may write its last block after finish() has returned
+    while not any(record.HasField("exit") for record in read_records(file)):
+        assert time.monotonic() < end, "W&B has not ended its file"
+        time.sleep(0.1)
     for record in read_records(file):
         for item in record.history.item:
             history["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
