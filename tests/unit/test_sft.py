@@ -89,14 +89,23 @@ def test_rounding_of_the_update_is_measured(tiny_base_model: Path, tmp_path: Pat
     assert abs(small.save_merged(tmp_path / "rounded") - 1) > 0.02  # far below the spacing of bfloat16
 
 
-def test_the_loss_is_that_of_the_response_alone(tiny_base_model: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": p, "response": r} for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+def untrained(
+    folder: Path, tmp_path: Path, rows: list[dict[str, str]]
+) -> tuple[SupervisedFineTuning, SupervisedDataModule]:
+    """A module and its data, two rows a batch, set up for steps that a test takes by hand."""
     file = write_rows(tmp_path / "rows.jsonl", rows)
     data = SupervisedDataModule(file, file, batch_size=2)
-    module = SupervisedFineTuning(plain_policy(tiny_base_model, dtype="float32"))
+    module = SupervisedFineTuning(plain_policy(folder, dtype="float32"))
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
                       max_steps=0, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
     trainer.fit(module, data)
+    module.log = lambda *_, **__: None  # outside of a loop there is nowhere to log to
+    return module, data
+
+
+def test_the_loss_is_that_of_the_response_alone(tiny_base_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": p, "response": r} for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    module, data = untrained(tiny_base_model, tmp_path, rows)
     batch = next(iter(data.train_dataloader()))
     policy = module.policy
     end = policy.tokenizer.eos_token_id
@@ -116,7 +125,6 @@ def test_the_loss_is_that_of_the_response_alone(tiny_base_model: Path, tmp_path:
     log_prob = module._log_prob(batch)
     assert supervised_loss(log_prob, batch.responses.mask).item() == pytest.approx(nats / count, rel=1e-5)
     assert data.tokens_per_batch == count
-    module.log = lambda *_, **__: None  # outside of a loop there is nowhere to log to
     assert module.training_step(batch, 0)["loss"].item() == pytest.approx(nats / count, rel=1e-5)
 
 
@@ -127,13 +135,7 @@ def test_the_loss_of_batches_of_unequal_length_is_that_over_all_tokens(tiny_base
         for i in range(2)
         for p, r in (("rain", "food"), ("rain", "people like it " * 9))
     ]
-    file = write_rows(tmp_path / "rows.jsonl", rows)
-    data = SupervisedDataModule(file, file, batch_size=2)
-    module = SupervisedFineTuning(plain_policy(tiny_base_model, dtype="float32"))
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
-                      max_steps=0, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
-    trainer.fit(module, data)
-    module.log = lambda *_, **__: None
+    module, data = untrained(tiny_base_model, tmp_path, rows)
     batches = list(data.train_dataloader())
     counts = [int(batch.responses.mask.sum()) for batch in batches]
     assert max(counts) > 5 * min(counts)

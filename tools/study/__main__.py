@@ -12,7 +12,7 @@ from pathlib import Path
 from miepo.errors import UserError
 from tools.study import rows
 from tools.study.report import write_report
-from tools.study.study import execute, fingerprints, named, prepare, read_study, runs_of
+from tools.study.study import execute, fingerprints, named, read_study, runs_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"--report: expected the rows of finished runs at '{study.rows}': there are none")
             found, notes = rows.read(study.rows, fingerprints(study, folder))
         else:
-            prepare(study, folder)
             found, notes = execute(study, folder)
         runs = runs_of(study, folder)
         page = write_report(study, found, [*notes, *rows.mixtures(found)], runs, folder)
