@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from miepo.callbacks.reporting import gathered_rows, grid_of, log_evaluation, whole_evaluation
+from miepo.errors import UserError
 from miepo.metrics import PreferenceInformationMetric, t_interval
 from miepo.policy import Policy
 from miepo.types import EvaluationBatch, Tokens
@@ -17,26 +19,49 @@ from miepo.types import EvaluationBatch, Tokens
 METRIC = "preference_information"
 
 
-def grid_log_prob(policy: Policy, batch: EvaluationBatch, grid: Tensor) -> Tensor:
-    """Log-probability of each response under every preference vector of a grid, ``(N, M)``.
+def read_by_prompt(
+    batch: EvaluationBatch, wanted: Tensor, read: Callable[[list[str], Tokens, Tensor], Tensor]
+) -> Tensor:
+    """Log-probability of each response under ``C`` preferences, a prompt read once for all its responses in the batch.
 
-    A prompt is read once under each vector, for all its responses in the batch.
+    Args:
+        batch: ``N`` responses, those to one prompt anywhere in it.
+        wanted: ``(N, C)`` True where a response is to be read under a preference.
+        read: Of ``B`` prompts, responses ``(B, n, T)`` and what is wanted ``(B, n, C)``, to ``(B, n, C, T)``.
+
+    Returns:
+        ``(N, C)`` in nats, 0 where it is not wanted.
     """
     rows: dict[int, list[int]] = {}  # of each prompt
     for row, position in enumerate(batch.positions):
         rows.setdefault(position, []).append(row)
     index = pad_sequence([torch.tensor(group) for group in rows.values()], batch_first=True, padding_value=-1)  # (B, n)
     index = index.to(batch.responses.tokens.ids.device)
-    tokens = batch.responses.tokens.flat()  # (N, T)
-    wanted = (index >= 0).unsqueeze(-1).expand(-1, -1, len(grid))  # (B, n, M)
-    found = policy.response_log_prob(
+    tokens, wanted = batch.responses.tokens.flat(), wanted.to(index.device)
+    found = read(
         [batch.prompts[group[0]] for group in rows.values()],
-        grid.expand(len(rows), -1, -1),
         Tokens(tokens.ids[index], tokens.mask[index]),
-        wanted,
-    ).sum(-1)  # (B, n, M)
-    log_prob = torch.empty(len(batch), len(grid), device=found.device)
+        wanted[index] & (index >= 0).unsqueeze(-1),
+    ).sum(-1)  # (B, n, C)
+    log_prob = torch.empty(wanted.shape, device=found.device)
     return log_prob.index_put((index[index >= 0],), found[index >= 0])
+
+
+def grid_log_prob(policy: Policy, batch: EvaluationBatch, grid: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """Log-probability of each response under every preference vector of a grid ``(M, K)``, or where it is wanted.
+
+    Returns:
+        ``(N, M)`` in nats, 0 where it is not wanted.
+    """
+    if wanted is None:
+        wanted = torch.ones(len(batch), len(grid), dtype=torch.bool)
+    return read_by_prompt(
+        batch,
+        wanted,
+        lambda prompts, tokens, each: policy.response_log_prob(
+            prompts, grid.expand(len(prompts), -1, -1), tokens, each
+        ),
+    )
 
 
 class PreferenceInformation(Callback):
@@ -46,9 +71,19 @@ class PreferenceInformation(Callback):
     ``.._high``) and ``information/ceiling``, which is ``log M``. It costs M passes over the evaluation responses. From
     the training pairs since the last evaluation it logs ``information/feedback/NAME`` with its t interval: a lower
     bound of I(Y; C_k | X, W), see :func:`~miepo.metrics.feedback_information`.
+
+    Args:
+        every: W is uniform on every so many vectors of the grid, from its first one on: 2 of a grid of 11 leaves 6
+            vectors, both ends among them, for less than a third of the time.
+
+    Raises:
+        UserError: ``every`` is below 1, or leaves a single vector.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 1) -> None:
+        if every < 1:
+            raise UserError(f"PreferenceInformation.every must be at least 1, got {every}")
+        self.every = every
         self.pairs: list[Tensor] = []  # (B, K) each
         self.trainer: Any = None
 
@@ -65,7 +100,12 @@ class PreferenceInformation(Callback):
         self.trainer = trainer
         if stage != "predict":
             grid = grid_of(trainer, self)
-            pl_module.metrics[METRIC] = PreferenceInformationMetric(len(grid))
+            left = len(range(0, len(grid), self.every))
+            if left == 1 < len(grid):
+                raise UserError(
+                    f"PreferenceInformation.every must leave two of the grid's {len(grid)} vectors, got {self.every}"
+                )
+            pl_module.metrics[METRIC] = PreferenceInformationMetric(left)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if "feedback_information" in outputs:  # methods that judge pairs
@@ -75,11 +115,16 @@ class PreferenceInformation(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
     ) -> None:
-        grid = trainer.datamodule.grid  # type: ignore[attr-defined]
+        grid = trainer.datamodule.grid[:: self.every]  # type: ignore[attr-defined]
         policy: Policy = pl_module.policy
+        rows = batch.grid_index % self.every == 0  # (N,)
+        if not rows.any():
+            return
         with policy.evaluating():
-            log_prob = grid_log_prob(policy, batch, grid)  # (N, M)
-        pl_module.metrics[METRIC].update(log_prob, batch.grid_index, torch.tensor(batch.positions))
+            log_prob = grid_log_prob(policy, batch, grid, rows.unsqueeze(1).expand(-1, len(grid)))[rows]  # (n, M)
+        pl_module.metrics[METRIC].update(
+            log_prob, batch.grid_index[rows] // self.every, torch.tensor(batch.positions)[rows.cpu()]
+        )
 
     @whole_evaluation
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from miepo.callbacks import PreferenceInformation
 from miepo.callbacks.preference_information import grid_log_prob
+from miepo.errors import UserError
 from miepo.metrics import (
     PreferenceInformationMetric,
     feedback_information,
@@ -14,10 +17,13 @@ from miepo.metrics import (
     pointwise_information,
     t_interval,
 )
-from miepo.policy import GatedConditioning, PromptConditioning
+from miepo.policy import GatedConditioning, Policy, PromptConditioning
+from miepo.preferences import evaluation_grid
 from miepo.rollout import TransformersEngine
 from miepo.types import EvaluationBatch
+from tests.helpers.fit import tiny_run
 from tests.helpers.tiny import randomise_adapter, tiny_policy
+from tools.study.record import divergence
 
 
 def channel(m: int, error: float) -> tuple[torch.Tensor, float]:
@@ -102,15 +108,78 @@ def test_information_is_the_mean_of_the_prompts_means() -> None:
     assert found["preference"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
+CONDITIONINGS = pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
+
+
+def answers(policy: Policy, grid: torch.Tensor) -> EvaluationBatch:
+    """Of three prompts, in an order of no kind, more of one than of another."""
+    positions = [4, 0, 4, 2, 0, 4]
+    index = torch.tensor([0, 0, 1, 1, 1, 0]) * (len(grid) - 1)
+    prompts = [("the garden", "food", "rain comes in spring")[p // 2] for p in positions]
+    made = TransformersEngine().sample(policy, prompts, grid[index], 1, 5, 0)
+    return EvaluationBatch(prompts, positions, index, grid[index], made, None)
+
+
+@CONDITIONINGS
 def test_a_prompt_is_read_once_for_all_its_answers(tiny_model: Path, conditioning) -> None:
     """As if every answer were read by itself, whatever the order of the batch and however many answers a prompt has."""
     policy, grid = randomise_adapter(tiny_policy(tiny_model, [conditioning])), torch.eye(2)
-    positions, index = [4, 0, 4, 2, 0, 4], torch.tensor([0, 0, 1, 1, 1, 0])
-    prompts = [("the garden", "food", "rain comes in spring")[p // 2] for p in positions]
     with policy.evaluating():
-        made = TransformersEngine().sample(policy, prompts, grid[index], 1, 5, 0)
-        batch = EvaluationBatch(prompts, positions, index, grid[index], made, None)
+        batch = answers(policy, grid)
         found = grid_log_prob(policy, batch, grid)
-        each = policy.response_log_prob(prompts, grid.expand(6, -1, -1), made.tokens).squeeze(1).sum(-1)
-    torch.testing.assert_close(found, each)
+        each = policy.response_log_prob(batch.prompts, grid.expand(6, -1, -1), batch.responses.tokens).squeeze(1)
+        torch.testing.assert_close(found, each.sum(-1))
+        wanted = torch.arange(12).view(6, 2) % 3 > 0
+        torch.testing.assert_close(grid_log_prob(policy, batch, grid, wanted), torch.where(wanted, found, 0))
+
+
+@CONDITIONINGS
+def test_the_divergence_is_of_the_policy_from_the_base_on_the_plain_prompt(tiny_model: Path, conditioning) -> None:
+    policy, grid = randomise_adapter(tiny_policy(tiny_model, [conditioning])), evaluation_grid(2, 3)
+    with policy.evaluating():
+        batch = answers(policy, grid)
+        tokens = batch.responses.tokens.flat()
+        own = policy.log_prob(policy.encode(batch.prompts, batch.preference), batch.preference, tokens).sum(-1)
+        with policy.silent():
+            base = policy.reference_log_prob(policy.encode(batch.prompts, batch.preference), tokens).sum(-1)
+    torch.testing.assert_close(divergence(policy, batch, grid), own - base)
+    assert ((own - base).abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize(("every", "left"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
+def test_information_of_a_part_of_the_grid(tiny_model: Path, tmp_path: Path, every: int, left: list[int]) -> None:
+    """W is uniform on what is left: the answers under the other vectors do not count, nor are any read under them."""
+    seen: list[EvaluationBatch] = []
+
+    class Keep(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_) -> None:
+            seen.append(batch)
+
+    run = tiny_run(
+        tiny_model,
+        tmp_path,
+        data={"grid": 5, "evaluation_batch_size": 4},
+        trainer={"callbacks": [PreferenceInformation(every), Keep()], "limit_val_batches": 1.0},
+    )
+    run[0].validate(run[1], run[2], verbose=False)
+    seen.clear()
+    policy = randomise_adapter(run[1].policy)
+    run[0].validate(run[1], run[2], verbose=False)
+    metric = PreferenceInformationMetric(len(left))
+    with policy.evaluating():
+        for batch in seen:
+            log_prob = grid_log_prob(policy, batch, run[2].grid)
+            for row, vector in enumerate(batch.grid_index.tolist()):
+                if vector in left:
+                    index = torch.tensor([left.index(vector)])
+                    metric.update(log_prob[row : row + 1, left], index, torch.tensor([batch.positions[row]]))
+    for key, value in metric.compute().items():
+        assert run[0].callback_metrics[f"information/{key}"].item() == pytest.approx(value.item(), abs=1e-5), key
+    assert run[0].callback_metrics["information/ceiling"].item() == pytest.approx(log(len(left)))
+
+
+@pytest.mark.parametrize(("every", "message"), [(0, "at least 1, got 0"), (5, "two of the grid's 5 vectors, got 5")])
+def test_a_part_of_the_grid_has_two_vectors(tiny_model: Path, tmp_path: Path, every: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run = tiny_run(tiny_model, tmp_path, data={"grid": 5}, trainer={"callbacks": [PreferenceInformation(every)]})
+        run[0].validate(run[1], run[2], verbose=False)

@@ -12,14 +12,37 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from miepo.callbacks.pareto_front import METRIC as FRONT
+from miepo.callbacks.preference_information import grid_log_prob, read_by_prompt
 from miepo.callbacks.reporting import whole_evaluation
 from miepo.metrics import reward_overlap
 from miepo.metrics.steerability import preference_slopes, t_interval
+from miepo.policy import Policy
 from miepo.types import EvaluationBatch
 from tools.study import rows
 
 EVALUATIONS, RESULT = "evaluations.jsonl", "result.json"
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def divergence(policy: Policy, batch: EvaluationBatch, grid: Tensor) -> Tensor:
+    """Estimates the KL divergence of the policy under each response's preference to the base on the plain prompt.
+
+    Returns:
+        ``(N,)`` the log-ratio of each response, in nats.
+    """
+    index = batch.grid_index.unsqueeze(1)  # (N, 1)
+    with policy.evaluating():
+        wanted = torch.zeros(len(batch), len(grid), dtype=torch.bool).scatter_(1, index.cpu(), True)
+        own = grid_log_prob(policy, batch, grid, wanted).gather(1, index)
+        with policy.silent():
+            base = read_by_prompt(
+                batch,
+                torch.ones(len(batch), 1, dtype=torch.bool),
+                lambda prompts, tokens, each: policy.reference_response_log_prob(
+                    prompts, grid[:1].expand(len(prompts), -1, -1), tokens, each
+                ),
+            )
+    return (own - base).squeeze(1)
 
 
 class Record(Callback):
@@ -65,14 +88,8 @@ class Record(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
     ) -> None:
-        policy, tokens = pl_module.policy, batch.responses.tokens.flat()  # (N, T)
-        with policy.evaluating():
-            own = policy.log_prob(policy.encode(batch.prompts, batch.preference), batch.preference, tokens).sum(-1)
-            with policy.silent():
-                plain = policy.encode(batch.prompts, batch.preference)
-            base = policy.reference_log_prob(plain, tokens).sum(-1)
-        self.kl.append((own - base).cpu())
-        self.lengths.append(tokens.mask.sum(-1).float().cpu())
+        self.kl.append(divergence(pl_module.policy, batch, trainer.datamodule.grid).cpu())  # type: ignore[attr-defined]
+        self.lengths.append(batch.responses.tokens.flat().mask.sum(-1).float().cpu())
         assert batch.scores is not None
         self.scores.append(batch.scores.cpu())
         self.index.append(batch.grid_index.cpu())
