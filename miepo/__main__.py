@@ -1,4 +1,4 @@
-from miepo.cli import main
+from miepo.cli.command import main
 
 if __name__ == "__main__":
     main()

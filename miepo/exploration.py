@@ -19,7 +19,7 @@ from miepo.errors import UserError
 from miepo.feedback import extremes, of_pairs
 from miepo.losses import alignment_loss
 from miepo.metrics.information import infonce_bound
-from miepo.preferences import Stream, generator
+from miepo.seeding import Stream, generator
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from enum import IntEnum
 from itertools import combinations
 from math import isfinite
 from numbers import Real
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from miepo.errors import UserError
+from miepo.seeding import Stream, generator
 
 ROUNDING = 1e-3  # of a sum of weights that a user writes
 # K = 3: the 13 representative vectors of the helpful-assistant task (corners, lattice points, centre).
@@ -25,36 +25,6 @@ _REPRESENTATIVE_3 = [
     (0.2, 0.4, 0.4), (0.4, 0.4, 0.2), (0.4, 0.2, 0.4),
     (1 / 3, 1 / 3, 1 / 3),
 ]  # fmt: skip
-
-
-class Stream(IntEnum):
-    """Names of the independent random streams that one seed feeds."""
-
-    SHUFFLE = 0
-    PREFERENCE = 1
-    ROUTING = 2
-    SAMPLING = 3
-    CALIBRATION = 4
-    EVALUATION = 5
-    BOOTSTRAP = 6
-    SPLIT = 7
-    ANCHOR = 8
-    DROPOUT = 9
-
-
-def generator(stream: Stream, *position: int) -> np.random.Generator:
-    """A generator that is a pure function of its arguments (seed first, then epoch, index, ...)."""
-    return np.random.default_rng([int(stream), *(int(p) for p in position)])
-
-
-def torch_seed(stream: Stream, *position: int) -> int:
-    """A seed for torch's generators, a pure function of its arguments."""
-    return int(generator(stream, *position).integers(2**63))
-
-
-def torch_seeds(stream: Stream, seed: int, *positions: Sequence[int]) -> list[int]:
-    """One for each place, given as columns: epochs and positions, say."""
-    return [torch_seed(stream, seed, *place) for place in zip(*positions, strict=True)]
 
 
 class PreferenceSampler(ABC):

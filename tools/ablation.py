@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from miepo.parts import part_by_part
+from miepo.methods.micro_batches import part_by_part
 from miepo.policy import Policy, attention, log_prob
 from miepo.policy import policy as policy_file
 from miepo.rollout import TransformersEngine, fused_decoder

@@ -23,7 +23,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-import miepo.checkpoints
+import miepo.training.checkpoint_io
 from miepo.rollout import TransformersEngine
 from tests.helpers.interruption import kept, logged, same
 from tests.helpers.tiny import Letters, save_tiny_model
@@ -93,8 +93,8 @@ class Killer(Callback):
             if countdown.reached("checkpoint not renamed"):
                 die()
 
-        miepo.checkpoints.torch.save = half  # type: ignore[attr-defined]
-        miepo.checkpoints.os.fsync = unnamed  # type: ignore[attr-defined]
+        miepo.training.checkpoint_io.torch.save = half  # type: ignore[attr-defined]
+        miepo.training.checkpoint_io.os.fsync = unnamed  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         (Path(trainer.default_root_dir) / "steps").write_text(str(trainer.global_step))

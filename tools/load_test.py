@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import openai
 
-from miepo.rows import read_rows
+from miepo.data.reading import read_rows
 
 PROMPTS = "package:miepo/data/everyday_validation.jsonl"
 

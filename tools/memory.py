@@ -28,20 +28,21 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from miepo.callbacks.throughput import peak_memory
-from miepo.cli import MiepoCLI, user_error
-from miepo.datamodule import RESPONSES, OnlinePreferenceDataModule
+from miepo.cli.command import user_error
+from miepo.cli.trainer import MiepoCLI
+from miepo.data.module import RESPONSES, OnlinePreferenceDataModule
 from miepo.errors import UserError, first_line
 from miepo.exploration import Exploration
 from miepo.methods import SupervisedDataModule
+from miepo.methods.base import PolicyModule
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.objectives.reward_model import ModelObjective
 from miepo.policy import Policy, attention, log_prob
 from miepo.policy.base_model import base_folder
-from miepo.policy.packing import tree_size
 from miepo.policy.policy import TOKENS_PER_PASS
 from miepo.policy.precision import chosen_dtype
-from miepo.policy_module import PolicyModule
+from miepo.policy.prefix_tree import tree_size
 from miepo.preferences import evaluation_grid
 from miepo.rollout import fused_decoder
 from miepo.rollout.fused_decoder import orders_weights

@@ -7,10 +7,10 @@ from miepo.callbacks.pareto_front import ParetoFront
 from miepo.callbacks.preference_information import PreferenceInformation
 from miepo.callbacks.progress_log import ProgressLog
 from miepo.callbacks.response_writer import ResponseWriter
-from miepo.callbacks.run_checkpoint import RunCheckpoint
 from miepo.callbacks.sample_table import SampleTable
 from miepo.callbacks.steerability import Steerability
 from miepo.callbacks.throughput import Throughput
+from miepo.training.run_checkpoint import RunCheckpoint
 
 __all__ = [
     "CollapseGuard",

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from miepo.callbacks.reporting import gathered
 from miepo.errors import UserError
+from miepo.training.distributed import gathered
 from miepo.types import PreferenceBatch
 
 

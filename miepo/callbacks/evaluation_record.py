@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from miepo.callbacks.reporting import gathered_rows, run_folder, whole_evaluation
 from miepo.errors import UserError
+from miepo.training.distributed import gathered_rows
+from miepo.training.reporting import run_folder, whole_evaluation
 from miepo.types import EvaluationBatch
 
 FOLDER = "evaluations"

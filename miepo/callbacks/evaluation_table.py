@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from miepo.callbacks.pareto_front import ParetoFront
-from miepo.callbacks.reporting import log_table, whole_evaluation
 from miepo.metrics import follows
+from miepo.training.reporting import log_table, whole_evaluation
 
 PREFIXES = ("front/", "information/", "steerability", "side_effect/")
 OF_STEPS = "information/infonce"  # the only figure of these that a step of training logs

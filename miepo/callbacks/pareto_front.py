@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import MeanMetric
 
-from miepo.callbacks.reporting import grid_of, log_evaluation, log_image, log_table, run_folder, whole_evaluation
-from miepo.front import draw_front
 from miepo.metrics import ParetoFrontMetric
+from miepo.metrics.front_plot import draw_front
 from miepo.preferences import format_preference
+from miepo.training.reporting import grid_of, log_evaluation, log_image, log_table, run_folder, whole_evaluation
 from miepo.types import EvaluationBatch
 
 METRIC, FINISHED = "pareto_front", "finished"

@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from miepo.callbacks.reporting import gathered_rows, grid_of, log_evaluation, whole_evaluation
 from miepo.errors import UserError
 from miepo.metrics import PreferenceInformationMetric, t_interval
 from miepo.policy import Policy
+from miepo.training.distributed import gathered_rows
+from miepo.training.reporting import grid_of, log_evaluation, whole_evaluation
 from miepo.types import EvaluationBatch, Tokens
 
 METRIC = "preference_information"

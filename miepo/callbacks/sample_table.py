@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from miepo.callbacks.reporting import gathered_rows, grid_of, log_table, whole_evaluation
 from miepo.preferences import format_preference
+from miepo.training.distributed import gathered_rows
+from miepo.training.reporting import grid_of, log_table, whole_evaluation
 from miepo.types import EvaluationBatch
 
 

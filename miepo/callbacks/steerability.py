@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from miepo.callbacks.reporting import grid_of, log_evaluation, log_table, whole_evaluation
 from miepo.metrics import SteerabilityMetric
+from miepo.training.reporting import grid_of, log_evaluation, log_table, whole_evaluation
 from miepo.types import EvaluationBatch
 
 METRIC = "steerability"

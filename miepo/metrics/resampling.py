@@ -17,7 +17,7 @@ from torch import Tensor
 
 from miepo.metrics.front import hypervolume, hypervolumes, reward_moments
 from miepo.metrics.steerability import t_interval
-from miepo.preferences import Stream, generator
+from miepo.seeding import Stream, generator
 
 DRAWS = 1000
 PERMUTATIONS = 400

@@ -1,18 +1,15 @@
-"""The base class of objectives, and how a batch is scored by all of them."""
+"""The base class of objectives."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from inspect import signature
 from itertools import product
-from math import isfinite, nan
-from threading import Thread
-from typing import Any, TypeVar
+from math import isfinite
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,7 +18,6 @@ from torch import Tensor
 
 from miepo.errors import ObjectiveError, UserError
 
-T = TypeVar("T")
 NO_SCORE = ("self", "name", "normalisation", "concurrent")  # arguments of an objective that change no score
 # what an objective is asked when it is loaded
 TRIAL = (["What is a garden?", "Hello"], ["A place where plants grow.", "Hi there!"])
@@ -265,78 +261,3 @@ def objectives_of(trainer: Trainer) -> list[Objective]:
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise UserError(f"expected objectives with different names, got two named {', '.join(twice)}: set 'name'")
     return objectives
-
-
-def in_thread(function: Callable[[], T]) -> Future[T]:
-    """Calls ``function`` in a thread of its own, which does not keep the process alive: it may never end."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    Thread(target=run, name="objective", daemon=True).start()
-    return future
-
-
-def start_scoring(
-    objectives: Sequence[Objective],
-    prompts: Sequence[str],
-    responses: Sequence[Sequence[str]],
-    asked: Tensor | None = None,
-) -> Callable[[], Tensor]:
-    """Asks concurrent objectives at once, each in a thread of its own; what it returns asks the others and waits.
-
-    Args:
-        objectives: ``K`` objectives.
-        prompts: ``B`` prompts.
-        responses: ``n`` responses for each.
-        asked: ``(B, K)`` True where the objective is asked about the prompt; None asks all.
-
-    Returns:
-        A function that returns raw rewards of all responses by all objectives, higher is better: ``(B, n, K)`` float32,
-        NaN where an objective was not asked.
-    """
-    count = len(responses[0])
-    rows = [
-        list(range(len(prompts))) if asked is None else asked[:, k].nonzero().flatten().tolist()
-        for k in range(len(objectives))
-    ]
-
-    def rewards_of(k: int) -> Tensor:
-        each = [prompts[b] for b in rows[k] for _ in range(count)]
-        return objectives[k].reward(each, [text for b in rows[k] for text in responses[b]]).view(-1, count)
-
-    waiting = [k for k, objective in enumerate(objectives) if objective.concurrent and rows[k]]
-    started: dict[int, Future[Tensor]] = {k: in_thread(partial(rewards_of, k)) for k in waiting}
-
-    def finish() -> Tensor:
-        rewards = torch.full((len(prompts), count, len(objectives)), nan)
-        for k in sorted(range(len(objectives)), key=started.__contains__):  # those that wait are waited for last
-            rewards[rows[k], :, k] = started[k].result() if k in started else rewards_of(k)
-            objectives[k].has_scored |= bool(rewards[rows[k], :, k].isfinite().any())
-            if rows[k] and not objectives[k].has_scored and not objectives[k].failures:
-                raise ObjectiveError(
-                    f"objective {objectives[k].name} gave no number: expected a finite score of at least one of "
-                    f"{len(rows[k]) * count} responses"
-                )
-        return rewards
-
-    return finish
-
-
-def score_responses(
-    objectives: Sequence[Objective],
-    prompts: Sequence[str],
-    responses: Sequence[Sequence[str]],
-    asked: Tensor | None = None,
-) -> Tensor:
-    """Raw rewards ``(B, n, K)`` of all responses, when all have answered; see :func:`start_scoring`."""
-    return start_scoring(objectives, prompts, responses, asked)()
-
-
-def normalise_rewards(objectives: Sequence[Objective], rewards: Tensor) -> Tensor:
-    """Each column by its objective's normalisation, ``(.., K) -> (.., K)``."""
-    return torch.stack([o.normalise(rewards[..., k]) for k, o in enumerate(objectives)], -1)

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from miepo.errors import ObjectiveError, UserError
-from miepo.objectives.base import TRIAL, Objective, identity_of, in_thread
+from miepo.objectives.base import TRIAL, Objective, identity_of
+from miepo.objectives.scoring import in_thread
 
 
 class Patient(Objective):

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from miepo.datasets.safe_rlhf import TEMPLATE as SAFE_RLHF_TEMPLATE
+from miepo.data.datasets.safe_rlhf import TEMPLATE as SAFE_RLHF_TEMPLATE
 from miepo.errors import ObjectiveError, UserError, load_reason
 from miepo.objectives.base import Objective
 

@@ -16,7 +16,7 @@ from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from torch import Tensor
 
 from miepo.errors import UserError, first_line
-from miepo.policy.packing import Answers, Prompts
+from miepo.policy.prefix_tree import Answers, Prompts
 
 if TYPE_CHECKING:
     from miepo.policy.policy import Policy

@@ -21,15 +21,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from miepo.errors import UserError
-from miepo.policy.attention import NAME as BRANCHES
 from miepo.policy.base_model import check_embedded, fingerprint, load_base, plain_sampling
 from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
 from miepo.policy.network_check import check_adapter, check_layers, check_log_prob
-from miepo.policy.packing import Answers, Prompts, pack, passes, tree_size
 from miepo.policy.precision import chosen_dtype
+from miepo.policy.prefix_tree import Answers, Prompts, pack, passes, tree_size
 from miepo.policy.sharding import Shards
 from miepo.policy.template import HH, PromptTemplate
+from miepo.policy.tree_attention import NAME as BRANCHES
 from miepo.types import Tokens
 
 ADAPTER = "default"
@@ -512,7 +512,7 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
 
-        What the sequences have in common is computed once, with gradient (:mod:`miepo.policy.packing`).
+        What the sequences have in common is computed once, with gradient (:mod:`miepo.policy.prefix_tree`).
 
         Args:
             prompts: ``B`` prompts.

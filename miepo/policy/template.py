@@ -9,9 +9,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from miepo.dialogue import ASSISTANT, HUMAN, split_turns
 from miepo.errors import UserError, first_line
-from miepo.rows import is_unicode
+from miepo.text import ASSISTANT, HUMAN, is_unicode, split_turns
 
 # Section "Prompt construction" of the paper; the preference text brings its own leading space.
 PAPER_TEMPLATE = "Human: {prompt}{preference} Assistant: {response}"

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from miepo.front import draw_front
+from miepo.metrics.front_plot import draw_front
 from miepo.report.runs import Evaluation, RunRecord
 from miepo.report.text import visible
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from miepo.callbacks.evaluation_record import FOLDER
 from miepo.errors import UserError, first_line
-from miepo.normalisation import normalisations_in
 from miepo.objectives.base import Normalisation
+from miepo.objectives.normalisation import normalisations_in
 from miepo.resources import is_file, is_folder
 
 METRICS, CONFIG, NORMALISATION = "metrics.csv", "config.yaml", "normalisation.json"

@@ -5,19 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from miepo.dialogue import cut_at
 from miepo.errors import UserError
+from miepo.text import cut_at
 from miepo.types import Responses, Tokens
 
 if TYPE_CHECKING:
     from miepo.policy import Policy
+from miepo.seeding import prompt_seeds
 
 
 class RolloutEngine(ABC):
@@ -65,22 +64,6 @@ class RolloutEngine(ABC):
         seeds: Sequence[int],
     ) -> Responses:
         """What :meth:`sample` promises, with a seed for each prompt: what an engine of its own brings."""
-
-
-def check_seed(seed: Any) -> None:
-    """Raises UserError where ``seed`` is none."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-        raise UserError(f"seed must not be negative, a whole number, got {seed!r}")
-
-
-def prompt_seeds(seed: int | Sequence[int], prompts: int) -> list[int]:
-    """One seed for each prompt."""
-    if not isinstance(seed, Sequence):
-        check_seed(seed)
-        return [int(s) for s in np.random.SeedSequence(int(seed)).generate_state(prompts, np.uint64) >> np.uint64(2)]
-    if len(seed) != prompts:
-        raise ValueError(f"expected a seed for each of {prompts} prompts, got {len(seed)}")
-    return list(seed)
 
 
 def response_mask(ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from miepo.errors import UserError
 from miepo.preferences import parse_preference
-from miepo.rollout.streaming import Piece
 from miepo.serving.admission import Admission, Refused
 from miepo.serving.batcher import Batcher, Busy, Stopped, Ticket
 from miepo.serving.protocol import ChatRequest
-from miepo.trained import TrainedPolicy
+from miepo.trained.policy import TrainedPolicy
+from miepo.trained.streaming import Piece
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from miepo.policy import Policy
-from miepo.rollout.streaming import Piece, Question, Responder
+from miepo.trained.streaming import Piece, Question, Responder
 
 MOST_TOKENS = 2048  # of prompts that are computed at the same time, padding included: all others wait meanwhile
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import Any
 
 from miepo.errors import UserError, needs
 from miepo.serving.batcher import Batcher
-from miepo.trained import TrainedPolicy, load
+from miepo.trained.policy import TrainedPolicy, load
 
 MOST_CLIENTS = 512  # connections at one time
 MOST_SECONDS = 86_400  # of one response

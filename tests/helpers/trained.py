@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from miepo.front import Front
+from miepo.metrics.front_plot import Front
 from miepo.objectives import Brevity
 from miepo.policy import Conditioning, Policy
-from miepo.trained import Saved, TrainedPolicy, build_policy
+from miepo.trained.build import build_policy
+from miepo.trained.policy import TrainedPolicy
+from miepo.trained.saved import Saved
 from tests.helpers.tiny import Letters, randomise_adapter
 
 NAMES = ("letter_e", "brevity")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from miepo.cli import main
+from miepo.cli.command import main
 from miepo.objectives import Objective
 from tests.helpers.fit import PROMPTS
 from tests.helpers.tiny import save_tiny_model

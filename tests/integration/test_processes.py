@@ -112,7 +112,7 @@ def test_two_stop_where_one_is_asked_to_and_go_on(one: Path, second: str, tiny_m
 
 def test_a_sharded_base_is_gathered_for_each_token_where_it_must_be(tiny_model: Path, tmp_path: Path) -> None:
     """Trains, evaluates and ends: with `generate`, whose draws are of the batch, figures are not those of one."""
-    strategy = "{class_path: miepo.strategies.ShardedStrategy, init_args: {gather_for_rollout: false}}"
+    strategy = "{class_path: miepo.training.sharded_strategy.ShardedStrategy, init_args: {gather_for_rollout: false}}"
     status, said, _ = fit_by_two(values_of(tiny_model, tmp_path, 2), tmp_path, strategy)
     assert status == 0, said
     steps = [float(row["loss"]) for row in logged(tmp_path / "run/version_0") if "loss" in row]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from miepo import load
-from miepo.cli import main
+from miepo.cli.command import main
 from miepo.serving.app import make_app
 from miepo.serving.batcher import Batcher
 from tests.helpers.serving import running

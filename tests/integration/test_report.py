@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from miepo.cli import main
+from miepo.cli.command import main
 from miepo.errors import UserError
 from miepo.report import report
 from tests.helpers.browser import open_page

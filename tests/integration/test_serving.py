@@ -24,15 +24,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from miepo.cli import main
-from miepo.export import export
+from miepo.cli.command import main
 from miepo.policy import GatedConditioning, PromptConditioning
-from miepo.rollout.streaming import Piece, Responder, stream
 from miepo.serving import admission
 from miepo.serving.app import make_app
 from miepo.serving.batcher import Batcher, Ticket
 from miepo.serving.command import is_loopback
-from miepo.trained import TrainedPolicy
+from miepo.trained.export import export
+from miepo.trained.policy import TrainedPolicy
+from miepo.trained.streaming import Piece, Responder, stream
 from tests.helpers.serving import running
 from tests.helpers.trained import saved_policy, trained_policy
 
@@ -435,7 +435,7 @@ def test_the_command(tiny_model: Path, tmp_path: Path, number: signal.Signals) -
 SLOW = """
 import sys, time
 from miepo.cli import main
-from miepo.rollout.streaming import Responder
+from miepo.trained.streaming import Responder
 step = Responder.step
 def slow(self, gone):
     time.sleep({seconds})

@@ -15,14 +15,14 @@ import pytest
 
 pytest.importorskip("gradio")
 
-import miepo.steer as steer
-from miepo.cli import main
+import miepo.serving.steer as steer
+from miepo.cli.command import main
 from miepo.policy import GatedConditioning, PromptConditioning
-from miepo.rollout.streaming import Question, Responder, stream
 from miepo.serving.batcher import Batcher
 from miepo.serving.command import hosts_of
-from miepo.steer import SteerPage, make_app
-from miepo.trained import TrainedPolicy
+from miepo.serving.steer import SteerPage, make_app
+from miepo.trained.policy import TrainedPolicy
+from miepo.trained.streaming import Question, Responder, stream
 from tests.helpers.browser import open_page
 from tests.helpers.serving import running
 from tests.helpers.trained import NAMES, trained_policy

@@ -12,7 +12,7 @@ import torch
 import wandb
 from transformers import GPT2Config, GPT2ForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
 
-from miepo.cli import main
+from miepo.cli.command import main
 from tests.helpers.data import hh_rlhf_rows, safe_rlhf_rows, write_rows
 from tests.helpers.tiny import save_tiny_model, save_tiny_scorer, tiny_tokenizer
 

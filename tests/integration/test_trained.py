@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import miepo
-from miepo.cli import main
+from miepo.cli.command import main
 from miepo.errors import UserError
 from miepo.exploration import InfoNCE
 from miepo.objectives import Brevity
 from miepo.policy import GatedConditioning
 from miepo.rollout import TransformersEngine
-from miepo.trained import build_policy
+from miepo.trained.build import build_policy
 from tests.helpers.tiny import Letters, save_tiny_model
 from tests.helpers.trained import saved_policy
 from tests.integration.test_cli import config, run

@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from miepo.export import export
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.policy.base_model import base_folder
 from miepo.rollout import VLLMEngine
+from miepo.trained.export import export
 from tests.helpers.tiny import randomise_adapter
 from tests.helpers.trained import saved_policy
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from miepo.cli import MiepoCLI
+from miepo.cli.trainer import MiepoCLI
 from miepo.exploration import Matching
 from miepo.methods import RewardsInContext, SupervisedFineTuning
-from miepo.module import MIEPO
+from miepo.methods.mi_epo import MIEPO
 from miepo.objectives import Objective
 from miepo.preferences import CornerPreferences
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from miepo.datasets import HHRLHF, SafeRLHF
-from miepo.datasets.hh_rlhf import split_dialogue
+from miepo.data.datasets import HHRLHF, SafeRLHF
+from miepo.data.datasets.hh_rlhf import split_dialogue
 from miepo.errors import UserError
 from tests.helpers.data import hh_rlhf_rows, safe_rlhf_rows, write_rows
 

@@ -25,7 +25,7 @@ from miepo.exploration import (
 )
 from miepo.losses import alignment_loss
 from miepo.metrics import infonce_bound
-from miepo.preferences import Stream, generator
+from miepo.seeding import Stream, generator
 
 
 def rewards(b: int = 6, seed: int = 0) -> torch.Tensor:

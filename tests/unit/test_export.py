@@ -16,11 +16,13 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from miepo.cli import main
+from miepo.cli.command import main
 from miepo.errors import UserError
-from miepo.export import export, method_of
 from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning
-from miepo.trained import CARD, Saved, _read_export, build_policy
+from miepo.trained.build import build_policy
+from miepo.trained.export import export
+from miepo.trained.model_card import method_of
+from miepo.trained.saved import CARD, Saved, _read_export
 from tests.helpers.trained import saved_policy
 
 WAYS: dict[str, list[Conditioning]] = {

@@ -28,17 +28,17 @@ from lightning.pytorch.cli import LightningCLI
 from tokenizers import normalizers
 
 from miepo.callbacks import ResponseWriter
-from miepo.cli import main
-from miepo.datasets.safe_rlhf import TEMPLATE
-from miepo.dialogue import split_turns
+from miepo.cli.command import main
+from miepo.data.datasets.safe_rlhf import TEMPLATE
+from miepo.data.prompts import load_prompts
 from miepo.errors import UserError
-from miepo.front import draw_front
-from miepo.normalisation import read_normalisation
+from miepo.metrics.front_plot import draw_front
+from miepo.objectives.normalisation import read_normalisation
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.policy.template import PromptTemplate
 from miepo.preferences import evaluation_grid, format_preference, parse_preference, simplex_rows
-from miepo.prompts import load_prompts
 from miepo.rollout import TransformersEngine
+from miepo.text import split_turns
 from tests.helpers.tiny import Length, Letters, randomise_adapter, tiny_policy, tiny_tokenizer
 
 NAMES = ("helpfulness", "brevity")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from miepo.loggers import CSVLogger, WandbLogger
+from miepo.training.loggers import CSVLogger, WandbLogger
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

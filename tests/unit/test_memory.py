@@ -106,7 +106,7 @@ trainer: {{accelerator: cpu, logger: false}}
 
 def test_measured(model: Path, tmp_path: Path) -> None:
     """Two real steps see the lengths that are planned for."""
-    from miepo.cli import MiepoCLI
+    from miepo.cli.trainer import MiepoCLI
 
     cli = MiepoCLI(
         run=False,

@@ -180,6 +180,9 @@ def test_information_of_a_part_of_the_grid(tiny_model: Path, tmp_path: Path, eve
 
 @pytest.mark.parametrize(("every", "message"), [(0, "at least 1, got 0"), (5, "two of the grid's 5 vectors, got 5")])
 def test_a_part_of_the_grid_has_two_vectors(tiny_model: Path, tmp_path: Path, every: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    def validate() -> None:
         run = tiny_run(tiny_model, tmp_path, data={"grid": 5}, trainer={"callbacks": [PreferenceInformation(every)]})
         run[0].validate(run[1], run[2], verbose=False)
+
+    with pytest.raises(UserError, match=message):
+        validate()

@@ -27,8 +27,8 @@ from transformers import (
 from miepo.errors import UserError
 from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.policy.network_check import check_layers
-from miepo.policy.packing import pack
 from miepo.policy.policy import _Gate
+from miepo.policy.prefix_tree import pack
 from miepo.rollout import TransformersEngine
 from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
 from tools.architectures import PREFERENCES, compare

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from miepo.datasets import SafeRLHF
+from miepo.data.datasets import SafeRLHF
 from miepo.errors import UserError
-from miepo.normalisation import calibrate, offline_responses, read_normalisation, write_normalisation
+from miepo.objectives.normalisation import calibrate, offline_responses, read_normalisation, write_normalisation
 from tests.helpers.data import safe_rlhf_rows, write_rows
 from tests.helpers.tiny import Length, Letters
 

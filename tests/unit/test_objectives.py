@@ -25,7 +25,6 @@ from transformers import (
 
 import miepo.objectives as package
 from miepo.errors import ObjectiveError, UserError
-from miepo.normalisation import read_normalisation, write_normalisation
 from miepo.objectives import (
     Brevity,
     Cheerfulness,
@@ -39,7 +38,9 @@ from miepo.objectives import (
     RewardModel,
     ScoreModel,
 )
-from miepo.objectives.base import normalise_rewards, objectives_of, score_responses
+from miepo.objectives.base import objectives_of
+from miepo.objectives.normalisation import read_normalisation, write_normalisation
+from miepo.objectives.scoring import normalise_rewards, score_responses
 from miepo.policy.base_model import load_base
 from tests.helpers.tiny import Broken, Chosen, Letters, save_tiny_scorer, tiny_tokenizer
 

@@ -11,16 +11,13 @@ from miepo.preferences import (
     CornerPreferences,
     DirichletPreferences,
     PreferenceSampler,
-    Stream,
     draw_preferences,
     evaluation_grid,
     format_preference,
-    generator,
     parse_preference,
     simplex_rows,
-    torch_seed,
-    torch_seeds,
 )
+from miepo.seeding import Stream, generator, torch_seed, torch_seeds
 
 
 @pytest.mark.parametrize("sampler", PreferenceSampler.__subclasses__())

@@ -10,16 +10,9 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miepo.data.prompts import load_prompts, say_repeated, split_rows
+from miepo.data.samplers import EvaluationShare, GridPrompts, OnlinePrompts, RunPositions
 from miepo.errors import UserError
-from miepo.prompts import (
-    EvaluationShare,
-    GridPrompts,
-    OnlinePrompts,
-    RunPositions,
-    load_prompts,
-    say_repeated,
-    split_rows,
-)
 from miepo.resources import locate
 
 

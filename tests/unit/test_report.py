@@ -18,13 +18,14 @@ from scipy import stats
 from miepo.callbacks.evaluation_table import table_rows
 from miepo.errors import UserError
 from miepo.metrics import ParetoFrontMetric, reward_overlap
-from miepo.preferences import Stream, evaluation_grid, generator
+from miepo.preferences import evaluation_grid
 from miepo.report import Report, report
 from miepo.report import pictures as draw
 from miepo.report.intervals import KEYS, front_of, overlap, point_estimates
 from miepo.report.page import before_and_after, samples
 from miepo.report.runs import Evaluation, differing, incomparable, labels, read_evaluation, read_run, read_runs
 from miepo.report.text import visible
+from miepo.seeding import Stream, generator
 from tests.helpers.runs import NAMES, evaluation_rows, figures, write_run
 
 HOSTILE = [

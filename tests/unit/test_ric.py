@@ -13,10 +13,11 @@ from lightning.pytorch import Trainer
 
 from miepo.errors import UserError
 from miepo.methods import RewardsInContext, RewardsInContextDataModule, TargetConditioning
-from miepo.methods.ric import Pool, good_at_something, join, non_dominated, preference_to_target, score_range
+from miepo.methods.ric.conditioning import preference_to_target, score_range
+from miepo.methods.ric.data import Pool, good_at_something, join, non_dominated
 from miepo.objectives import Patient
 from miepo.policy import GatedConditioning, Policy
-from miepo.preferences import Stream, generator, torch_seeds
+from miepo.seeding import Stream, generator, torch_seeds
 from miepo.types import SupervisedBatch, Tokens
 from tests.helpers.fit import PROMPTS, tiny_run
 from tests.helpers.tiny import Length, Letters

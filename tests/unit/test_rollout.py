@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from miepo.dialogue import cut_at
 from miepo.errors import UserError
 from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.rollout import RolloutEngine, TransformersEngine, VLLMEngine
 from miepo.rollout.engine import make_responses, response_mask
+from miepo.text import cut_at
 from tests.helpers.tiny import randomise_adapter, tiny_policy
 
 ENGINES = [engine for engine in RolloutEngine.__subclasses__() if engine is not VLLMEngine]  # integration/test_vllm.py

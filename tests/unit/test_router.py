@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from miepo.preferences import DirichletPreferences, Stream, draw_preferences, generator, routing_draws
+from miepo.preferences import DirichletPreferences, draw_preferences, routing_draws
 from miepo.router import ExpectationRouter, Router, SampleRouter
+from miepo.seeding import Stream, generator
 
 ROUTERS = Router.__subclasses__()
 

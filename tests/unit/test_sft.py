@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from miepo.datasets import SafeRLHF
-from miepo.datasets.safe_rlhf import TEMPLATE
+from miepo.data.datasets import SafeRLHF
+from miepo.data.datasets.safe_rlhf import TEMPLATE
 from miepo.errors import UserError
 from miepo.losses import supervised_loss
 from miepo.methods import SupervisedDataModule, SupervisedFineTuning
-from miepo.methods.sft import length_batches
+from miepo.methods.sft.data import length_batches
 from miepo.policy import PromptConditioning
 from miepo.policy.base_model import load_base
 from miepo.policy.policy import Policy

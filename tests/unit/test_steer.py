@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from miepo.errors import UserError
 from miepo.policy import GatedConditioning
 from miepo.serving.batcher import Batcher
-from miepo.steer import SteerPage, _others, answers, on_simplex
+from miepo.serving.steer import SteerPage, _others, answers, on_simplex
 from tests.helpers.trained import trained_policy
 
 WEIGHTS = st.lists(st.floats(0, 1), min_size=1, max_size=5)

@@ -22,7 +22,8 @@ from miepo.metrics import (
     t_interval,
 )
 from miepo.metrics.resampling import permuted_means, resampled_moments
-from miepo.preferences import Stream, evaluation_grid, generator
+from miepo.preferences import evaluation_grid
+from miepo.seeding import Stream, generator
 
 
 def answers(

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from miepo.dialogue import cut_at
 from miepo.errors import UserError
 from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.rollout import TransformersEngine
-from miepo.rollout.engine import prompt_seeds
 from miepo.rollout.fused_decoder import FusedDecoder
-from miepo.rollout.plain_decoder import PlainDecoder
-from miepo.rollout.streaming import Piece, Question, Responder, ResponseText, choose, stream
+from miepo.seeding import prompt_seeds
+from miepo.text import cut_at
+from miepo.trained.plain_decoder import PlainDecoder
+from miepo.trained.streaming import Piece, Question, Responder, ResponseText, choose, stream
 from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
 
 PROMPTS = ["the garden", "rain comes in spring and people like it", "food"]
@@ -67,7 +67,7 @@ def test_a_response_does_not_depend_on_its_neighbours(policy: Policy) -> None:
 
 def test_the_network_as_it_is_gives_the_same(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     fused = texts(list(stream(policy, questions(policy))))
-    monkeypatch.setattr("miepo.rollout.streaming.fits", lambda policy: False)
+    monkeypatch.setattr("miepo.trained.streaming.fits", lambda policy: False)
     assert texts(list(stream(policy, questions(policy)))) == fused
 
 
@@ -90,7 +90,7 @@ def test_who_comes_later_is_answered_alike(policy: Policy, monkeypatch: pytest.M
     asked += [replace(asked[1], seed=3, max_new_tokens=25), replace(asked[2], seed=4), replace(asked[0], temperature=0)]
     expected = [texts(list(stream(policy, [question])), 1)[0] for question in asked]
     if not fused:
-        monkeypatch.setattr("miepo.rollout.streaming.fits", lambda policy: False)
+        monkeypatch.setattr("miepo.trained.streaming.fits", lambda policy: False)
     responder, pieces, sizes = Responder(policy, 4), [], []
     joins = {0: asked[:1], 2: asked[1:3], 3: asked[3:4], 11: asked[4:]}
     for t in range(60):

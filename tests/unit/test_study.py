@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from miepo.cli import main as miepo_main
+from miepo.cli.command import main as miepo_main
 from miepo.errors import UserError
 from miepo.methods import TargetConditioning
 from miepo.metrics import hypervolume

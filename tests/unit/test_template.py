@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from miepo.datasets.safe_rlhf import TEMPLATE
+from miepo.data.datasets.safe_rlhf import TEMPLATE
 from miepo.errors import UserError
 from miepo.policy.template import PromptTemplate
 from tests.helpers.tiny import tiny_tokenizer

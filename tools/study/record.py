@@ -13,10 +13,10 @@ from torch import Tensor
 
 from miepo.callbacks.pareto_front import METRIC as FRONT
 from miepo.callbacks.preference_information import grid_log_prob, read_by_prompt
-from miepo.callbacks.reporting import whole_evaluation
 from miepo.metrics import reward_overlap
 from miepo.metrics.steerability import preference_slopes, t_interval
 from miepo.policy import Policy
+from miepo.training.reporting import whole_evaluation
 from miepo.types import EvaluationBatch
 from tools.study import rows
 

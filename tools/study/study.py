@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from miepo.cli import main
+from miepo.cli.command import main
 from miepo.errors import UserError, first_line
 from tools.study import rows
 from tools.study.record import EVALUATIONS, RESULT, ROOT

@@ -1,0 +1,5 @@
+"""The command ``miepo``."""
+
+from miepo.cli.command import main
+
+__all__ = ["main"]

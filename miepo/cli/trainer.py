@@ -1,0 +1,156 @@
+"""LightningCLI with objectives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from miepo.callbacks import EvaluationRecord, ProgressLog, ResponseWriter, RunCheckpoint
+from miepo.cli.resume import _loggers, continue_logs, last_checkpoint
+from miepo.data.module import OnlinePreferenceDataModule
+from miepo.errors import UserError, first_line
+from miepo.methods.base import PolicyModule
+from miepo.methods.mi_epo import MIEPO
+from miepo.objectives import Objective
+from miepo.policy.base_model import base_folder
+from miepo.resources import is_file
+from miepo.training.checkpoint_io import read_checkpoint
+from miepo.training.reporting import run_folder
+from miepo.training.run_checkpoint import loggers_of
+
+
+class LogConfig(SaveConfigCallback):
+    """Saves the configuration with the run and gives all of it to the loggers."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.save_to_log_dir = trainer.log_dir is not None  # a logger may have no folder of its own
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
+        own = {key: value for key, value in config.items() if key not in ("ckpt_path", "weights_only")}
+        pl_module.config = own | {"trainer": {k: v for k, v in config["trainer"].items() if k != "logger"}}
+        if not self.save_to_log_dir:
+            folder = run_folder(trainer)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(folder / self.config_filename), skip_none=False, overwrite=True)
+        for logger in trainer.loggers:
+            try:
+                logger.log_hyperparams(config)
+            except OSError:
+                raise  # of its files
+            except Exception as error:  # an account, a server, a name: whatever its library raises
+                raise UserError(f"trainer.logger {type(logger).__name__} takes no run: {first_line(error)}") from error
+
+
+class MiepoCLI(LightningCLI):
+    """LightningCLI with ``objectives:``, which joins the trainer's callbacks, and ``writer:`` for predictions.
+
+    ``model`` and ``data`` may name a ``class_path``, for a method that brings its own; without one their settings are
+    those of MIEPO and OnlinePreferenceDataModule.
+    """
+
+    began = False  # whether everything was built: what goes wrong before is the configuration's
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            PolicyModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # a tuple, since of two lists the parser lets each entry of the second keep what the first says of its place
+        parser.add_argument(
+            "--objectives", type=tuple[Objective, ...], default=(), help="The objectives, in column order."
+        )
+        parser.add_lightning_class_args(ResponseWriter, "writer")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(EvaluationRecord, "record")
+        parser.add_lightning_class_args(ProgressLog, "progress")
+        parser.set_defaults({"trainer.enable_model_summary": False})  # PolicyModule says what trains
+        defaults = {"model": MIEPO, "data": OnlinePreferenceDataModule}
+        parser.set_defaults({key: {"class_path": f"miepo.{value.__name__}"} for key, value in defaults.items()})
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
+
+    def _parse_ckpt_path(self) -> None:
+        """Finds and checks the checkpoint before anything is built; nothing in it changes the configuration.
+
+        ``last`` is the newest run's, which ``fit`` continues where it logs.
+        """
+        options: Any = self.config[self.config.subcommand] if self.config.get("subcommand") else {}
+        last = options.get("ckpt_path") == "last"
+        if last:
+            options["ckpt_path"] = last_checkpoint(options.trainer)
+        path = options.get("ckpt_path")
+        for entry in _loggers(options.trainer.logger) if options else []:
+            name = entry.class_path.removeprefix("lightning.pytorch.loggers.")
+            if name == "WandbLogger" or (name == "CSVLogger" and self.config.subcommand == "fit"):
+                entry.class_path = f"miepo.training.loggers.{name}"
+        if "weights_only" in options:
+            options["weights_only"] = True  # a checkpoint is data: nothing in it is executed
+        if options and path is None:
+            if last and self.config.subcommand == "fit":  # so that a job's script may always ask for it
+                rank_zero_info("No run to continue yet: a new one begins")
+            elif last:
+                raise UserError("--ckpt_path last: expected a run with a checkpoint, got none")
+            elif self.config.subcommand == "predict":
+                raise UserError("predict answers with a trained policy: expected --ckpt_path, got none")
+            elif self.config.subcommand in ("validate", "test"):
+                rank_zero_warn("without --ckpt_path the untrained policy is evaluated")
+        elif path == "best":
+            raise UserError(
+                "--ckpt_path takes last or a checkpoint's file, got best: which trade-off is best no run can say"
+            )
+        elif path == "hpc":
+            root = options.trainer.default_root_dir or "."
+            if not list(Path(root).glob("hpc_ckpt_*.ckpt")):
+                raise UserError(f"--ckpt_path hpc: expected what Lightning writes when SLURM ends a job in '{root}'")
+        elif path is not None:
+            if is_file(inside := Path(path) / "checkpoints" / "last.ckpt"):  # the folder of a run
+                path = options["ckpt_path"] = str(inside)
+            if not is_file(Path(path)):
+                raise UserError(f"expected a checkpoint at '{path}': there is none")
+            saved = read_checkpoint(Path(path), "meta", resume=self.config.subcommand == "fit")
+            if last and self.config.subcommand == "fit":
+                continue_logs(options.trainer.logger, loggers_of(saved))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        type(self).began = True
+        if isinstance(self.model, PolicyModule):  # before objectives load their models
+            self.model.check_trainer(self.trainer, subcommand)
+            base_folder(self.model.policy.base)
+        if subcommand == "fit" and not self.config.fit.ckpt_path:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunCheckpoint):
+                    callback.expect_no_run(self.trainer)
+        super()._run_subcommand(subcommand)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        if config.get("enable_progress_bar") is None and not sys.stderr.isatty():
+            config["enable_progress_bar"] = False  # ProgressLog writes lines
+        given = config.get("callbacks") or []
+        own = [c for c in (given if isinstance(given, list) else [given]) if isinstance(c, RunCheckpoint)]
+        if config.get("enable_checkpointing") is False or config.get("fast_dev_run") or own:
+            callbacks = [c for c in callbacks if not isinstance(c, RunCheckpoint)]
+        if config.get("fast_dev_run"):
+            callbacks = [c for c in callbacks if not isinstance(c, EvaluationRecord)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.extend(self._get(self.config_init, "objectives") or [])  # type: ignore[attr-defined]
+        return trainer
+
+
+def _data_seed(seed: bool | int | None) -> int:
+    return 0 if seed is None or isinstance(seed, bool) else seed

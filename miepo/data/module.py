@@ -1,0 +1,433 @@
+"""The LightningDataModule: prompts in, rollouts of the current policy with pairwise feedback out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from miepo.data.datasets import PreferenceDataset
+from miepo.data.datasets.base import Split
+from miepo.data.prompts import load_prompts, say_repeated, split_rows
+from miepo.data.samplers import EvaluationShare, GridPrompts, OnlinePrompts, RunLoader, RunPositions
+from miepo.errors import UserError
+from miepo.exploration import draw_anchors
+from miepo.feedback import Feedback, feedback_counts, pairwise_feedback
+from miepo.objectives import Objective
+from miepo.objectives.base import objectives_of, take_failures
+from miepo.objectives.normalisation import (
+    OfflineResponses,
+    calibrate,
+    offline_responses,
+    read_normalisation,
+    write_normalisation,
+)
+from miepo.objectives.scoring import normalise_rewards, start_scoring
+from miepo.policy import Policy
+from miepo.preferences import (
+    DirichletPreferences,
+    PreferenceSampler,
+    draw_preferences,
+    evaluation_grid,
+    parse_preference,
+    routing_draws,
+    simplex_rows,
+)
+from miepo.rollout import RolloutEngine, TransformersEngine
+from miepo.router import SampleRouter
+from miepo.seeding import Stream, generator, torch_seeds
+from miepo.training.distributed import gathered, together
+from miepo.training.progress import place_in_run
+from miepo.training.reporting import run_folder
+from miepo.training.run_checkpoint import begin_step
+from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses, read_under
+
+MOST_VECTORS = 10_000
+RESPONSES = 2  # of Algorithm 1: the pair that every objective judges
+
+
+class OnlinePreferenceDataModule(LightningDataModule):
+    """Online rollouts and pairwise feedback (Algorithm 1, steps 1 to 3).
+
+    The DataLoader yields prompts; once a batch has reached the device, w+ and w- are drawn, the current policy samples
+    responses under w+, the objectives score them, and the scores become labels of pairs.
+
+    Args:
+        prompts: Training prompts: a preference data set of :mod:`miepo.data.datasets`, a ``.jsonl`` or ``.parquet`` file, a
+            list, a data set folder or hub id.
+        validation_prompts: The same for evaluation; by default the test part of a preference data set, or a seeded part
+            of ``prompts``.
+        validation_fraction: Size of that part.
+        validation_limit: Evaluate on this many of the validation prompts at most.
+        prompt_field: Field or column that holds the prompt.
+        batch_size: Prompts per step and process (paper: 64).
+        evaluation_batch_size: Responses per evaluation batch; by default twice ``batch_size``.
+        max_new_tokens: A response is cut after this many tokens (paper: 128).
+        responses: Sampled for each prompt (paper: 2, which are one pair). Of more, each objective compares the best
+            with the worst by its own score; with ``feedback: scalarised`` there is one pair, of the best and the worst
+            by the scalarised reward. Log-probabilities are taken of responses that occur in a pair alone.
+        missing_eos_penalty: Taken off the normalised rewards by which pairs are made where a response was cut at
+            ``max_new_tokens``; the rewards that are reported are without it.
+        overlong: What to do with a prompt that does not fit the model's context: ``error`` or ``drop``.
+        preferences: Distribution of w+ and w-.
+        grid: Preference vectors of the evaluation: their number, a list of them, or the paper's grids by default.
+        engine: What samples.
+        feedback: ``per_objective``, the paper's, or ``scalarised``, one order by ``sum_k w_k R_k`` (arXiv 2503.00295).
+        normalise_on: Where objectives without a given normalisation measure theirs: on the rollouts of this many
+            prompts before training; on ``offline``, the responses in the preference data set given as ``prompts``; or
+            on the rows of a ``.jsonl`` file with ``prompt`` and ``response``.
+        normalisation: A file of ``miepo normalise``, which measured it beforehand.
+        predict_prompts: Prompts that ``predict`` answers.
+        predict_preferences: Preferences by objective name under which it answers each; the evaluation grid by default.
+        seed: Fixes every draw, as a function of the place in the run.
+    """
+
+    def __init__(
+        self,
+        prompts: PreferenceDataset | str | list[str],
+        validation_prompts: PreferenceDataset | str | list[str] | None = None,
+        validation_fraction: float = 0.1,
+        validation_limit: int | None = None,
+        prompt_field: str = "prompt",
+        batch_size: int = 64,
+        evaluation_batch_size: int | None = None,
+        max_new_tokens: int = 128,
+        responses: int = RESPONSES,
+        missing_eos_penalty: float = 0.0,
+        overlong: Literal["error", "drop"] = "error",
+        preferences: PreferenceSampler | None = None,
+        grid: int | list[list[float]] | None = None,
+        engine: RolloutEngine | None = None,
+        feedback: Feedback = "per_objective",
+        normalise_on: int | str = 64,
+        normalisation: str | None = None,
+        predict_prompts: PreferenceDataset | str | list[str] | None = None,
+        predict_preferences: list[dict[str, float]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("validation_limit", validation_limit),
+            ("evaluation_batch_size", evaluation_batch_size),
+        ):  # fmt: skip
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} must be at least 1, got {value}")
+        if responses < 2:
+            raise UserError(f"a pair takes two responses: data.responses must be at least 2, got {responses}")
+        if not 0 <= missing_eos_penalty < inf:
+            raise UserError(f"data.missing_eos_penalty must not be negative, got {missing_eos_penalty}")
+        if not 0 < validation_fraction < 1:
+            raise UserError(f"data.validation_fraction must lie between 0 and 1, got {validation_fraction}")
+        if isinstance(normalise_on, int) and normalise_on < 2:
+            raise UserError(f"data.normalise_on must be at least 2 prompts, got {normalise_on}")
+        if not isinstance(normalise_on, (int, str)):
+            raise UserError(f"data.normalise_on is a number of prompts, offline or a file, got {normalise_on}")
+        if grid is not None and not 2 <= (grid if isinstance(grid, int) else len(grid)) <= MOST_VECTORS:
+            raise UserError(f"data.grid takes 2 to {MOST_VECTORS} preference vectors, got {str(grid)[:80]}")
+        self.prompts, self.validation_prompts, self.prompt_field = prompts, validation_prompts, prompt_field
+        self.validation_fraction, self.validation_limit = validation_fraction, validation_limit
+        self.batch_size, self.evaluation_batch_size = batch_size, evaluation_batch_size or 2 * batch_size
+        self.max_new_tokens, self.overlong = max_new_tokens, overlong
+        self.responses, self.missing_eos_penalty = responses, missing_eos_penalty
+        self.preferences = preferences or DirichletPreferences(1.0)
+        self.engine = engine or TransformersEngine()
+        self.grid_spec, self.feedback = grid, feedback
+        self.normalise_on, self.normalisation = normalise_on, normalisation
+        if normalise_on == "offline" and not isinstance(prompts, PreferenceDataset):
+            raise UserError("data.normalise_on offline needs a preference data set as data.prompts")
+        self.predict_prompts, self.predict_preferences = predict_prompts, predict_preferences
+        self.seed = seed
+        self.scored_responses = 0  # in training: the budget by which methods are compared
+        self.train_set: list[str] = []
+        self.validation_set: list[str] = []
+
+    def most_compared(self, objectives: int) -> int:
+        """How many responses to a prompt occur in pairs at most."""
+        pairs = 1 if self.responses == RESPONSES or self.feedback == "scalarised" else objectives
+        return min(self.responses, 2 * pairs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scored_responses": self.scored_responses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scored_responses = state_dict["scored_responses"]
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Reads everything the user gave, so that a mistake shows before a model is loaded."""
+        names = [o.name for o in objectives_of(self._trainer)]
+        if isinstance(self.grid_spec, list):
+            self.grid = simplex_rows(self.grid_spec, len(names), "data.grid")
+        else:
+            self.grid = evaluation_grid(len(names), self.grid_spec)
+        self.preferences.draw(generator(Stream.PREFERENCE, self.seed), 1, len(names))  # its alpha may not fit K
+        if self.feedback == "scalarised" and isinstance(getattr(self._module, "router", None), SampleRouter):
+            raise UserError("data.feedback scalarised needs the scores of all objectives: SampleRouter asks one only")
+        if stage == "predict":
+            if self.predict_prompts is None:
+                raise UserError("predict needs prompts to answer: expected data.predict_prompts, got none")
+            self.answer_set = self._load(self.predict_prompts, "test")
+            wanted = self.predict_preferences
+            rows = [parse_preference(w, names, "data.predict_preferences") for w in wanted] if wanted else self.grid
+            self.answer_grid = torch.stack(list(rows))
+            return
+        self.train_set = self._load(self.prompts, "train")
+        if self.validation_prompts is not None:
+            validation = self._load(self.validation_prompts, "test")
+        elif isinstance(self.prompts, PreferenceDataset):
+            validation = self._load(self.prompts, "test")
+        else:
+            self.train_set, validation = split_rows(self.train_set, self.validation_fraction, self.seed)
+        say_repeated(self.train_set, validation)
+        self.validation_set = validation[: self.validation_limit]
+        self.offline_set = self.offline_responses()
+        if self.normalisation is not None:
+            read_normalisation(Path(self.normalisation), objectives_of(self._trainer), self.offline_set)
+
+    def offline_responses(self) -> OfflineResponses | None:
+        """What the rewards are normalised by, where that is not the first rollouts."""
+        if isinstance(self.normalise_on, int):
+            return None
+        return offline_responses(self.prompts if self.normalise_on == "offline" else self.normalise_on)  # type: ignore[arg-type]
+
+    def _load(self, source: Any, split: Split) -> list[str]:
+        if isinstance(source, PreferenceDataset):
+            check_dialogue(source, self._policy)
+            return source.prompts(split)
+        splits = ("train",) if split == "train" else ("validation", "test", "train")
+        return load_prompts(source, self.prompt_field, splits, self._policy.dialogue)
+
+    def train_dataloader(self) -> DataLoader:
+        trainer, prompts = self._trainer, OnlinePrompts(self._fitting(self.train_set, "training"), self.seed)
+        positions = RunPositions(
+            len(prompts), self.batch_size, lambda: place_in_run(trainer), trainer.global_rank, trainer.world_size
+        )
+        return RunLoader(prompts, batch_size=self.batch_size, sampler=positions, collate_fn=prompts.collate)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._grid_loader(self._fitting(self.validation_set, "validation"), self.grid)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._grid_loader(self._fitting(self.answer_set, "prediction"), self.answer_grid)
+
+    def _grid_loader(self, prompts: Sequence[str], grid: Tensor) -> DataLoader:
+        trainer, pairs = self._trainer, GridPrompts(prompts, grid)
+        share = EvaluationShare(len(pairs), self.evaluation_batch_size, trainer.global_rank, trainer.world_size)
+        return DataLoader(pairs, batch_size=None, sampler=share)
+
+    def _fitting(self, prompts: Sequence[str], use: str) -> list[str]:
+        """The prompts that fit the context together with a response; others are dropped or an error."""
+        policy, limit = self._policy, self._policy.context_length
+        if limit is None:
+            return list(prompts)
+        k = len(policy.names)
+        vectors = [[1 / k] * k, *([float(i == j) for j in range(k)] for i in range(k))]
+        text = max((policy.preference_text(w) for w in vectors), key=len)
+        lengths = [len(policy.template.encode(prompt, text)) for prompt in prompts]
+        fits = [n + self.max_new_tokens <= limit for n in lengths]
+        if not all(fits):
+            i = fits.index(False)
+            message = (
+                f"{fits.count(False)} of {len(fits)} {use} prompts do not fit the context of {limit} tokens with a "
+                f"response of {self.max_new_tokens}; prompt {i + 1} has {lengths[i]}: {prompts[i][:60]!r}"
+            )
+            if self.overlong == "error" or not any(fits):
+                raise UserError(f"{message} (data.overlong: drop leaves such prompts out)")
+            rank_zero_warn(f"{message}; they are left out")
+        return [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+
+    # -- from prompts to feedback --------------------------------------------------------------------------------------
+
+    @property
+    def _module(self) -> Any:
+        return self._trainer.lightning_module
+
+    @property
+    def _trainer(self) -> Any:
+        return self.trainer
+
+    @property
+    def _policy(self) -> Policy:
+        return self._module.policy
+
+    def on_before_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:
+        begin_step(self._trainer)
+        return batch
+
+    def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
+        return batch  # text; the tensors are made on the device
+
+    def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PreferenceBatch | EvaluationBatch:
+        if self._trainer.training:
+            return self.rollout(batch)
+        return self.evaluation(batch)
+
+    def rollout(self, batch: PromptBatch) -> PreferenceBatch:
+        """Algorithm 1, steps 1 to 3: preferences, responses, scores, labels; and the reference's log-probabilities."""
+        module, policy, device = self._module, self._policy, self._policy.device
+        self.ensure_normalised()
+        exploration = module.exploration
+        needs_feedback = module.exploring and exploration.needs_feedback
+        preference, counterfactual = draw_preferences(
+            self.preferences, self.seed, batch.epochs, batch.positions,
+            exploration.num_counterfactuals if module.exploring else 0, len(module.names), exploration.candidates,
+        )  # fmt: skip
+        uniform = routing_draws(self.seed, batch.epochs, batch.positions)  # (B,)
+        routing = module.router.route(preference, uniform)  # (B, K)
+
+        synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        start = perf_counter()
+        seeds = torch_seeds(Stream.SAMPLING, self.seed, batch.epochs, batch.positions)
+        responses = self.engine.sample(policy, batch.prompts, preference, self.responses, self.max_new_tokens, seeds)
+        sampled = perf_counter()
+        # an objective of weight 0 is not asked, unless the exploration term wants to know what it would say
+        asked = torch.ones_like(routing, dtype=torch.bool) if needs_feedback else routing > 0
+        scored = start_scoring(module.objectives, batch.prompts, responses.texts, asked)
+
+        def refer(compared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            anchors = draw_anchors(exploration.anchors, compared, self.seed, batch.epochs, batch.positions)  # (B, n)
+            found = self._reference(batch.prompts, preference, counterfactual, responses, compared, anchors)
+            synchronise()  # so that the time below is that of the work and not of its launch
+            return anchors, *found
+
+        # of two responses both are compared, whatever their scores: the reference reads them while these are waited for
+        early = refer(torch.ones(len(batch), RESPONSES, dtype=torch.bool)) if self.responses == RESPONSES else None
+        referred = perf_counter()
+        raw = together(self._trainer, scored)
+        self.scored_responses += self.responses * len(batch) * self._trainer.world_size
+        scores = normalise_rewards(module.objectives, raw)  # (B, n, K)
+        empty, cut = responses.empty.cpu(), ~responses.finished.cpu()
+        judged = scores - self.missing_eos_penalty * cut.unsqueeze(-1) if self.missing_eos_penalty else scores
+        feedback = pairwise_feedback(judged, empty, routing, counterfactual, self.feedback)
+        judging = perf_counter() - referred  # what was left of it
+        anchors, reference, counterfactual_reference = early or refer(feedback.compared)
+        return PreferenceBatch(
+            prompts=batch.prompts,
+            preference=preference.to(device),
+            counterfactual=counterfactual.to(device),
+            compared=feedback.compared.to(device),
+            anchors=anchors.to(device),
+            routing=routing.to(device),
+            responses=responses,
+            scores=scores.to(device),
+            pairs=feedback.pairs.to(device),
+            labels=feedback.labels.to(device),
+            counterfactual_labels=feedback.counterfactual_labels.to(device),
+            cross_labels=feedback.cross_labels.to(device),
+            reference_log_prob=reference,
+            counterfactual_reference_log_prob=counterfactual_reference,
+            counts=feedback_counts(feedback.labels, scores, asked, empty) | take_failures(module.objectives),
+            seconds={
+                "sampling": sampled - start,
+                "reference": perf_counter() - sampled - judging,
+                "scoring": judging,
+            },
+        )
+
+    def _reference(
+        self,
+        prompts: Sequence[str],
+        preference: Tensor,
+        counterfactual: Tensor,
+        responses: Responses,
+        compared: Tensor,
+        anchors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """``log pi_ref`` of the compared under w+ ``(B, n, T)``, of the anchors under each w- ``(B, n, C, T)``."""
+        policy, own, count = self._policy, preference.unsqueeze(1), counterfactual.shape[1]
+        wanted = read_under(compared, anchors, count)  # (B, n, 1 + C)
+        if not policy.reference_depends_on_preference:  # the adapter alone reads w
+            log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens, wanted[..., :1])
+            return log_prob[:, :, 0], log_prob.expand(-1, -1, count, -1)
+        both = torch.cat([own, counterfactual], 1)  # (B, 1 + C, K)
+        log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens, wanted)  # (B, n, 1 + C, T)
+        return log_prob[:, :, 0], log_prob[:, :, 1:]
+
+    def evaluation(self, batch: PromptBatch) -> EvaluationBatch:
+        """One response per (prompt, preference vector) pair, scored unless predicting."""
+        module = self._module
+        assert batch.preference is not None and batch.grid_index is not None
+        seeds = torch_seeds(Stream.EVALUATION, self.seed, batch.positions, batch.grid_index.tolist())
+        predicting = self._trainer.predicting
+        if not predicting:
+            self.ensure_normalised()
+        responses = self.engine.sample(self._policy, batch.prompts, batch.preference, 1, self.max_new_tokens, seeds)
+        scores = None
+        if not predicting:
+            raw = together(self._trainer, start_scoring(module.objectives, batch.prompts, responses.texts))
+            scores = normalise_rewards(module.objectives, raw)[:, 0]
+        return EvaluationBatch(
+            batch.prompts,
+            batch.positions,
+            batch.grid_index.to(self._policy.device),
+            batch.preference.to(self._policy.device),
+            responses,
+            scores,
+        )
+
+    # -- normalisation -------------------------------------------------------------------------------------------------
+
+    def ensure_normalised(self) -> None:
+        """Measures the normalisation of objectives that got none from the configuration or a checkpoint."""
+        module = self._module
+        missing = [o for o in module.objectives if o.normalisation is None]
+        if missing:
+            self._measure(missing, len(module.names))
+        if self._trainer.is_global_zero and self._trainer.state.fn == "fit":
+            kept = run_folder(self._trainer) / "normalisation.json"
+            if missing or not kept.exists():
+                write_normalisation(kept, module.objectives, self.offline_set if missing else None)
+
+    def _measure(self, missing: Sequence[Objective], k: int) -> None:
+        if (offline := self.offline_set) is not None:
+            together(self._trainer, lambda: calibrate(missing, offline))
+        else:
+            rewards = self._first_rollouts(
+                missing, self._fitting(self.train_set, "training")[: int(self.normalise_on)], k
+            )
+
+            def measured() -> None:
+                for i, objective in enumerate(missing):
+                    objective.calibrate(rewards[..., i].flatten())
+
+            together(self._trainer, measured)
+        first = gathered(self._trainer, [o.normalisation for o in missing])[0]  # a server may say each something else
+        for objective, normalisation in zip(missing, first, strict=True):
+            objective.normalisation = normalisation
+            rank_zero_info(f"Normalising {objective.name} by mean {normalisation.mean:.4g}, sd {normalisation.sd:.4g}")
+
+    def _first_rollouts(self, objectives: Sequence[Any], prompts: Sequence[str], k: int) -> Tensor:
+        """Rewards of responses of the policy as it is, under drawn preferences, ``(n, 2, K')``."""
+        rewards = []
+        size = max(self.evaluation_batch_size // RESPONSES, 1)
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
+            index = range(start, start + len(part))
+            draws = [self.preferences.draw(generator(Stream.CALIBRATION, self.seed, i), 1, k)[0] for i in index]
+            seeds = torch_seeds(Stream.CALIBRATION, self.seed, index)
+            preference = torch.from_numpy(np.stack(draws)).float()
+            responses = self.engine.sample(self._policy, part, preference, RESPONSES, self.max_new_tokens, seeds)
+            rewards.append(together(self._trainer, start_scoring(objectives, part, responses.texts)))
+        return torch.cat(rewards)
+
+
+def check_dialogue(source: PreferenceDataset, policy: Policy) -> None:
+    """Refuses dialogues for a policy that would read them as one message."""
+    if source.dialogue and not policy.dialogue:
+        raise UserError(
+            f"the prompts of {type(source).__name__} are dialogues: expected policy.dialogue true (or template hh), "
+            "got false"
+        )

@@ -1,0 +1,237 @@
+"""What the module of every method has in common: the policy, its optimiser, evaluation steps, checkpoints."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import get_cosine_schedule_with_warmup
+
+from miepo.errors import UserError, first_line
+from miepo.objectives import Objective
+from miepo.objectives.base import objectives_of, take_failures
+from miepo.policy import Policy
+from miepo.seeding import Stream, torch_seed
+from miepo.training.checkpoint_io import DurableCheckpointIO, check_adapter, check_base, config_changes
+from miepo.training.distributed import over_processes
+from miepo.training.progress import place_in_steps
+from miepo.training.reporting import log_evaluation, run_folder
+from miepo.training.sharded_strategy import ShardedStrategy
+from miepo.types import EvaluationBatch
+
+SPLITTING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+# callbacks with which a run could not go on as if it had not stopped, and those that average no adapter
+REFUSED = (BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder)
+AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+SCHEMA = 2  # 2: the configuration, and what RunCheckpoint keeps
+
+
+class PolicyModule(LightningModule):
+    """A preference-conditioned policy in training; a method adds its ``training_step``.
+
+    Args:
+        policy: The preference-conditioned policy.
+        learning_rate: Peak rate of Adam.
+        warmup: Fraction of all steps in which the rate rises.
+    """
+
+    conditioned = True  # on preferences between objectives
+
+    def __init__(self, policy: Policy, learning_rate: float, warmup: float) -> None:
+        super().__init__()
+        if not 0 <= learning_rate < inf:
+            raise UserError(f"learning_rate must be a number that is not negative, got {learning_rate}")
+        if not 0 <= warmup < 1:
+            raise UserError(f"warmup is a fraction of all steps, at least 0 and below 1, got {warmup}")
+        self.policy = policy
+        self.learning_rate, self.warmup = learning_rate, warmup
+        self.objectives: list[Objective] = []
+        self.metrics = nn.ModuleDict()  # filled by callbacks, so that metrics move and reduce with the module
+        self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint checks that it is whole
+        self.config: dict[str, Any] = {}  # of the command, where there is one
+        self.ahead = 0  # steps by which the run's place is ahead of those it took, where batches got another size
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the objectives, in column order."""
+        return tuple(o.name for o in self.objectives)
+
+    def check_trainer(self, trainer: Any, stage: str) -> None:
+        """Refuses a trainer under which no policy trains as it should; needs nothing that takes time to load."""
+        strategy = trainer.strategy
+        if isinstance(strategy, SPLITTING) and not isinstance(strategy, ShardedStrategy):
+            raise UserError(
+                "expected trainer.strategy ddp, or sharded for a base that does not fit one device, got "
+                f"{type(strategy).__name__}"
+            )
+        if self.conditioned:
+            objectives_of(trainer)
+            if not self.policy.conditioning:
+                raise UserError("a policy needs at least one conditioning, got none")
+        if stage == "fit" and not (trainer.accumulate_grad_batches or 1) >= 1:
+            raise UserError(
+                f"expected trainer.accumulate_grad_batches of at least 1, got {trainer.accumulate_grad_batches}"
+            )
+        if stage == "fit" and trainer.overfit_batches:
+            raise UserError("trainer.overfit_batches is not for online data: expected trainer.limit_train_batches")
+        if refused := [type(c).__name__ for c in trainer.callbacks if isinstance(c, REFUSED)]:
+            raise UserError(f"a run with {refused[0]} could not go on as if it had not stopped: expected none")
+        if refused := [type(c).__name__ for c in trainer.callbacks if isinstance(c, AVERAGING)]:
+            raise UserError(f"{refused[0]} averages whole networks and not an adapter: expected none")
+        if trainer.precision != "32-true":
+            raise UserError(
+                "the policy sets its own precision (policy.dtype), so that sampling and training agree: "
+                f"expected trainer.precision 32-true, got {trainer.precision}"
+            )
+
+    def setup(self, stage: str) -> None:
+        trainer: Any = self.trainer
+        self.check_trainer(trainer, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        if self.conditioned:
+            self.objectives = objectives_of(trainer)
+        if stage == "fit" and trainer.is_global_zero:
+            run_folder(trainer).mkdir(parents=True, exist_ok=True)  # what is wrong with it shows before hours are spent
+
+    def configure_model(self) -> None:
+        self.policy.build(self.names, self.trainer.strategy.root_device)
+        if isinstance(self.trainer.strategy, ShardedStrategy) and self.policy.shards is None:
+            self.trainer.strategy.shard(self.policy)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's optimiser steps that are done."""
+        return (self.trainer.global_step + self.ahead) / max(self.trainer.estimated_stepping_batches, 1)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout, too, is a function of the seed and of the place in the run."""
+        trainer = self.trainer
+        seed = getattr(trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
+        torch.manual_seed(torch_seed(Stream.DROPOUT, seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """The responses are sampled and scored when they come here; callbacks measure them."""
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """As :meth:`validation_step`."""
+
+    def on_validation_epoch_end(self) -> None:
+        if counts := self.failures():
+            log_evaluation(self.trainer, self, over_processes(self.trainer.strategy, {}, counts)[1])
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def failures(self) -> dict[str, float]:
+        """``count/failed/NAME`` since they were last asked for."""
+        return {f"count/{key}": float(value) for key, value in take_failures(self.objectives).items()}
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One row per answer: prompt, preference by objective name, response."""
+        return [
+            {"prompt": prompt, "preference": dict(zip(self.names, weights, strict=True)), "response": texts[0]}
+            for prompt, weights, texts in zip(
+                batch.prompts, batch.preference.double().round(decimals=6).tolist(), batch.responses.texts, strict=True
+            )
+        ]
+
+    # -- optimisation and checkpoints ----------------------------------------------------------------------------------
+
+    def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
+        """A linear warm-up and a cosine decay to 0 (Tables 3 and 4)."""
+        return get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
+
+    def configure_optimizers(self) -> Any:
+        """Adam with :meth:`schedule`."""
+        optimizer = torch.optim.Adam(self.policy.adapter_parameters().values(), lr=self.learning_rate)
+        self.look_at_data()
+        steps = self.trainer.estimated_stepping_batches
+        if steps == inf:
+            raise UserError(
+                "the schedule needs the number of steps: expected trainer.max_epochs or max_steps, got none"
+            )
+        schedule = self.schedule(optimizer, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def look_at_data(self) -> None:
+        """Lets Lightning count the batches of an epoch, where it has not."""
+        try:
+            self.trainer.fit_loop.setup_data()
+        except ValueError as error:
+            raise UserError(f"the trainer's settings do not fit the data: {first_line(error)}") from None
+
+    def on_fit_start(self) -> None:
+        """Says what trains."""
+        trained = sum(p.numel() for p in self.policy.adapter_parameters().values())
+        whole = sum(p.numel() for p in self.policy.parameters())
+        rank_zero_info(f"{trained / 1e6:.3g} M parameters train, beside {(whole - trained) / 1e6:.3g} M of the base")
+
+    def on_train_start(self) -> None:
+        """The learning rate is the configuration's and not the checkpoint's, and so is the place in its schedule."""
+        place = place_in_steps(self.trainer)
+        self.ahead = place - self.trainer.global_step
+        for entry in self.trainer.lr_scheduler_configs:
+            schedule = entry.scheduler
+            if not isinstance(schedule, LambdaLR):
+                continue
+            schedule.last_epoch = place
+            schedule.base_lrs = [self.learning_rate] * len(schedule.base_lrs)
+            for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                group["initial_lr"] = self.learning_rate
+                group["lr"] = self.learning_rate * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the adapter and drops the base weights."""
+        keep = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+        checkpoint["miepo"] = {"schema": SCHEMA, "objectives": list(self.names), "base": self.policy.base}
+        checkpoint["miepo"] |= {"policy": self.policy.settings(), "config": self.config}
+        checkpoint["miepo"]["fingerprint"] = self.policy.fingerprint
+        checkpoint["miepo"]["precision"] = str(self.policy.weight_dtype).removeprefix("torch.")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other objectives or another adapter; restores the normalisation for evaluation."""
+        saved = checkpoint.get("miepo")
+        if saved is None:  # where Lightning's own trainer read it
+            raise UserError("expected a checkpoint written by miepo, got one without its entry")
+        if saved["schema"] > SCHEMA:
+            raise UserError(f"expected a checkpoint of schema {SCHEMA} or older, got {saved['schema']}: update miepo")
+        if saved["objectives"] != list(self.names):
+            raise UserError(
+                f"the checkpoint was trained on the objectives {saved['objectives']}, in this order; "
+                f"the config lists {list(self.names)}"
+            )
+        now = self.policy.settings()
+        if changed := config_changes(saved["policy"], now):
+            both = "; ".join(f"{key} {before} and not {after}" for key, (before, after) in changed.items())
+            raise UserError(f"the checkpoint's policy has {both}: set the configuration's policy alike")
+        check_adapter({name: p for name, p in self.named_parameters() if p.requires_grad}, checkpoint["state_dict"])
+        check_base(self.policy, saved["base"], saved.get("fingerprint"))
+        for objective in self.objectives:  # Lightning restores callbacks for fit alone
+            objective.load_state_dict(checkpoint.get("callbacks", {}).get(objective.state_key, {}))
+        precision = str(self.policy.weight_dtype).removeprefix("torch.")
+        if saved.get("precision", precision) != precision:
+            rank_zero_info(
+                f"The checkpoint was trained in {saved['precision']}; the policy computes in {precision} here"
+            )
+        if self.trainer.state.fn == "fit" and saved.get("config") and self.config:
+            for key, (before, now) in sorted(config_changes(saved["config"], self.config).items()):
+                rank_zero_info(f"{key}: {before} in the checkpoint, {now} now, which counts")

@@ -1,0 +1,62 @@
+"""Old names of modules, which configurations and checkpoints of 0.1 may hold; they go with the next release."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+RENAMED = {
+    "miepo.callbacks.reporting": "miepo.training.reporting",
+    "miepo.callbacks.run_checkpoint": "miepo.training.run_checkpoint",
+    "miepo.checkpoints": "miepo.training.checkpoint_io",
+    "miepo.datamodule": "miepo.data.module",
+    "miepo.datasets": "miepo.data.datasets",
+    "miepo.dialogue": "miepo.text",
+    "miepo.export": "miepo.trained.export",
+    "miepo.front": "miepo.metrics.front_plot",
+    "miepo.loggers": "miepo.training.loggers",
+    "miepo.module": "miepo.methods.mi_epo",
+    "miepo.normalisation": "miepo.objectives.normalisation",
+    "miepo.parts": "miepo.methods.micro_batches",
+    "miepo.policy.attention": "miepo.policy.tree_attention",
+    "miepo.policy.packing": "miepo.policy.prefix_tree",
+    "miepo.policy_module": "miepo.methods.base",
+    "miepo.prompts": "miepo.data.prompts",
+    "miepo.rollout.plain_decoder": "miepo.trained.plain_decoder",
+    "miepo.rollout.streaming": "miepo.trained.streaming",
+    "miepo.rows": "miepo.data.reading",
+    "miepo.steer": "miepo.serving.steer",
+    "miepo.strategies": "miepo.training.sharded_strategy",
+}
+
+
+def new_name(name: str) -> str | None:
+    """Return what a module, or the package around it, is called now; None where it was not renamed."""
+    for old, new in RENAMED.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name[len(old) :]
+    return None
+
+
+class _RenamedModules(MetaPathFinder, Loader):
+    """Imports a module by its old name, with a warning that tells the new one."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return None if new_name(fullname) is None else ModuleSpec(fullname, self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = new_name(module.__name__)
+        assert new is not None
+        warnings.warn(f"{module.__name__} is called {new} now: use that name", FutureWarning, stacklevel=2)
+        sys.modules[module.__name__] = import_module(new)  # one module under two names, and no second class
+
+
+def install() -> None:
+    """Make the old names importable."""
+    if not any(isinstance(finder, _RenamedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_RenamedModules())

@@ -1,0 +1,142 @@
+"""What a run, a checkpoint or an exported folder holds of a trained policy, read without executing anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from miepo.errors import UserError, first_line
+from miepo.exploration import InfoNCE
+from miepo.metrics.front_plot import Front
+from miepo.policy.policy import ADAPTER
+from miepo.training.checkpoint_io import read_checkpoint
+
+PAPERS_TERM = {"class_path": "miepo.exploration.InfoNCE", "init_args": {"beta_w": InfoNCE().beta_w}}  # MIEPO's default
+CARD = "miepo.json"  # in an exported folder: what the adapter means
+PREFIX = "policy."  # of the policy's weights in a checkpoint
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is known of a trained policy without building it."""
+
+    source: str
+    names: tuple[str, ...]
+    base: str
+    fingerprint: str | None  # of the base weights
+    policy: dict[str, Any] | None  # class_path and init_args; None where no configuration was kept
+    objectives: list[dict[str, Any]]  # class_path and init_args of each
+    normalisations: dict[str, dict[str, float]]  # mean and sd by objective
+    adapter: dict[str, Tensor]  # by the names of the policy's parameters
+    max_new_tokens: int = 128  # what it was trained with
+    stop: tuple[str, ...] = ()
+    front: Front | None = None
+    evaluations: dict[str, Any] = field(default_factory=dict)  # first and last: step and metrics
+    settings: dict[str, Any] = field(default_factory=dict)  # by which it was trained
+
+    @classmethod
+    def read(cls, path: str | Path) -> Saved:
+        """Reads a run's folder, a checkpoint or an exported folder; nothing in it is executed.
+
+        Raises:
+            UserError: there is none of them at ``path``.
+        """
+        path = Path(path)
+        if (path / CARD).is_file():
+            return _read_export(path)
+        file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+        if not file.is_file():
+            hint = ""
+            if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+                hint = ", which is a model for Transformers and PEFT: of those miepo reads exports of the whole simplex"
+            elif runs := sorted(path.glob("version_*/checkpoints/last.ckpt")):
+                hint = f", which holds runs such as '{runs[-1].parents[1]}'"
+            raise UserError(f"expected a run's folder, a checkpoint or a folder of miepo export, got '{path}'{hint}")
+        return _read_checkpoint(file)
+
+
+def _read_checkpoint(path: Path) -> Saved:
+    checkpoint = read_checkpoint(path)
+    try:
+        return _saved(path, checkpoint)
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"expected a checkpoint of miepo at '{path}', got another: {first_line(error)}") from None
+
+
+def _saved(path: Path, checkpoint: dict[str, Any]) -> Saved:
+    saved = checkpoint["miepo"]
+    config = saved.get("config") or {}
+    data = (config.get("data") or {}).get("init_args") or {}
+    states = checkpoint.get("callbacks", {})
+    front = states.get("ParetoFront", {})
+    table = states.get("EvaluationTable", {})
+    names = tuple(saved["objectives"])
+    return Saved(
+        source=str(path),
+        names=names,
+        base=saved["base"],
+        fingerprint=saved.get("fingerprint"),
+        policy=(((config.get("model") or {}).get("init_args")) or {}).get("policy"),
+        objectives=config.get("objectives") or [],
+        normalisations={name: states[key] for name in names if states.get(key := f"Objective[{name}]")},
+        adapter={k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items()},
+        max_new_tokens=data.get("max_new_tokens", 128),
+        stop=tuple(((data.get("engine") or {}).get("init_args") or {}).get("stop") or ()),
+        front=_front(names, front) if front.get("after") else None,
+        evaluations={k: v for k, v in table.items() if v},
+        settings=_settings(config, checkpoint.get("global_step")),
+    )
+
+
+def _settings(config: Mapping[str, Any], steps: Any) -> dict[str, Any]:
+    """What of a configuration says how a policy was trained; the policy and what it was measured on apart."""
+    model, data = (config.get(key) or {} for key in ("model", "data"))
+    kept = {key: value for key, value in (model.get("init_args") or {}).items() if key != "policy"}
+    if "exploration" in kept:
+        kept["exploration"] = kept["exploration"] or PAPERS_TERM
+    rollouts = {
+        key: f"{len(value)} prompts" if isinstance(value, list) and "prompts" in key else value
+        for key, value in (data.get("init_args") or {}).items()
+        if not key.startswith("predict")
+    }
+    found = {"method": model.get("class_path"), "steps": steps, "seed": config.get("seed_everything")}
+    found |= {"model": _stated(kept), "data": _stated(rollouts), "objectives": config.get("objectives")}
+    return {key: value for key, value in found.items() if value not in (None, {}, [])}
+
+
+def _stated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _front(names: Sequence[str], state: Mapping[str, Any]) -> Front:
+    before = None if state.get("before") is None else torch.tensor(state["before"])
+    return Front(tuple(names), torch.tensor(state["grid"]), torch.tensor(state["after"]), before)
+
+
+def _read_export(folder: Path) -> Saved:
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        weights = load_file(folder / "adapter_model.safetensors")
+        front, blocks = card.pop("front"), card.pop("blocks")
+        for name, weight in weights.items():
+            for block in blocks if ".lora_B." in name else []:
+                if block["objective"] is not None:  # as it lies there, the adapter follows equal weights
+                    weight[:, slice(*block["columns"])] *= len(card["names"])
+        card |= {
+            "names": tuple(card["names"]),
+            "stop": tuple(card["stop"]),
+            "source": str(folder),
+            "adapter": {f"model.{k.removesuffix('.weight')}.{ADAPTER}.weight": v for k, v in weights.items()},
+            "front": _front(card["names"], front) if front else None,
+        }
+        return Saved(**card)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"expected a folder of miepo export at '{folder}', got another: {first_line(error)}") from None

@@ -1,0 +1,83 @@
+"""How callbacks reach the loggers, whichever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from miepo.errors import UserError
+
+
+def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) -> None:
+    """Logs the figures of one evaluation by Lightning's own way, and to the loggers directly before training.
+
+    Lightning keeps what is logged in its sanity check from the loggers. Here the sanity check over the whole
+    validation set is the evaluation before training, which is half of every comparison.
+    """
+    module.log_dict(dict(metrics), on_step=False, on_epoch=True)
+    if trainer.sanity_checking and trainer.global_step == 0:  # before a run that goes on there is nothing new
+        for logger in trainer.loggers:
+            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=trainer.global_step)
+
+
+def log_image(trainer: Trainer, key: str, path: Path) -> None:
+    """Gives a picture to every logger that takes pictures."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key, [str(path)], step=trainer.global_step)
+
+
+def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Gives a table to every logger that takes tables."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_table"):
+            logger.log_table(key, columns=list(columns), data=[list(row) for row in rows], step=trainer.global_step)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run's files, as the first process knows it; no process waits for another here."""
+    logger: Any = trainer.logger
+    if logger is None or logger.save_dir is None:
+        return Path(trainer.default_root_dir)
+    if getattr(logger, "log_dir", None) is not None:
+        return Path(logger.log_dir)
+    return Path(logger.save_dir) / str(logger.name) / str(logger.version)  # W&B: one folder for all its runs
+
+
+def grid_of(trainer: Any, user: object) -> Tensor:
+    """The preference vectors ``(M, K)`` of the run's evaluations.
+
+    Raises:
+        UserError: names ``user``, which measures answers along them; the data has none.
+    """
+    data = trainer.datamodule
+    if not hasattr(data, "grid"):
+        raise UserError(
+            f"{type(user).__name__} needs data whose evaluations answer along preferences, such as "
+            f"OnlinePreferenceDataModule, got {type(data).__name__}"
+        )
+    return data.grid
+
+
+def whole_evaluation(hook: Callable[..., None]) -> Callable[..., None]:
+    """Runs an evaluation hook unless Lightning's sanity check covers a part of the validation set only.
+
+    ``trainer.num_sanity_val_steps: -1`` makes it cover the whole set, which is the evaluation before training.
+    """
+
+    @wraps(hook)
+    def run(self: Any, trainer: Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf"):
+            hook(self, trainer, *args)
+
+    return run
+
+
+def log_versions(trainer: Trainer) -> list[dict[str, Any]]:
+    """Class and version of every logger, by which a resumed run logs on where it was."""
+    return [{"class": type(logger).__name__, "version": logger.version} for logger in trainer.loggers]

@@ -1,0 +1,39 @@
+"""Configurations and checkpoints of the release before name modules by what they were called then."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from miepo.cli import main
+from miepo.renamed import RENAMED, new_name
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_module_is_found_by_its_old_name_with_a_warning(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    with pytest.warns(FutureWarning, match=rf"{old} is called {RENAMED[old]} now"):
+        module = import_module(old)
+    assert module is import_module(RENAMED[old])  # so that isinstance holds
+    monkeypatch.delitem(sys.modules, old, raising=False)
+
+
+def test_a_module_in_a_renamed_package() -> None:
+    assert new_name("miepo.datasets.hh_rlhf") == "miepo.data.datasets.hh_rlhf"
+    assert new_name("miepo.datasets_of_mine") is None
+    with pytest.raises(ModuleNotFoundError):
+        import_module("miepo.nothing")
+
+
+def test_a_configuration_with_old_names_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("miepo.datamodule", "miepo.module"):
+        sys.modules.pop(name, None)
+    old = ["--model=miepo.module.MIEPO", "--data=miepo.datamodule.OnlinePreferenceDataModule"]
+    config = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
+    with pytest.warns(FutureWarning, match="is called miepo.methods.mi_epo now"), pytest.raises(SystemExit) as end:
+        main(["fit", "--config", config, *old, "--print_config"])
+    assert end.value.code == 0
+    assert "learning_rate: 0.002" in capsys.readouterr().out
