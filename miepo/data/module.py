@@ -62,8 +62,8 @@ class OnlinePreferenceDataModule(LightningDataModule):
     responses under w+, the objectives score them, and the scores become labels of pairs.
 
     Args:
-        prompts: Training prompts: a preference data set of :mod:`miepo.data.datasets`, a ``.jsonl`` or ``.parquet`` file, a
-            list, a data set folder or hub id.
+        prompts: Training prompts: a preference data set of :mod:`miepo.data.datasets`, a ``.jsonl`` or ``.parquet``
+            file, a list, a data set folder or hub id.
         validation_prompts: The same for evaluation; by default the test part of a preference data set, or a seeded part
             of ``prompts``.
         validation_fraction: Size of that part.
