@@ -33,7 +33,7 @@ def test_a_configuration_with_old_names_is_read(capsys: pytest.CaptureFixture[st
         sys.modules.pop(name, None)
     old = ["--model=miepo.module.MIEPO", "--data=miepo.datamodule.OnlinePreferenceDataModule"]
     config = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
-    with pytest.warns(FutureWarning, match="is called miepo.methods.mi_epo now"), pytest.raises(SystemExit) as end:
+    with pytest.warns(FutureWarning, match="now: use that name"), pytest.raises(SystemExit) as end:
         main(["fit", "--config", config, *old, "--print_config"])
     assert end.value.code == 0
     assert "learning_rate: 0.002" in capsys.readouterr().out
