@@ -19,7 +19,8 @@ from miepo.errors import UserError
 from miepo.feedback import extremes, of_pairs
 from miepo.losses import alignment_loss
 from miepo.metrics.information import infonce_bound
-from miepo.seeding import Stream, generator
+from miepo.recorded import Recorded
+from miepo.seeding import RandomStream, generator
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def draw_anchors(count: int, compared: Tensor, seed: int, epochs: Sequence[int],
     anchors = torch.zeros_like(compared)
     for row, (epoch, position) in enumerate(zip(epochs, positions, strict=True)):
         if found := compared[row].nonzero().flatten().tolist():
-            anchors[row, found[-1 - int(generator(Stream.ANCHOR, seed, epoch, position).integers(len(found)))]] = True
+            anchors[
+                row, found[-1 - int(generator(RandomStream.ANCHOR, seed, epoch, position).integers(len(found)))]
+            ] = True
     return anchors
 
 
@@ -152,7 +155,7 @@ def counterfactual_alignment(contrast: Contrast) -> Tensor:
 # -- formulations ------------------------------------------------------------------------------------------------------
 
 
-class Exploration(ABC):
+class Exploration(Recorded, ABC):
     """A formulation of the exploration term.
 
     Args:

@@ -30,7 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from miepo.callbacks.throughput import peak_memory
 from miepo.cli.command import user_error
 from miepo.cli.trainer import MiepoCLI
-from miepo.data.module import RESPONSES, OnlinePreferenceDataModule
+from miepo.data.module import OnlinePreferenceDataModule
+from miepo.data.rollout import PAIR
 from miepo.errors import UserError, first_line
 from miepo.exploration import Exploration
 from miepo.methods import SupervisedDataModule
@@ -188,7 +189,7 @@ def _online(plan: Plan, module: PolicyModule, data: OnlinePreferenceDataModule, 
         m = len(data.grid_spec)
     sample = _decode if getattr(data.engine, "fused", False) and fused_decoder.fits(policy) else _generate
     plan.phases["sampling"] = peak_of(lambda: sample(policy, n, data.responses, p, t))
-    compared = data.most_compared(len(policy.names))
+    compared = data.rollout_settings.most_compared(len(policy.names))
     if exploration is None:
         plan.phases["training step"] = peak_of(lambda: _imitate(policy, n, p, t))
     else:
@@ -232,7 +233,7 @@ def _log_prob(
 
 
 def _train(
-    policy: Policy, exploration: Exploration, n: int, counterfactuals: int, p: int, t: int, compared: int = RESPONSES
+    policy: Policy, exploration: Exploration, n: int, counterfactuals: int, p: int, t: int, compared: int = PAIR
 ) -> None:
     """The fullest pass, beside the gradients of those before it."""
     anchors = anchors_of(exploration, compared)

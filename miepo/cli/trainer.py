@@ -139,8 +139,9 @@ class MiepoCLI(LightningCLI):
         if config.get("enable_progress_bar") is None and not sys.stderr.isatty():
             config["enable_progress_bar"] = False  # ProgressLog writes lines
         given = config.get("callbacks") or []
-        own = [c for c in (given if isinstance(given, list) else [given]) if isinstance(c, RunCheckpoint)]
-        if config.get("enable_checkpointing") is False or config.get("fast_dev_run") or own:
+        own = [type(callback) for callback in (given if isinstance(given, list) else [given])]
+        callbacks = [c for c in callbacks if type(c) not in own]  # what the trainer's callbacks name counts
+        if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             callbacks = [c for c in callbacks if not isinstance(c, RunCheckpoint)]
         if config.get("fast_dev_run"):
             callbacks = [c for c in callbacks if not isinstance(c, EvaluationRecord)]

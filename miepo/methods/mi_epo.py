@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from miepo.data.rollout import Learner
 from miepo.errors import UserError
 from miepo.exploration import Contrast, Exploration, InfoNCE
 from miepo.feedback import of_pairs
@@ -19,6 +20,7 @@ from miepo.methods.base import PolicyModule
 from miepo.methods.micro_batches import part_by_part
 from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.policy import Policy
+from miepo.recorded import Recorded
 from miepo.router import ExpectationRouter, Router, SampleRouter
 from miepo.training.distributed import over_processes
 from miepo.training.reporting import grid_of
@@ -101,13 +103,15 @@ class MIEPO(PolicyModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage != "predict":
+        own = isinstance(self.trainer.datamodule, Recorded)  # type: ignore[attr-defined]
+        if stage in ("validate", "test") or (stage == "fit" and own):  # a user's own data may be for training alone
             grid_of(self.trainer, self)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> STEP_OUTPUT:
         """One rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""
-        both = torch.cat([batch.preference.unsqueeze(1), batch.counterfactual], 1)  # (B, 1 + C, K)
-        passes = self.policy.passes(batch.prompts, both, batch.responses.tokens, batch.read_under)
+        if not isinstance(batch, PreferenceBatch):
+            raise UserError(f"MIEPO learns from rollouts: expected batches PreferenceBatch, got {type(batch).__name__}")
+        passes = self.policy.passes(batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under)
         parts = [batch[some] for some in passes]
         loss, each = part_by_part(self.terms, parts, list(self.policy.adapter_parameters().values()))
         terms = Terms.join(each)
@@ -118,6 +122,11 @@ class MIEPO(PolicyModule):
     def exploring(self) -> bool:
         """Whether the exploration term is computed: one objective has one preference, and nothing to explore."""
         return self.exploration.active and len(self.names) > 1
+
+    @property
+    def learner(self) -> Learner:
+        """What a rollout needs to know of this method."""
+        return Learner(self.policy, self.objectives, self.router, self.exploration, self.exploring)
 
     def terms(self, batch: PreferenceBatch) -> tuple[Tensor, Terms]:
         """Eq. 13, averaged over the prompts, and what it is made of; the flow chart of the method."""
@@ -139,13 +148,13 @@ class MIEPO(PolicyModule):
     def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Token log-probabilities: compared responses under w+, ``(B, n, T)``, anchors under w-, ``(B, n, C, T)``."""
         under, tokens, wanted = self.policy.response_log_prob, batch.responses.tokens, batch.read_under
-        own, others = batch.preference.unsqueeze(1), batch.counterfactual  # (B, 1, K), (B, C, K)
         if self.exploration.needs_gradient:
-            both = under(batch.prompts, torch.cat([own, others], 1), tokens, wanted)  # (B, n, 1 + C, T)
+            both = under(batch.prompts, batch.preferences, tokens, wanted)  # (B, n, 1 + C, T)
             return both[:, :, 0], both[:, :, 1:]
         with self.policy.evaluating():
-            counterfactual = under(batch.prompts, others, tokens, wanted[..., 1:])
-        return under(batch.prompts, own, tokens, wanted[..., :1]).squeeze(2), counterfactual
+            counterfactual = under(batch.prompts, batch.counterfactual, tokens, wanted[..., 1:])
+        own = under(batch.prompts, batch.preference.unsqueeze(1), tokens, wanted[..., :1])
+        return own.squeeze(2), counterfactual
 
     def without_dropout(
         self, batch: PreferenceBatch, log_prob: Tensor, counterfactual: Tensor
@@ -160,9 +169,10 @@ class MIEPO(PolicyModule):
         asked |= batch.responses.log_prob is not None and logged
         if not asked or not self.policy.drops_out:
             return log_prob.detach(), counterfactual.detach()
-        both = torch.cat([batch.preference.unsqueeze(1), batch.counterfactual], 1)  # (B, 1 + C, K)
         with self.policy.evaluating():
-            found = self.policy.response_log_prob(batch.prompts, both, batch.responses.tokens, batch.read_under)
+            found = self.policy.response_log_prob(
+                batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under
+            )
         return found[:, :, 0], found[:, :, 1:]
 
     def contrast(

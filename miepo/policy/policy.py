@@ -30,6 +30,7 @@ from miepo.policy.prefix_tree import Answers, Prompts, pack, passes, tree_size
 from miepo.policy.sharding import Shards
 from miepo.policy.template import HH, PromptTemplate
 from miepo.policy.tree_attention import NAME as BRANCHES
+from miepo.recorded import Recorded
 from miepo.types import Tokens
 
 ADAPTER = "default"
@@ -89,7 +90,7 @@ class _Given(nn.Module):
         return _States(last_hidden_state=self.states)  # type: ignore[arg-type]
 
 
-class Policy(nn.Module):
+class Policy(Recorded, nn.Module):
     """A causal language model with one LoRA adapter that is conditioned on a preference vector.
 
     The object is cheap until :meth:`build` is called with the names of the objectives; then the base model is loaded.
@@ -151,11 +152,11 @@ class Policy(nn.Module):
         self.conditioning = [PromptConditioning()] if conditioning is None else list(conditioning)
         for each in self.conditioning:
             try:
-                json.dumps(vars(each))
+                json.dumps(each.attributes)
             except (TypeError, ValueError):
                 raise UserError(
                     f"{type(each).__name__} goes into every checkpoint: expected attributes that are text, numbers, "
-                    f"lists or mappings of them, got {', '.join(f'{k} {v!r}' for k, v in vars(each).items())}"
+                    f"lists or mappings of them, got {', '.join(f'{k} {v!r}' for k, v in each.attributes.items())}"
                 ) from None
         if isinstance(lora_targets, str):
             try:
@@ -328,7 +329,7 @@ class Policy(nn.Module):
             "template": self.template_spec,
             **({"dialogue": True} if self.dialogue else {}),
             **({} if self.lora_layers is None else {"lora_layers": self.lora_layers}),
-            "conditioning": [{"class": type(c).__name__, **vars(c)} for c in self.conditioning],
+            "conditioning": [{"class": type(c).__name__, **c.attributes} for c in self.conditioning],
         }
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 
 from miepo.errors import UserError
+from miepo.recorded import Recorded
 from miepo.training.loggers import CSVLogger
 from miepo.training.reporting import log_versions, run_folder
 
@@ -26,7 +27,7 @@ class Interrupted(SystemExit):
         super().__init__(128 + number)
 
 
-class RunCheckpoint(Checkpoint):
+class RunCheckpoint(Recorded, Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` in the run's folder, from which the run goes on as if it had not stopped.
 
     It is written between two steps: the update is done, its figures are with the loggers, an evaluation that was due
@@ -81,7 +82,7 @@ class RunCheckpoint(Checkpoint):
         self._evaluation_due, self._resumed = bool(state_dict.get("evaluation_due")), True
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._limits_changed = _config_in(checkpoint).get("trainer") != pl_module.config.get("trainer")
+        self._limits_changed = _config_in(checkpoint).get("trainer") != pl_module.configuration().get("trainer")
         if trainer.state.fn == "fit":
             before, now = _rows_before(checkpoint, trainer), _rows_per_batch(trainer)
             pl_module.look_at_data()
@@ -264,7 +265,7 @@ def _regroup(checkpoint: Mapping[str, Any], before: int, now: int, accumulated: 
 
 
 def begin_step(trainer: Any) -> None:
-    """What a datamodule calls when a batch comes from its loader: all of the last step is done then."""
+    """Let the run's checkpoint act between two steps: a batch was fetched, and all of the last step is done."""
     if trainer.training:
         for callback in trainer.callbacks:
             if isinstance(callback, RunCheckpoint):

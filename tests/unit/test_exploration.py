@@ -25,7 +25,7 @@ from miepo.exploration import (
 )
 from miepo.losses import alignment_loss
 from miepo.metrics import infonce_bound
-from miepo.seeding import Stream, generator
+from miepo.seeding import RandomStream, generator
 
 
 def rewards(b: int = 6, seed: int = 0) -> torch.Tensor:
@@ -122,7 +122,7 @@ def test_an_anchor_is_the_draw_of_its_own_stream() -> None:
     """Named from the last of the compared: what a run that is taken up again would draw."""
     compared = torch.tensor([[True, False, True, True]]).expand(30, 4)
     drawn = draw_anchors(1, compared, 5, [2] * 30, range(30))
-    each = [int(generator(Stream.ANCHOR, 5, 2, p).integers(3)) for p in range(30)]
+    each = [int(generator(RandomStream.ANCHOR, 5, 2, p).integers(3)) for p in range(30)]
     assert drawn.int().argmax(1).tolist() == [[3, 2, 0][place] for place in each]
     with pytest.raises(ValueError, match="longer"):
         draw_anchors(1, compared, 5, [2], range(30))

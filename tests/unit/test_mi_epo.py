@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 
 from miepo import MIEPO, OnlinePreferenceDataModule
 from miepo.callbacks import EvaluationTable, ParetoFront, PreferenceInformation, SampleTable, Steerability
+from miepo.data.rollout import reference_log_prob
 from miepo.errors import UserError
 from miepo.exploration import InfoNCE, Matching, PairwiseInformation
 from miepo.losses import implicit_reward
@@ -281,10 +282,10 @@ def test_the_reference_is_computed_while_an_objective_waits(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     referred = threading.Event()
-    reference = OnlinePreferenceDataModule._reference
+    reference = reference_log_prob
 
-    def then_tell(self: OnlinePreferenceDataModule, *args: Any) -> Any:
-        made = reference(self, *args)
+    def then_tell(*args: Any) -> Any:
+        made = reference(*args)
         referred.set()
         return made
 
@@ -295,7 +296,7 @@ def test_the_reference_is_computed_while_an_objective_waits(
             assert "plants grow" in responses[0] or referred.wait(20)  # but for the check when it is loaded
             return super().score(prompts, responses)
 
-    monkeypatch.setattr(OnlinePreferenceDataModule, "_reference", then_tell)
+    monkeypatch.setattr("miepo.data.rollout.reference_log_prob", then_tell)
     given = {"mean": 0.0, "sd": 1.0}
     rollout(tiny_model, tmp_path, objectives=[Waits("a", normalisation=given), Letters("e", normalisation=given)])
     assert referred.is_set()
