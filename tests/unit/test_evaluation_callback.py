@@ -36,7 +36,7 @@ class Words(EvaluationCallback):
 
 
 def fit(model: Path, folder: Path, callback: Callback, **settings: Any) -> Trainer:
-    trainer = {"callbacks": [callback], "max_steps": 1, "limit_val_batches": 1.0} | settings
+    trainer = {"callbacks": [callback], "max_steps": 2, "limit_val_batches": 1.0} | settings
     run = tiny_run(model, folder, data={"grid": 3}, trainer=trainer)
     run[0].fit(run[1], run[2])
     return run[0]
