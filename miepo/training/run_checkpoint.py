@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from miepo.errors import UserError
 from miepo.recorded import Recorded
+from miepo.training.lightning_internals import accumulates, count_steps_as_logged, forget_restart
 from miepo.training.loggers import CSVLogger
 from miepo.training.reporting import log_versions, run_folder
 
@@ -114,7 +115,7 @@ class RunCheckpoint(Recorded, Checkpoint):
                     logger.forget_from(trainer.global_step)
             epoch = trainer.fit_loop.epoch_progress.current
             if epoch.ready == epoch.completed:  # between two epochs; Lightning would begin one without batches
-                trainer.fit_loop._restarting = trainer.fit_loop.epoch_loop.restarting = False
+                forget_restart(trainer)
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             if not self._limits_changed and any(map(_has_stopped, callbacks)):
                 rank_zero_info("The run was ended by EarlyStopping: it goes on where the trainer's settings change")
@@ -137,8 +138,8 @@ class RunCheckpoint(Recorded, Checkpoint):
 
     def between_steps(self, trainer: Trainer) -> None:
         """The next step is about to begin, and nothing of it has."""
-        if self._resumed:  # Lightning counts logged steps once too often where an evaluation had followed
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        if self._resumed:
+            count_steps_as_logged(trainer)
             self._resumed = False
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
             return  # gradients wait for more, and are in no checkpoint
@@ -162,7 +163,7 @@ class RunCheckpoint(Recorded, Checkpoint):
             return
         # the shares of several processes may be uneven, so that they cannot agree here; and gradients that wait for
         # more are in no checkpoint
-        if trainer.world_size > 1 or (self._evaluating and trainer.fit_loop.epoch_loop._should_accumulate()):
+        if trainer.world_size > 1 or (self._evaluating and accumulates(trainer)):
             return
         if self._evaluating:
             self.save(trainer)
