@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from miepo.methods.micro_batches import part_by_part
-from miepo.policy import Policy, attention, log_prob
+from miepo.policy import Policy, log_prob, tree_attention
 from miepo.policy import policy as policy_file
 from miepo.rollout import TransformersEngine, fused_decoder
 from miepo.types import Tokens
@@ -47,7 +47,7 @@ def policy_pass(policy: Policy, tokens: int, products: bool = True, once: bool =
     head = log_prob.token_log_prob if once else partial(_logits_twice)
     with (
         patch.object(policy, "tokens_per_pass", tokens),
-        patch.object(attention, "PRODUCT_KEYS", attention.PRODUCT_KEYS if products else 0),
+        patch.object(tree_attention, "PRODUCT_KEYS", tree_attention.PRODUCT_KEYS if products else 0),
         patch.object(policy_file, "token_log_prob", head),
     ):
         yield

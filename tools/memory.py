@@ -39,7 +39,7 @@ from miepo.methods.base import PolicyModule
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.objectives.reward_model import ModelObjective
-from miepo.policy import Policy, attention, log_prob
+from miepo.policy import Policy, log_prob, tree_attention
 from miepo.policy.base_model import base_folder
 from miepo.policy.policy import TOKENS_PER_PASS
 from miepo.policy.precision import chosen_dtype
@@ -146,7 +146,7 @@ def plan_memory(
         # the tensors say that they are on a CPU
         patch.dict(log_prob.CHUNK_LOGITS, cpu=log_prob.CHUNK_LOGITS[device]),
         patch.dict(TOKENS_PER_PASS, cpu=TOKENS_PER_PASS[device]),
-        patch.object(attention, "PRODUCT_KEYS", 0 if cuda else attention.PRODUCT_KEYS),
+        patch.object(tree_attention, "PRODUCT_KEYS", 0 if cuda else tree_attention.PRODUCT_KEYS),
         # what is done with the memory of weights, tensors without contents cannot do
         patch.multiple(
             fused_decoder,

@@ -24,39 +24,8 @@ from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.rollout import TransformersEngine
 from miepo.router import SampleRouter
 from miepo.types import PreferenceBatch, Responses, Tokens
-from tests.helpers.fit import tiny_run
+from tests.helpers.fit import Batches, rollout, step, tiny_run
 from tests.helpers.tiny import Chosen, Length, Letters, randomise_adapter
-
-
-class Batches(Callback):
-    """Keeps the batches, what was logged for them, and the adapter before each step."""
-
-    def __init__(self) -> None:
-        self.batches: list[PreferenceBatch] = []
-        self.logged: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.batches.append(batch)
-        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-
-
-def rollout(model: Path, root: Path, **kwargs) -> tuple[MIEPO, PreferenceBatch, dict[str, float]]:
-    batches = Batches()
-    kwargs.setdefault("trainer", {})
-    kwargs["trainer"] = {"callbacks": [batches], "max_steps": 1} | kwargs["trainer"]
-    trainer, module, data = tiny_run(model, root, **kwargs)
-    trainer.fit(module, data)
-    return module, batches.batches[0], batches.logged[0]
-
-
-def step(module: MIEPO, batch: PreferenceBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of one step on a given batch, without logging."""
-    module._log_step = lambda *_: None
-    module.zero_grad()
-    loss = module.training_step(batch, 0)["loss"]
-    loss.backward()
-    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in module.policy.adapter_parameters().items()}  # fmt: skip
-    return loss.detach(), gradients
 
 
 @pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
@@ -566,8 +535,8 @@ def test_training_step_is_short() -> None:
     import inspect
     import textwrap
 
-    for step in (MIEPO.training_step, MIEPO.terms):
-        body = ast.parse(textwrap.dedent(inspect.getsource(step))).body[0].body[1:]
+    for part in (MIEPO.training_step, MIEPO.terms):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body[1:]
         assert body[-1].end_lineno - body[0].lineno < 25
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,10 @@ import pytest
 import torch
 
 from miepo.errors import ObjectiveError, UserError
-from miepo.objectives import Objective, Patient
+from miepo.objectives import Patient
 from miepo.objectives.base import identity_of
-from tests.helpers.fit import tiny_run
-from tests.helpers.tiny import Broken, Length, Letters
-from tests.unit.test_module import rollout, step
-
-
-class Moody(Objective):
-    """Does what a list says, call by call; then it answers."""
-
-    higher_is_better = False
-
-    def __init__(self, moods: Sequence[Callable[[], Any]], name: str = "moody") -> None:
-        super().__init__(name, {"mean": 0.0, "sd": 1.0})
-        self.moods, self.calls = list(moods), 0
-
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
-        self.calls += 1
-        if self.moods and (made := self.moods.pop(0)()) is not None:
-            return made
-        return [float(len(r)) for r in responses]
-
-
-def fails() -> None:
-    raise ConnectionError("the server is down")
+from tests.helpers.fit import rollout, step, tiny_run
+from tests.helpers.tiny import Broken, Length, Letters, Moody, fails
 
 
 def ask(objective: Patient, *texts: str) -> list[float]:

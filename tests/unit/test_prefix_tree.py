@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning, attention
+from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning, tree_attention
 from miepo.policy.prefix_tree import pack, passes, tree_size
 from miepo.types import Tokens
 from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
@@ -55,7 +55,7 @@ def one_by_one(policy: Policy, responses: Tokens, w: torch.Tensor, reference: bo
 def test_values_and_gradients_are_those_of_the_sequences_one_by_one(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, way: str, checkpointing: bool, product_keys: int
 ) -> None:
-    monkeypatch.setattr(attention, "PRODUCT_KEYS", product_keys)
+    monkeypatch.setattr(tree_attention, "PRODUCT_KEYS", product_keys)
     upstream = torch.randn(3, 3, 2, 6, generator=torch.Generator().manual_seed(1))
     results = []
     for together in (True, False):

@@ -20,8 +20,7 @@ from miepo.policy import GatedConditioning, Policy
 from miepo.seeding import RandomStream, generator, torch_seeds
 from miepo.types import SupervisedBatch, Tokens
 from tests.helpers.fit import PROMPTS, tiny_run
-from tests.helpers.tiny import Length, Letters
-from tests.unit.test_patient import Moody, fails
+from tests.helpers.tiny import Length, Letters, Moody, fails
 
 
 def ric_run(
