@@ -13,7 +13,7 @@ from torch import Tensor
 
 from miepo.data.rollout import Learner
 from miepo.errors import UserError
-from miepo.exploration import Contrast, Exploration, InfoNCE
+from miepo.exploration import Exploration, ExplorationInputs, InfoNCE
 from miepo.feedback import of_pairs
 from miepo.losses import alignment_loss, implicit_reward, mean_distance, total_loss
 from miepo.methods.base import PolicyModule
@@ -28,7 +28,7 @@ from miepo.types import PreferenceBatch
 
 
 @dataclass(frozen=True)
-class Terms:
+class StepStatistics:
     """What the loss of each prompt is made of, without gradient."""
 
     reward: Tensor  # (B, n) implicit, under w+; NaN where a response is not compared
@@ -46,8 +46,8 @@ class Terms:
         reward: Tensor,
         alignment: Tensor,
         exploration: Tensor | None,
-        contrast: Contrast | None,
-    ) -> Terms:
+        contrast: ExplorationInputs | None,
+    ) -> StepStatistics:
         """From the step's tensors; ``known`` are the log-probabilities under w+ without dropout, ``(B, n, T)``."""
         bound = gap = None
         if contrast is not None:
@@ -63,7 +63,7 @@ class Terms:
         return cls(reward, margin, alignment.detach(), exploration, bound, gap)
 
     @classmethod
-    def join(cls, parts: Sequence[Terms]) -> Terms:
+    def join(cls, parts: Sequence[StepStatistics]) -> StepStatistics:
         columns: list[list[Any]] = [[getattr(part, f.name) for part in parts] for f in fields(cls)]
         joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
         return cls(*joined)
@@ -114,7 +114,7 @@ class MIEPO(PolicyModule):
         passes = self.policy.passes(batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under)
         parts = [batch[some] for some in passes]
         loss, each = part_by_part(self.terms, parts, list(self.policy.adapter_parameters().values()))
-        terms = Terms.join(each)
+        terms = StepStatistics.join(each)
         self._log_step(batch, loss, terms)
         return {"loss": loss, "feedback_information": feedback_information(terms.alignment, batch.labels)}
 
@@ -128,7 +128,7 @@ class MIEPO(PolicyModule):
         """What a rollout needs to know of this method."""
         return Learner(self.policy, self.objectives, self.router, self.exploration, self.exploring)
 
-    def terms(self, batch: PreferenceBatch) -> tuple[Tensor, Terms]:
+    def terms(self, batch: PreferenceBatch) -> tuple[Tensor, StepStatistics]:
         """Eq. 13, averaged over the prompts, and what it is made of; the flow chart of the method."""
         mask = batch.responses.tokens.mask  # (B, n, T)
         log_prob, counterfactual = self.log_prob(batch)  # (B, n, T), (B, n, C, T)
@@ -143,7 +143,7 @@ class MIEPO(PolicyModule):
             exploration = self.exploration(contrast, self.progress)  # (B,), Eq. 12
 
         loss = total_loss(routed, exploration)  # Eq. 13
-        return loss, Terms.of(batch, known[0], reward, alignment, exploration, contrast)
+        return loss, StepStatistics.of(batch, known[0], reward, alignment, exploration, contrast)
 
     def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Token log-probabilities: compared responses under w+, ``(B, n, T)``, anchors under w-, ``(B, n, C, T)``."""
@@ -181,10 +181,10 @@ class MIEPO(PolicyModule):
         counterfactual: Tensor,
         reward: Tensor,
         known: tuple[Tensor, Tensor],
-    ) -> Contrast:
+    ) -> ExplorationInputs:
         """Responses under w+ ``(B, n)``, beside the same under every w- ``(B, n, C, T)``; ``known`` without dropout."""
         mask = batch.responses.tokens.mask  # (B, n, T)
-        return Contrast(
+        return ExplorationInputs(
             batch.preference,
             batch.counterfactual,
             known[0].sum(-1),
@@ -200,7 +200,7 @@ class MIEPO(PolicyModule):
             beta_c=self.beta_c,
         )
 
-    def _log_step(self, batch: PreferenceBatch, loss: Tensor, terms: Terms) -> None:
+    def _log_step(self, batch: PreferenceBatch, loss: Tensor, terms: StepStatistics) -> None:
         values = {
             # on the policy's own samples the mean implicit reward estimates KL(policy || reference); of more than two
             # it is of those that were chosen for a pair

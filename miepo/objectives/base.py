@@ -16,6 +16,7 @@ from torch import Tensor
 
 from miepo.errors import ObjectiveError, UserError
 from miepo.recorded import Recorded, import_path
+from miepo.renamed import current_class
 
 NO_SCORE = ("name", "normalisation", "concurrent")  # arguments of an objective that change no score
 # what an objective is asked when it is loaded
@@ -202,6 +203,8 @@ def identity_of(objective: Objective) -> dict[str, Any]:
 def alike(saved: Any, now: Any) -> bool:
     """Whether an identity that was saved is that of now, in all it tells: older files tell less."""
     if isinstance(saved, dict) and isinstance(now, dict):
+        if isinstance(saved.get("class"), str):
+            saved = {**saved, "class": current_class(saved["class"])}
         return all(key in now and alike(value, now[key]) for key, value in saved.items())
     return bool(saved == now)
 

@@ -15,7 +15,7 @@ from miepo.errors import UserError
 from miepo.methods import RewardsInContext, RewardsInContextDataModule, TargetConditioning
 from miepo.methods.ric.conditioning import preference_to_target, score_range
 from miepo.methods.ric.data import Pool, good_at_something, join, non_dominated
-from miepo.objectives import Patient
+from miepo.objectives import RetryingObjective
 from miepo.policy import GatedConditioning, Policy
 from miepo.seeding import RandomStream, generator, torch_seeds
 from miepo.types import SupervisedBatch, Tokens
@@ -378,7 +378,7 @@ def test_the_target_reaches_the_policy_at_evaluation(tiny_model: Path) -> None:
 def test_what_an_objective_gave_up_while_a_pool_was_made_is_counted(tiny_model: Path, tmp_path: Path) -> None:
     trainer, module, data = ric_run(tiny_model, tmp_path)
     moody = Moody([lambda: None] * 2 + [fails] * 3)  # loaded, normalised by what it has; then down for three batches
-    trainer.callbacks.append(Patient(moody, retries=0, on_failure="skip"))
+    trainer.callbacks.append(RetryingObjective(moody, retries=0, on_failure="skip"))
     counted = []
     step = module.training_step
 
