@@ -239,7 +239,7 @@ def _train(
     anchors = anchors_of(exploration, compared)
     under, answers = _trees(policy, 1, 1 + counterfactuals, compared, p, t, anchors)
     size = tree_size(under[0], answers[0], share=not policy.gated)
-    some, kept = min(n, -(-policy.pass_limit // size)), []  # prompts of several lengths fill it better than whole ones
+    some, kept = min(n, -(-policy.max_tokens // size)), []  # prompts of several lengths fill it better than whole ones
     if some < n:
         kept = [torch.zeros_like(parameter) for parameter in policy.adapter_parameters().values()]
     if exploration.needs_gradient:

@@ -17,7 +17,7 @@ from miepo.exploration import Exploration, ExplorationInputs, InfoNCE
 from miepo.feedback import of_pairs
 from miepo.losses import alignment_loss, implicit_reward, mean_distance, total_loss
 from miepo.methods.base import PolicyModule
-from miepo.methods.micro_batches import part_by_part
+from miepo.methods.micro_batches import in_micro_batches
 from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.policy import Policy
 from miepo.recorded import Recorded
@@ -36,7 +36,7 @@ class StepStatistics:
     alignment: Tensor  # (B, K)
     exploration: Tensor | None  # (B,)
     bound: Tensor | None  # (B, n) of the information between preference and response, in nats; NaN if no anchor
-    gap: Tensor | None  # (B, n) mean distance from the engine's log-probabilities, in nats per token
+    logprob_drift: Tensor | None  # (B, n) mean distance from the engine's log-probabilities, in nats per token
 
     @classmethod
     def of(
@@ -49,18 +49,18 @@ class StepStatistics:
         contrast: ExplorationInputs | None,
     ) -> StepStatistics:
         """From the step's tensors; ``known`` are the log-probabilities under w+ without dropout, ``(B, n, T)``."""
-        bound = gap = None
+        bound = drift = None
         if contrast is not None:
             bound = infonce_bound(contrast.log_prob, contrast.counterfactual_log_prob)
             bound = torch.where(batch.anchors, bound, torch.nan)
         if batch.responses.log_prob is not None:
-            gap = mean_distance(known, batch.responses.log_prob, batch.responses.tokens.mask)
-            gap = torch.where(batch.compared, gap, torch.nan)
+            drift = mean_distance(known, batch.responses.log_prob, batch.responses.tokens.mask)
+            drift = torch.where(batch.compared, drift, torch.nan)
         exploration = None if exploration is None else exploration.detach()
         compared = of_pairs(reward.detach(), batch.pairs)  # (B, Q, 2)
         margin = (compared[..., 0] - compared[..., 1]).expand(batch.labels.shape)
         reward = torch.where(batch.compared, reward.detach(), torch.nan)
-        return cls(reward, margin, alignment.detach(), exploration, bound, gap)
+        return cls(reward, margin, alignment.detach(), exploration, bound, drift)
 
     @classmethod
     def join(cls, parts: Sequence[StepStatistics]) -> StepStatistics:
@@ -111,9 +111,10 @@ class MIEPO(PolicyModule):
         """One rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""
         if not isinstance(batch, PreferenceBatch):
             raise UserError(f"MIEPO learns from rollouts: expected batches PreferenceBatch, got {type(batch).__name__}")
-        passes = self.policy.passes(batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under)
-        parts = [batch[some] for some in passes]
-        loss, each = part_by_part(self.terms, parts, list(self.policy.adapter_parameters().values()))
+        groups = self.policy.micro_batches(batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under)
+        loss, each = in_micro_batches(
+            self.terms, [batch[group] for group in groups], list(self.policy.adapter_parameters().values())
+        )
         terms = StepStatistics.join(each)
         self._log_step(batch, loss, terms)
         return {"loss": loss, "feedback_information": feedback_information(terms.alignment, batch.labels)}
@@ -217,8 +218,8 @@ class MIEPO(PolicyModule):
             values[f"agreement/{name}"] = agrees[:, k]
         if terms.exploration is not None and terms.bound is not None:
             values |= {"exploration": terms.exploration, "information/infonce": terms.bound}
-        if terms.gap is not None:
-            values["rollout/gap"] = terms.gap
+        if terms.logprob_drift is not None:
+            values["rollout/gap"] = terms.logprob_drift
         counts = {f"count/{key}": float(value) for key, value in batch.counts.items()}
         size = len(batch)
         # NaN where no pair had a label: a value left out would be logged as it was the step before

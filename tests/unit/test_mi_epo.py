@@ -555,10 +555,10 @@ def test_prompts_in_several_passes_have_the_same_loss_gradient_and_log(
     module.terms = lambda part: (calls.append(len(part)), terms(part))[1]
     for groups in ([slice(0, 5)], [slice(0, 2), slice(2, 5)], None):
         if groups is None:
-            del module.policy.passes
-            module.policy.tokens_per_pass = 1
+            del module.policy.micro_batches
+            module.policy.max_tokens_per_micro_batch = 1
         else:
-            module.policy.passes = lambda *_: groups  # noqa: B023
+            module.policy.micro_batches = lambda *_: groups  # noqa: B023
         values: dict[str, torch.Tensor] = {}
         log_step = MIEPO._log_step
         module.log = lambda name, value, **_: values.__setitem__(name, value)  # noqa: B023

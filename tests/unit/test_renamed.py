@@ -11,6 +11,7 @@ import pytest
 from miepo.cli import main
 from miepo.objectives import Brevity, RetryingObjective
 from miepo.objectives.base import alike, identity_of
+from miepo.policy import Policy
 from miepo.renamed import RENAMED, new_name
 
 
@@ -53,3 +54,8 @@ def test_a_normalisation_that_was_kept_under_an_old_name_is_of_the_same_objectiv
     now = identity_of(RetryingObjective(Brevity()))
     assert alike(now | {"class": "miepo.objectives.patient.Patient"}, now)
     assert not alike(now | {"class": "miepo.objectives.patient.Other"}, now)
+
+
+def test_a_setting_by_its_old_name() -> None:
+    with pytest.warns(FutureWarning, match="policy.tokens_per_pass is called max_tokens_per_micro_batch now"):
+        assert Policy("base", tokens_per_pass=40).max_tokens_per_micro_batch == 40
