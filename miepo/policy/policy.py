@@ -115,8 +115,9 @@ class Policy(Recorded, nn.Module):
         temperature: Of the distribution the policy stands for: responses are sampled from it and all
             log-probabilities are taken of it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        max_tokens_per_micro_batch: Tokens that go through the network at one time when log-probabilities are taken, but at least
-            one prompt with its responses: activations of no more exist. By default 768 on a CPU, 16384 elsewhere.
+        max_tokens_per_micro_batch: Tokens that go through the network at one time when log-probabilities are taken, but
+            at least one prompt with its responses: activations of no more exist. By default 768 on a CPU, 16384
+            elsewhere.
         tokens_per_pass: Its old name.
     """
 
@@ -139,11 +140,8 @@ class Policy(Recorded, nn.Module):
     ) -> None:
         super().__init__()
         if tokens_per_pass is not None:
-            warnings.warn(
-                "policy.tokens_per_pass is called max_tokens_per_micro_batch now: use that name",
-                FutureWarning,
-                stacklevel=2,
-            )
+            said = "policy.tokens_per_pass is called max_tokens_per_micro_batch now: use that name"
+            warnings.warn(said, FutureWarning, stacklevel=2)
             max_tokens_per_micro_batch = tokens_per_pass
         if dtype not in ("auto", "float32", "bfloat16"):  # float16 would need a loss scale
             raise UserError(f"policy dtype must be auto, float32 or bfloat16, got {dtype!r}")
@@ -153,7 +151,8 @@ class Policy(Recorded, nn.Module):
         if not 0 <= lora_dropout < 1:
             raise UserError(f"policy.lora_dropout is a share, at least 0 and below 1, got {lora_dropout}")
         for name, value in (
-            ("lora_rank", lora_rank), ("lora_layers", lora_layers), ("max_tokens_per_micro_batch", max_tokens_per_micro_batch),
+            ("lora_rank", lora_rank), ("lora_layers", lora_layers),
+            ("max_tokens_per_micro_batch", max_tokens_per_micro_batch),
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise UserError(f"policy.{name} must be at least 1, got {value}")
