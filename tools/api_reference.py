@@ -1,8 +1,8 @@
 """The API reference, made from the docstrings: ``python -m tools.api_reference`` writes ``build/api_reference``.
 
-Sphinx imports every public module of miepo and renders its docstrings (Google style) as HTML pages, one for each package.
-Every warning is an error: markup that does not parse, an argument that does not exist, a reference to a name of miepo
-that is nowhere. Needs ``pip install -c tools/constraints.txt -e ".[docs]"``.
+Sphinx imports every public module of miepo and renders its docstrings (Google style) as HTML, a page for each package.
+Every warning is an error: a module that cannot be imported, markup that does not parse, a reference to a name that
+miepo does not have. Needs ``pip install -c tools/constraints.txt -e ".[docs]"``.
 """
 
 from __future__ import annotations
