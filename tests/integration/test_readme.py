@@ -108,15 +108,16 @@ def test_train_in_python(
         (BASE, str(tiny_model)),
         ("limit_train_batches=40", "limit_train_batches=1, accelerator='cpu', enable_progress_bar=False"),
         ("validation_limit=20", "validation_limit=2, max_new_tokens=24, normalise_on=8"),
-        ("[Cheerfulness(),", "[Brevity(name='cheerfulness'),"),  # a random model never says a cheerful word
+        ("Cheerfulness(),", "Brevity(name='cheerfulness'),"),  # a random model never says a cheerful word
     ):
         assert python.count(stated) == 1
         python = python.replace(stated, small)
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
-    exec(compile(python, "README.md", "exec"), {})
+    found: dict[str, Any] = {}
+    exec(compile(python, "README.md", "exec"), found)
     assert re.search(r"before \(step 0\) +after \(step 1\)\n", caplog.text)
-    assert [*tmp_path.glob("runs/**/metrics.csv")]
+    assert found["policy"].names == ("cheerfulness", "brevity")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def quickstart_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_use_the_policy(
     quickstart_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (python,) = [b for b in blocks("python") if "miepo.load" in b]
+    (python,) = [b for b in blocks("python") if "policy.score" in b]
     assert len([line for line in python.splitlines() if line.strip()]) <= 6
     monkeypatch.chdir(quickstart_run)
     found: dict[str, Any] = {}
