@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import re
 import shlex
@@ -15,10 +16,13 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 
 import miepo
 from miepo import load
+from miepo.callbacks import EvaluationRecord, RunCheckpoint
 from miepo.cli.command import COMMANDS, main
+from miepo.methods import RewardsInContextDataModule
 from miepo.serving.app import make_app
 from miepo.serving.batcher import Batcher
 from tests.helpers.serving import running
@@ -286,6 +290,27 @@ def test_every_name_of_the_package_exists(page: str) -> None:
                 importlib.import_module(module)
             assert hasattr(found, part), name
             found = getattr(found, part)
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if page not in GENERATED])
+def test_every_setting_exists(page: str) -> None:
+    """``data.responses``, ``policy.lora_layers``, ``--timeout`` and their like, in backticks."""
+    sources = "".join(file.read_text() for folder in ("miepo", "tools") for file in (ROOT / folder).rglob("*.py"))
+    owners = {
+        "data": (miepo.OnlinePreferenceDataModule, RewardsInContextDataModule),
+        "policy": (miepo.Policy, miepo.TrainedPolicy),
+        "checkpoint": (RunCheckpoint,),
+        "record": (EvaluationRecord,),
+        "trainer": (Trainer,),
+    }
+    for span in spans(TEXTS[page]):
+        span = span.replace("model.policy.init_args.", "policy.")
+        if found := re.match(r"(?:--)?(data|policy|checkpoint|record|trainer)\.(\w+)", span):
+            owner, name = found.groups()
+            kinds = owners[owner]
+            assert any(name in inspect.signature(k.__init__).parameters or hasattr(k, name) for k in kinds), span
+        elif found := re.match(r"--(\w+)", span):
+            assert f'"--{found[1]}"' in sources or found[1] in ("config", "ckpt_path", "print_config"), span
 
 
 def test_nothing_is_left_to_fill_in() -> None:
