@@ -41,7 +41,7 @@ from miepo.objectives.base import objectives_of
 from miepo.objectives.reward_model import ModelObjective
 from miepo.policy import Policy, log_prob, tree_attention
 from miepo.policy.base_model import base_folder
-from miepo.policy.policy import TOKENS_PER_PASS
+from miepo.policy.policy import MAX_TOKENS
 from miepo.policy.precision import chosen_dtype
 from miepo.policy.prefix_tree import tree_size
 from miepo.preferences import evaluation_grid
@@ -145,7 +145,7 @@ def plan_memory(
         FakeTensorMode(allow_non_fake_inputs=True),
         # the tensors say that they are on a CPU
         patch.dict(log_prob.CHUNK_LOGITS, cpu=log_prob.CHUNK_LOGITS[device]),
-        patch.dict(TOKENS_PER_PASS, cpu=TOKENS_PER_PASS[device]),
+        patch.dict(MAX_TOKENS, cpu=MAX_TOKENS[device]),
         patch.object(tree_attention, "PRODUCT_KEYS", 0 if cuda else tree_attention.PRODUCT_KEYS),
         # what is done with the memory of weights, tensors without contents cannot do
         patch.multiple(
