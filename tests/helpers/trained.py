@@ -11,6 +11,7 @@ import torch
 from miepo.metrics.front_plot import Front
 from miepo.objectives import Brevity
 from miepo.policy import Conditioning, Policy
+from miepo.recorded import specification
 from miepo.trained.build import build_policy
 from miepo.trained.policy import TrainedPolicy
 from miepo.trained.saved import Saved
@@ -35,13 +36,12 @@ def saved_policy(
     arguments = {"base": str(model), "lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.1, "dtype": "float32"}
     arguments |= {"temperature": 0.8} | settings
     policy = randomise_adapter(Policy(**arguments, conditioning=list(conditioning)).build(names), scale=scale).eval()
-    specs = [{"class_path": f"miepo.policy.{type(c).__name__}", "init_args": dict(vars(c))} for c in conditioning]
     saved = Saved(
         source="somewhere",
         names=names,
         base=str(model),
         fingerprint=policy.fingerprint,
-        policy={"class_path": "miepo.policy.Policy", "init_args": arguments | {"conditioning": specs}},
+        policy=specification(policy),
         objectives=list(OBJECTIVES),
         normalisations={name: {"mean": -1.0, "sd": 2.0} for name in names},
         adapter={name: p.detach().clone() for name, p in policy.adapter_parameters().items()},
