@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -30,14 +30,14 @@ TRAINER_COMMANDS = {
 }
 # each is a module of miepo.cli with make_parser() and main(args)
 OTHER_COMMANDS = {
-    "init": "write a commented configuration for your model, prompts and objectives",
+    "init": "write a commented configuration for your own model and prompts",
     "objectives": "list the objectives, those of other packages too",
     "normalise": "measure the normalisation of rewards on offline data",
     "report": "write a page about one or several runs",
-    "steer": "show a trained policy on a local page with a slider for each objective",
+    "steer": "show a trained policy on a page with a slider for each objective",
     "serve": "answer OpenAI's chat requests with a trained policy",
     "export": "write a trained policy as a PEFT adapter or a whole model",
-    "completion": "print a script that completes commands and options in your shell",
+    "completion": "print a script that completes commands in your shell",
 }
 COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
 
@@ -62,21 +62,21 @@ def main(args: ArgsType = None) -> None:
 
 def make_parser() -> ArgumentParser:
     """Makes the parser that shows all commands; each has another for its own options."""
+    lines = [f"  {name:12}{line}" for name, line in COMMANDS.items()]
     parser = ArgumentParser(
         prog="miepo",
-        description="Train and use one language-model policy for every trade-off between objectives.",
-        epilog="miepo COMMAND --help shows the options of a command.",
+        usage="miepo COMMAND ... | --help | --version",
+        description="Trains and uses one language-model policy for every trade-off between objectives.",
+        epilog="\n".join(["commands:", *lines, "", "miepo COMMAND --help shows the options of a command."]),
+        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"miepo {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, line in COMMANDS.items():
-        commands.add_parser(name, help=line)
     return parser
 
 
 def _dispatch(args: Sequence[str]) -> None:
     """Runs the command that a command line names first."""
-    command = args[0] if args else "none"
+    command = args[0] if args else ""
     if command in ("-h", "--help", "--version"):
         make_parser().parse_args([command])
     args = find_configurations(args)
@@ -86,7 +86,8 @@ def _dispatch(args: Sequence[str]) -> None:
     elif command in TRAINER_COMMANDS or command.startswith("-"):  # Lightning takes options before the command, too
         _train(args)
     else:
-        raise UserError(f"expected a command ({', '.join(COMMANDS)}), got {command}")
+        got = f"'{command}'" if args else "none"
+        raise UserError(f"expected a command ({', '.join(COMMANDS)}), got {got}")
 
 
 def _train(args: ArgsType) -> None:

@@ -54,7 +54,7 @@ def _configurations(args: Sequence[str]) -> Iterator[tuple[int, str | None, str]
 
 def _find(value: str) -> str:
     # what is no plain name is YAML itself, which the parser takes in place of a file
-    if os.path.exists(value) or not re.fullmatch(r"[\w./~ -]+", value):
+    if os.path.exists(os.path.expanduser(value)) or not re.fullmatch(r"[\w./~ -]+", value):
         return value
     packaged = packaged_configurations()
     if (path := packaged.get(value.removesuffix(".yaml"))) is None:

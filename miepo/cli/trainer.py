@@ -37,22 +37,23 @@ How objectives are given: a list in a configuration, each with its class and wha
     - class_path: miepo.objectives.Brevity
       init_args: {characters: 40}
 
-miepo objectives lists the classes; --objectives.help CLASS_PATH shows the settings of one, and --model.help,
---model.policy.help, --data.help and --trainer.callbacks.help those of any other class.
+miepo objectives lists the classes. --objectives.help CLASS_PATH shows the settings of one; --model.help,
+--model.policy.help, --model.exploration.help, --data.help and --trainer.callbacks.help do so for other classes.
 """
 
 
 class DefaultsParser(LightningArgumentParser):
     """Shows in its help the settings of MIEPO, of the policy and of the data, too: the parser takes any class there."""
 
-    def format_help(self) -> str:
-        text = super().format_help()
+    def format_help(self, *args: Any) -> str:
+        text = super().format_help(*args)
         if not any(action.dest == "model" for action in self._actions):  # it has no command's options
             return text
         parser = ArgumentParser(usage=SUPPRESS, add_help=False)
         parser.add_class_arguments(MIEPO, "model", skip={"policy"}, fail_untyped=False)
         parser.add_class_arguments(Policy, "model.policy.init_args", fail_untyped=False)
-        parser.add_class_arguments(OnlinePreferenceDataModule, "data", fail_untyped=False)
+        # the seed is --seed_everything's
+        parser.add_class_arguments(OnlinePreferenceDataModule, "data", skip={"seed"}, fail_untyped=False)
         return f"{text.rstrip()}\n\n{parser.format_help().strip()}\n{OBJECTIVES_HELP}"
 
 
@@ -187,6 +188,26 @@ class MiepoCLI(LightningCLI):
 
 def _data_seed(seed: bool | int | None) -> int:
     return 0 if seed is None or isinstance(seed, bool) else seed
+
+
+class _Parsers(MiepoCLI):
+    """Has the parsers of all commands and builds nothing."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        raise _Made(self._subcommand_parsers)
+
+
+class _Made(Exception):
+    """Carries what is wanted out of a constructor that would go on."""
+
+
+def command_parsers() -> dict[str, LightningArgumentParser]:
+    """Returns the parsers of ``fit``, ``validate``, ``test`` and ``predict``."""
+    try:
+        _Parsers(seed_everything_default=0, parser_kwargs={"prog": "miepo"})
+    except _Made as made:
+        return made.args[0]
+    raise AssertionError("expected LightningCLI to parse")
 
 
 def train(args: ArgsType) -> None:
