@@ -19,11 +19,12 @@ from miepo.errors import UserError
 from miepo.feedback import extremes, of_pairs
 from miepo.losses import alignment_loss
 from miepo.metrics.information import infonce_bound
-from miepo.seeding import Stream, generator
+from miepo.recorded import Recorded
+from miepo.seeding import RandomStream, generator
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ExplorationInputs:
     """Responses under the preference they were sampled with and under counterfactual ones."""
 
     preference: Tensor  # (B, K) w+
@@ -64,7 +65,9 @@ def draw_anchors(count: int, compared: Tensor, seed: int, epochs: Sequence[int],
     anchors = torch.zeros_like(compared)
     for row, (epoch, position) in enumerate(zip(epochs, positions, strict=True)):
         if found := compared[row].nonzero().flatten().tolist():
-            anchors[row, found[-1 - int(generator(Stream.ANCHOR, seed, epoch, position).integers(len(found)))]] = True
+            anchors[
+                row, found[-1 - int(generator(RandomStream.ANCHOR, seed, epoch, position).integers(len(found)))]
+            ] = True
     return anchors
 
 
@@ -139,7 +142,7 @@ def matching_loss(
     return torch.where(gap == 0, 0.0, -gap.abs() * F.logsigmoid(beta * torch.sign(gap) * margin))
 
 
-def counterfactual_alignment(contrast: Contrast) -> Tensor:
+def counterfactual_alignment(contrast: ExplorationInputs) -> Tensor:
     """Eq. 8 under every w-, routed by it, averaged over the w-: pairs once more, for other preferences; ``(B,)``."""
     rewards = of_pairs(contrast.counterfactual_reward, contrast.pairs)  # (B, Q, 2, C)
     each = [
@@ -152,7 +155,7 @@ def counterfactual_alignment(contrast: Contrast) -> Tensor:
 # -- formulations ------------------------------------------------------------------------------------------------------
 
 
-class Exploration(ABC):
+class Exploration(Recorded, ABC):
     """A formulation of the exploration term.
 
     Args:
@@ -187,10 +190,10 @@ class Exploration(ABC):
         return self.weight > 0
 
     @abstractmethod
-    def loss(self, contrast: Contrast) -> Tensor:
+    def loss(self, contrast: ExplorationInputs) -> Tensor:
         """The term of each prompt before its weight, ``(B,)``."""
 
-    def __call__(self, contrast: Contrast, progress: float) -> Tensor:
+    def __call__(self, contrast: ExplorationInputs, progress: float) -> Tensor:
         """The weighted term ``(B,)`` when ``progress`` of all steps (0 to 1) are done."""
         return self.weight * min(1.0, progress / self.warmup if self.warmup else 1.0) * self.loss(contrast)
 
@@ -231,7 +234,7 @@ class InfoNCE(Exploration):
     def active(self) -> bool:
         return self.beta_w > 0
 
-    def loss(self, contrast: Contrast) -> Tensor:
+    def loss(self, contrast: ExplorationInputs) -> Tensor:
         scale = 1 / contrast.lengths if self.per_token else torch.ones_like(contrast.lengths)  # (B, n)
         loss = infonce_loss(
             contrast.reward * scale, contrast.counterfactual_reward * scale.unsqueeze(-1), self.beta_w
@@ -265,7 +268,7 @@ class PairwiseInformation(Exploration):
     ) -> None:
         super().__init__(weight, num_counterfactuals, candidates, warmup)
 
-    def loss(self, contrast: Contrast) -> Tensor:
+    def loss(self, contrast: ExplorationInputs) -> Tensor:
         information = infonce_bound(contrast.log_prob.detach(), contrast.counterfactual_log_prob.detach())  # (B, n)
         pairs = extremes(information, contrast.anchors).unsqueeze(1)  # (B, 1, 2)
         labels = information_labels(of_pairs(information, pairs).squeeze(1))  # (B,)
@@ -304,7 +307,7 @@ class Matching(Exploration):
             raise UserError(f"Matching.reuse must not be negative, got {reuse}")
         self.beta, self.reuse = beta, reuse
 
-    def loss(self, contrast: Contrast) -> Tensor:
+    def loss(self, contrast: ExplorationInputs) -> Tensor:
         beta = contrast.beta_c if self.beta is None else self.beta
         own, other = (of_pairs(r, contrast.pairs) for r in (contrast.reward, contrast.counterfactual_reward))
         each, under = [], contrast.counterfactual_labels
@@ -325,5 +328,5 @@ class CounterfactualAlignment(Exploration):
 
     needs_feedback = True
 
-    def loss(self, contrast: Contrast) -> Tensor:
+    def loss(self, contrast: ExplorationInputs) -> Tensor:
         return counterfactual_alignment(contrast)

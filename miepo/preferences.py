@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from miepo.errors import UserError
-from miepo.seeding import Stream, generator
+from miepo.recorded import Recorded
+from miepo.seeding import RandomStream, generator
 
 ROUNDING = 1e-3  # of a sum of weights that a user writes
 # K = 3: the 13 representative vectors of the helpful-assistant task (corners, lattice points, centre).
@@ -27,7 +28,7 @@ _REPRESENTATIVE_3 = [
 ]  # fmt: skip
 
 
-class PreferenceSampler(ABC):
+class PreferenceSampler(Recorded, ABC):
     """A distribution over the simplex from which w+ and w- are drawn."""
 
     @abstractmethod
@@ -79,7 +80,7 @@ def draw_preferences(
     Each w- is the farthest from w+ (in the 1-norm) of ``candidates`` draws; with one candidate it is independent.
     """
     rows = [
-        sampler.draw(generator(Stream.PREFERENCE, seed, e, p), 1 + counterfactuals * candidates, k)
+        sampler.draw(generator(RandomStream.PREFERENCE, seed, e, p), 1 + counterfactuals * candidates, k)
         for e, p in zip(epochs, positions, strict=True)
     ]
     drawn = torch.from_numpy(np.stack(rows)).float()  # (B, 1 + C * candidates, K)
@@ -90,7 +91,7 @@ def draw_preferences(
 
 def routing_draws(seed: int, epochs: Sequence[int], positions: Sequence[int]) -> Tensor:
     """What the router draws with, uniform in [0, 1) and independent of the preferences: ``(B,)`` float64."""
-    draws = [generator(Stream.ROUTING, seed, *place).random() for place in zip(epochs, positions, strict=True)]
+    draws = [generator(RandomStream.ROUTING, seed, *place).random() for place in zip(epochs, positions, strict=True)]
     return torch.tensor(draws, dtype=torch.float64)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -22,6 +23,7 @@ RENAMED = {
     "miepo.loggers": "miepo.training.loggers",
     "miepo.module": "miepo.methods.mi_epo",
     "miepo.normalisation": "miepo.objectives.normalisation",
+    "miepo.objectives.patient": "miepo.objectives.retrying",
     "miepo.parts": "miepo.methods.micro_batches",
     "miepo.policy.attention": "miepo.policy.tree_attention",
     "miepo.policy.packing": "miepo.policy.prefix_tree",
@@ -33,6 +35,14 @@ RENAMED = {
     "miepo.steer": "miepo.serving.steer",
     "miepo.strategies": "miepo.training.sharded_strategy",
 }
+
+# classes by the name of their module then
+CLASSES = {"miepo.objectives.patient.Patient": "miepo.objectives.retrying.RetryingObjective"}
+
+
+def current_class(path: str) -> str:
+    """Return the import path that a class has now."""
+    return CLASSES.get(path, path)
 
 
 def new_name(name: str) -> str | None:
@@ -54,6 +64,19 @@ class _RenamedModules(MetaPathFinder, Loader):
         assert new is not None
         warnings.warn(f"{module.__name__} is called {new} now: use that name", FutureWarning, stacklevel=2)
         sys.modules[module.__name__] = import_module(new)  # one module under two names, and no second class
+
+
+def old_names(module: str, **classes: type) -> Callable[[str], type]:
+    """Return a module's ``__getattr__`` that knows classes by their old names, too."""
+
+    def find(name: str) -> type:
+        if name not in classes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = classes[name].__name__
+        warnings.warn(f"{module}.{name} is called {new} now: use that name", FutureWarning, stacklevel=2)
+        return classes[name]
+
+    return find
 
 
 def install() -> None:

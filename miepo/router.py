@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from miepo.recorded import Recorded
 
-class Router(ABC):
+
+class Router(Recorded, ABC):
     """Turns preference vectors into the weights with which the alignment losses are summed.
 
     The weights are made with w+ before scoring and travel in the batch: an objective with weight 0 for a prompt is not

@@ -12,7 +12,7 @@ import numpy as np
 from miepo.errors import UserError
 
 
-class Stream(IntEnum):
+class RandomStream(IntEnum):
     """Names of the independent random streams that one seed feeds."""
 
     SHUFFLE = 0
@@ -27,17 +27,17 @@ class Stream(IntEnum):
     DROPOUT = 9
 
 
-def generator(stream: Stream, *position: int) -> np.random.Generator:
+def generator(stream: RandomStream, *position: int) -> np.random.Generator:
     """A generator that is a pure function of its arguments (seed first, then epoch, index, ...)."""
     return np.random.default_rng([int(stream), *(int(p) for p in position)])
 
 
-def torch_seed(stream: Stream, *position: int) -> int:
+def torch_seed(stream: RandomStream, *position: int) -> int:
     """A seed for torch's generators, a pure function of its arguments."""
     return int(generator(stream, *position).integers(2**63))
 
 
-def torch_seeds(stream: Stream, seed: int, *positions: Sequence[int]) -> list[int]:
+def torch_seeds(stream: RandomStream, seed: int, *positions: Sequence[int]) -> list[int]:
     """One for each place, given as columns: epochs and positions, say."""
     return [torch_seed(stream, seed, *place) for place in zip(*positions, strict=True)]
 

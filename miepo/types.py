@@ -124,6 +124,11 @@ class PreferenceBatch:
         return len(self.prompts)
 
     @property
+    def preferences(self) -> Tensor:
+        """The preference vectors under which responses are read: w+ and every w-, ``(B, 1 + C, K)``."""
+        return torch.cat([self.preference.unsqueeze(1), self.counterfactual], 1)
+
+    @property
     def read_under(self) -> Tensor:
         """Which responses are read under which of w+ and ``C`` w-, ``(B, n, 1 + C)`` bool."""
         return read_under(self.compared, self.anchors, self.counterfactual.shape[1])

@@ -18,8 +18,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from miepo.methods.micro_batches import part_by_part
-from miepo.policy import Policy, attention, log_prob
+from miepo.methods.micro_batches import in_micro_batches
+from miepo.policy import Policy, log_prob, tree_attention
 from miepo.policy import policy as policy_file
 from miepo.rollout import TransformersEngine, fused_decoder
 from miepo.types import Tokens
@@ -46,8 +46,8 @@ def policy_pass(policy: Policy, tokens: int, products: bool = True, once: bool =
     """A policy pass of so many tokens, attention by products or by the kernel, logits once or twice."""
     head = log_prob.token_log_prob if once else partial(_logits_twice)
     with (
-        patch.object(policy, "tokens_per_pass", tokens),
-        patch.object(attention, "PRODUCT_KEYS", attention.PRODUCT_KEYS if products else 0),
+        patch.object(policy, "max_tokens_per_micro_batch", tokens),
+        patch.object(tree_attention, "PRODUCT_KEYS", tree_attention.PRODUCT_KEYS if products else 0),
         patch.object(policy_file, "token_log_prob", head),
     ):
         yield
@@ -79,8 +79,8 @@ def step(policy: Policy, prompts: list[str], w: Tensor, responses: Tokens) -> No
         part = slice(some.start, some.stop)
         return policy.response_log_prob(prompts[part], w[part], responses[part]).mean(), None
 
-    parts = [range(g.start, g.stop) for g in policy.passes(prompts, w, responses)]
-    value, _ = part_by_part(loss, parts, list(policy.adapter_parameters().values()))  # type: ignore[arg-type]
+    parts = [range(g.start, g.stop) for g in policy.micro_batches(prompts, w, responses)]
+    value, _ = in_micro_batches(loss, parts, list(policy.adapter_parameters().values()))  # type: ignore[arg-type]
     policy.zero_grad()
     value.backward()
 

@@ -164,7 +164,7 @@ def policy_of(workload: Workload, gated: bool) -> Any:
     return Policy(
         workload.base, [GatedConditioning() if gated else PromptConditioning()], lora_rank=workload.rank,
         lora_alpha=2 * workload.rank, lora_dropout=0.0, dtype=workload.dtype, template="paper",
-        gradient_checkpointing=workload.checkpointing, tokens_per_pass=workload.tokens_per_pass,
+        gradient_checkpointing=workload.checkpointing, max_tokens_per_micro_batch=workload.tokens_per_pass,
     )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from miepo.callbacks.throughput import peak_memory
 from miepo.cli.mistakes import user_error
 from miepo.cli.trainer import MiepoCLI
-from miepo.data.module import RESPONSES, OnlinePreferenceDataModule
+from miepo.data.module import OnlinePreferenceDataModule
+from miepo.data.rollout import PAIR
 from miepo.errors import UserError, first_line
 from miepo.exploration import Exploration
 from miepo.methods import SupervisedDataModule
@@ -38,7 +39,7 @@ from miepo.methods.base import PolicyModule
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.objectives.reward_model import ModelObjective
-from miepo.policy import Policy, attention, log_prob
+from miepo.policy import Policy, log_prob, tree_attention
 from miepo.policy.base_model import base_folder
 from miepo.policy.policy import TOKENS_PER_PASS
 from miepo.policy.precision import chosen_dtype
@@ -145,7 +146,7 @@ def plan_memory(
         # the tensors say that they are on a CPU
         patch.dict(log_prob.CHUNK_LOGITS, cpu=log_prob.CHUNK_LOGITS[device]),
         patch.dict(TOKENS_PER_PASS, cpu=TOKENS_PER_PASS[device]),
-        patch.object(attention, "PRODUCT_KEYS", 0 if cuda else attention.PRODUCT_KEYS),
+        patch.object(tree_attention, "PRODUCT_KEYS", 0 if cuda else tree_attention.PRODUCT_KEYS),
         # what is done with the memory of weights, tensors without contents cannot do
         patch.multiple(
             fused_decoder,
@@ -188,7 +189,7 @@ def _online(plan: Plan, module: PolicyModule, data: OnlinePreferenceDataModule, 
         m = len(data.grid_spec)
     sample = _decode if getattr(data.engine, "fused", False) and fused_decoder.fits(policy) else _generate
     plan.phases["sampling"] = peak_of(lambda: sample(policy, n, data.responses, p, t))
-    compared = data.most_compared(len(policy.names))
+    compared = data.rollout_settings.most_compared(len(policy.names))
     if exploration is None:
         plan.phases["training step"] = peak_of(lambda: _imitate(policy, n, p, t))
     else:
@@ -232,13 +233,13 @@ def _log_prob(
 
 
 def _train(
-    policy: Policy, exploration: Exploration, n: int, counterfactuals: int, p: int, t: int, compared: int = RESPONSES
+    policy: Policy, exploration: Exploration, n: int, counterfactuals: int, p: int, t: int, compared: int = PAIR
 ) -> None:
     """The fullest pass, beside the gradients of those before it."""
     anchors = anchors_of(exploration, compared)
     under, answers = _trees(policy, 1, 1 + counterfactuals, compared, p, t, anchors)
     size = tree_size(under[0], answers[0], share=not policy.gated)
-    some, kept = min(n, -(-policy.pass_limit // size)), []  # prompts of several lengths fill it better than whole ones
+    some, kept = min(n, -(-policy.max_tokens // size)), []  # prompts of several lengths fill it better than whole ones
     if some < n:
         kept = [torch.zeros_like(parameter) for parameter in policy.adapter_parameters().values()]
     if exploration.needs_gradient:

@@ -1,6 +1,7 @@
 """What a run shows and keeps: obedience, the Pareto front, the information, samples, throughput, the table, answers."""
 
 from miepo.callbacks.collapse_guard import CollapseGuard
+from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.callbacks.evaluation_record import EvaluationRecord
 from miepo.callbacks.evaluation_table import EvaluationTable
 from miepo.callbacks.pareto_front import ParetoFront
@@ -14,6 +15,7 @@ from miepo.training.run_checkpoint import RunCheckpoint
 
 __all__ = [
     "CollapseGuard",
+    "EvaluationCallback",
     "EvaluationRecord",
     "EvaluationTable",
     "ParetoFront",

@@ -12,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from miepo.errors import UserError
+from miepo.recorded import Recorded
 from miepo.training.distributed import gathered
 from miepo.types import PreferenceBatch
 
 
-class CollapseGuard(Callback):
+class CollapseGuard(Recorded, Callback):
     """Warns of a collapse, each kind once, and leaves out steps whose gradients are not finite.
 
     Means are over the last ``window`` steps. ``count/skipped_steps`` in the log is how many steps were left out;

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
+from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.errors import UserError
 from miepo.training.distributed import gathered_rows
-from miepo.training.reporting import run_folder, whole_evaluation
+from miepo.training.reporting import run_folder
 from miepo.types import EvaluationBatch
 
 FOLDER = "evaluations"
 
 
-class EvaluationRecord(Callback):
+class EvaluationRecord(EvaluationCallback):
     """Writes ``evaluations/step_000016.jsonl`` into the run's folder, a line for each prompt and preference vector.
 
     A line has ``prompt``, ``position`` (of the prompt in the evaluation set), ``grid_index``, ``preference`` by
@@ -26,17 +27,18 @@ class EvaluationRecord(Callback):
         prompts: Keep the answers to this many prompts at most; all by default, none with 0.
     """
 
+    along_preferences = False
+
     def __init__(self, prompts: int | None = None) -> None:
         if prompts is not None and prompts < 0:
             raise UserError(f"record.prompts must not be negative, got {prompts}")
         self.prompts = prompts
         self.rows: list[dict[str, Any]] = []
 
-    @whole_evaluation
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_evaluation_batch(self, trainer: Trainer, module: Any, batch: Any) -> None:
         if not isinstance(batch, EvaluationBatch) or batch.scores is None:  # of a stage without preferences
             return
-        names, scores = pl_module.names, batch.scores
+        names, scores = module.names, batch.scores
         for i, position in enumerate(batch.positions):
             if self.prompts is not None and position >= self.prompts:
                 continue
@@ -54,8 +56,7 @@ class EvaluationRecord(Callback):
                 }
             )
 
-    @whole_evaluation
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_evaluation_end(self, trainer: Trainer, module: Any) -> None:
         rows = gathered_rows(trainer, self.rows)
         self.rows = []
         if not trainer.is_global_zero or not rows:
@@ -68,6 +69,3 @@ class EvaluationRecord(Callback):
         partial = target.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         partial.replace(target)  # a file of this name is whole
-
-    on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end

@@ -6,19 +6,22 @@ from collections.abc import Mapping, Sequence
 from math import isnan, nan
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.callbacks.pareto_front import ParetoFront
 from miepo.metrics import follows
-from miepo.training.reporting import log_table, whole_evaluation
+from miepo.training.reporting import log_table
 
 PREFIXES = ("front/", "information/", "steerability", "side_effect/")
 OF_STEPS = "information/infonce"  # the only figure of these that a step of training logs
 
 
-class EvaluationTable(Callback):
+class EvaluationTable(EvaluationCallback):
     """Keeps the figures of the first and the last evaluation and prints them when the run ends."""
+
+    along_preferences = False
 
     def __init__(self) -> None:
         self.first: dict[str, Any] = {}
@@ -30,16 +33,13 @@ class EvaluationTable(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.first, self.last = state_dict["first"], state_dict.get("last", {})
 
-    @whole_evaluation
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def after_evaluation(self, trainer: Trainer, module: Any) -> None:
         found = trainer.callback_metrics
         metrics = {k: v.item() for k, v in found.items() if k.startswith(PREFIXES) and k != OF_STEPS}
         self.last = {"step": trainer.global_step, "metrics": metrics}
         self.first = self.first or self.last
         if trainer.state.fn != "fit":
-            self._report(trainer, pl_module, {"value": self.last})
-
-    on_test_end = on_validation_end
+            self._report(trainer, module, {"value": self.last})
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.last:

@@ -6,20 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torchmetrics import MeanMetric
 
+from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.metrics import ParetoFrontMetric
 from miepo.metrics.front_plot import draw_front
 from miepo.preferences import format_preference
-from miepo.training.reporting import grid_of, log_evaluation, log_image, log_table, run_folder, whole_evaluation
+from miepo.training.reporting import log_image, log_table, run_folder
 from miepo.types import EvaluationBatch
 
 METRIC, FINISHED = "pareto_front", "finished"
 
 
-class ParetoFront(Callback):
+class ParetoFront(EvaluationCallback):
     """Measures the front at every evaluation and draws it.
 
     Logs ``front/hv``, ``front/mip``, ``front/crd`` and, for every objective, ``front/sd/NAME`` and the
@@ -52,22 +54,16 @@ class ParetoFront(Callback):
         self.before, self.after = state_dict["before"], state_dict.get("after")
         self.grid = state_dict.get("grid", [])
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage != "predict":
-            grid = grid_of(trainer, self)
-            pl_module.metrics[METRIC] = ParetoFrontMetric(grid, self.reference_point)
-            pl_module.metrics[FINISHED] = MeanMetric()
+    def start(self, trainer: Trainer, module: Any, grid: Tensor) -> None:
+        module.metrics[METRIC] = ParetoFrontMetric(grid, self.reference_point)
+        module.metrics[FINISHED] = MeanMetric()
 
-    @whole_evaluation
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
-    ) -> None:
-        pl_module.metrics[METRIC].update(batch.grid_index, batch.scores, torch.tensor(batch.positions))
-        pl_module.metrics[FINISHED].update(batch.responses.finished.float())
+    def on_evaluation_batch(self, trainer: Trainer, module: Any, batch: EvaluationBatch) -> None:
+        module.metrics[METRIC].update(batch.grid_index, batch.scores, torch.tensor(batch.positions))
+        module.metrics[FINISHED].update(batch.responses.finished.float())
 
-    @whole_evaluation
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        metric, names = pl_module.metrics[METRIC], pl_module.names
+    def on_evaluation_end(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+        metric, names = module.metrics[METRIC], module.names
         result = metric.compute()
         # torchmetrics makes a number of what has one element
         means, sd = result["means"].view(len(metric.grid), -1).cpu(), result["sd"].view(-1)  # (M, K), (K,)
@@ -79,10 +75,9 @@ class ParetoFront(Callback):
             rank_zero_warn(
                 f"{int(result['left_out'])} responses are not in the front: an objective gave them no finite score"
             )
-        values["front/finished"] = pl_module.metrics[FINISHED].compute()
+        values["front/finished"] = module.metrics[FINISHED].compute()
         metric.reset()
-        pl_module.metrics[FINISHED].reset()
-        log_evaluation(trainer, pl_module, values)
+        module.metrics[FINISHED].reset()
         if trainer.is_global_zero:
             rows = [(format_preference(w, names), *s) for w, s in zip(metric.grid.cpu(), means.tolist(), strict=True)]
             log_table(trainer, "front/table", ["preference", *names], rows)
@@ -95,6 +90,4 @@ class ParetoFront(Callback):
         self.after, self.grid = means.tolist(), metric.grid.tolist()
         if self.before is None:
             self.before = self.after
-
-    on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
+        return values

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.errors import UserError
 from miepo.metrics import PreferenceInformationMetric, t_interval
 from miepo.policy import Policy
 from miepo.training.distributed import gathered_rows
-from miepo.training.reporting import grid_of, log_evaluation, whole_evaluation
 from miepo.types import EvaluationBatch, Tokens
 
 METRIC = "preference_information"
@@ -65,7 +65,7 @@ def grid_log_prob(policy: Policy, batch: EvaluationBatch, grid: Tensor, wanted: 
     )
 
 
-class PreferenceInformation(Callback):
+class PreferenceInformation(EvaluationCallback):
     """I(Y; W | X) over the evaluation grid and, for each objective, the information of its feedback; in nats.
 
     At every evaluation it logs ``information/preference`` with its 95 % t interval over prompts (``.._low``,
@@ -97,39 +97,33 @@ class PreferenceInformation(Callback):
         pairs = state_dict["pairs"]
         self.pairs = [] if pairs is None or not self.trainer.is_global_zero else [pairs]
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def start(self, trainer: Trainer, module: Any, grid: Tensor) -> None:
         self.trainer = trainer
-        if stage != "predict":
-            grid = grid_of(trainer, self)
-            left = len(range(0, len(grid), self.every))
-            if left == 1 < len(grid):
-                raise UserError(
-                    f"PreferenceInformation.every must leave two of the grid's {len(grid)} vectors, got {self.every}"
-                )
-            pl_module.metrics[METRIC] = PreferenceInformationMetric(left)
+        left = len(range(0, len(grid), self.every))
+        if left == 1 < len(grid):
+            raise UserError(
+                f"PreferenceInformation.every must leave two of the grid's {len(grid)} vectors, got {self.every}"
+            )
+        module.metrics[METRIC] = PreferenceInformationMetric(left)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if "feedback_information" in outputs:  # methods that judge pairs
             self.pairs.append(outputs["feedback_information"].cpu())
 
-    @whole_evaluation
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
-    ) -> None:
+    def on_evaluation_batch(self, trainer: Trainer, module: Any, batch: EvaluationBatch) -> None:
         grid = trainer.datamodule.grid[:: self.every]  # type: ignore[attr-defined]
-        policy: Policy = pl_module.policy
+        policy: Policy = module.policy
         rows = batch.grid_index % self.every == 0  # (N,)
         if not rows.any():
             return
         with policy.evaluating():
             log_prob = grid_log_prob(policy, batch, grid, rows.unsqueeze(1).expand(-1, len(grid)))[rows]  # (n, M)
-        pl_module.metrics[METRIC].update(
+        module.metrics[METRIC].update(
             log_prob, batch.grid_index[rows] // self.every, torch.tensor(batch.positions)[rows.cpu()]
         )
 
-    @whole_evaluation
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        metric = pl_module.metrics[METRIC]
+    def on_evaluation_end(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+        metric = module.metrics[METRIC]
         values = {f"information/{key}": value.float() for key, value in metric.compute().items()}
         metric.reset()
         pairs = gathered_rows(trainer, self.pairs)
@@ -137,11 +131,6 @@ class PreferenceInformation(Callback):
             # in an order that does not tell which process had which
             each = torch.cat(pairs).sort(0).values  # (n, K)
             for suffix, figures in zip(("", "_low", "_high"), t_interval(each), strict=True):
-                values |= zip(
-                    (f"information/feedback/{n}{suffix}" for n in pl_module.names), figures.float(), strict=True
-                )
+                values |= zip((f"information/feedback/{n}{suffix}" for n in module.names), figures.float(), strict=True)
             self.pairs = []
-        log_evaluation(trainer, pl_module, {k: v for k, v in values.items() if not v.isnan()})
-
-    on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
+        return {k: v for k, v in values.items() if not v.isnan()}

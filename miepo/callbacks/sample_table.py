@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.preferences import format_preference
 from miepo.training.distributed import gathered_rows
-from miepo.training.reporting import grid_of, log_table, whole_evaluation
+from miepo.training.reporting import log_table
 from miepo.types import EvaluationBatch
 
 
@@ -24,7 +25,7 @@ class _Row(NamedTuple):
     whole: bool  # it ended by itself
 
 
-class SampleTable(Callback):
+class SampleTable(EvaluationCallback):
     """Logs the answers to the first evaluation prompts as a table, and prints those of opposite preferences at the end.
 
     Args:
@@ -38,14 +39,7 @@ class SampleTable(Callback):
         self.rows: list[_Row] = []
         self.last: list[_Row] = []
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage != "predict":
-            grid_of(trainer, self)
-
-    @whole_evaluation
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
-    ) -> None:
+    def on_evaluation_batch(self, trainer: Trainer, module: Any, batch: EvaluationBatch) -> None:
         assert batch.scores is not None
         for i, (position, prompt) in enumerate(zip(batch.positions, batch.prompts, strict=True)):
             if position < self.prompts:
@@ -57,25 +51,20 @@ class SampleTable(Callback):
                 place = position, int(batch.grid_index[i])
                 self.rows.append(_Row(*place, prompt, batch.preference[i].cpu(), text, scores, bool(whole)))
 
-    @whole_evaluation
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_evaluation_end(self, trainer: Trainer, module: Any) -> None:
         self.last, self.rows = sorted(gathered_rows(trainer, self.rows), key=lambda row: (row.position, row.grid)), []
         table = [
-            (trainer.global_step, row.prompt, format_preference(row.preference, pl_module.names), row.text, *row.scores)
+            (trainer.global_step, row.prompt, format_preference(row.preference, module.names), row.text, *row.scores)
             for row in self.last
         ]
-        log_table(trainer, "samples", ["step", "prompt", "preference", "response", *pl_module.names], table)
+        log_table(trainer, "samples", ["step", "prompt", "preference", "response", *module.names], table)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._print(pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def after_evaluation(self, trainer: Trainer, module: Any) -> None:
         if trainer.state.fn != "fit":
-            self._print(pl_module)
-
-    on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
-    on_test_end = on_validation_end
+            self._print(module)
 
     def _print(self, module: Any) -> None:
         shown = []  # of each prompt the answers at the largest weight of each objective

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
+from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.metrics import SteerabilityMetric
-from miepo.training.reporting import grid_of, log_evaluation, log_table, whole_evaluation
+from miepo.training.reporting import log_table
 from miepo.types import EvaluationBatch
 
 METRIC = "steerability"
 
 
-class Steerability(Callback):
+class Steerability(EvaluationCallback):
     """Measures how far each objective follows its weight.
 
     At every evaluation it logs, for each objective, ``steerability/NAME``: the slope of its mean normalised reward
@@ -26,22 +28,16 @@ class Steerability(Callback):
     belongs to which weight.
     """
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage != "predict":
-            grid = grid_of(trainer, self)
-            pl_module.metrics[METRIC] = SteerabilityMetric(grid)
-            if grid.shape[1] > 1 and len(grid.unique(dim=0)) < 2:
-                rank_zero_warn("the evaluation grid has one preference vector: nothing tells whether the policy obeys")
+    def start(self, trainer: Trainer, module: Any, grid: Tensor) -> None:
+        module.metrics[METRIC] = SteerabilityMetric(grid)
+        if grid.shape[1] > 1 and len(grid.unique(dim=0)) < 2:
+            rank_zero_warn("the evaluation grid has one preference vector: nothing tells whether the policy obeys")
 
-    @whole_evaluation
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
-    ) -> None:
-        pl_module.metrics[METRIC].update(batch.grid_index, batch.scores, torch.tensor(batch.positions))
+    def on_evaluation_batch(self, trainer: Trainer, module: Any, batch: EvaluationBatch) -> None:
+        module.metrics[METRIC].update(batch.grid_index, batch.scores, torch.tensor(batch.positions))
 
-    @whole_evaluation
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        metric, names = pl_module.metrics[METRIC], pl_module.names
+    def on_evaluation_end(self, trainer: Trainer, module: Any) -> dict[str, Any]:
+        metric, names = module.metrics[METRIC], module.names
         k = len(names)
         # torchmetrics makes a number of what has one element
         result = {key: x.cpu().view(k) if key == "rank" else x.cpu().view(k, k) for key, x in metric.compute().items()}
@@ -54,8 +50,6 @@ class Steerability(Callback):
             for k, other in enumerate(names):
                 if k != j:
                     values[f"side_effect/{name}/{other}"] = result["slope"][j, k]
-        # NaN where it is not known: a value left out would stand as it was at the evaluation before
-        log_evaluation(trainer, pl_module, {key: v.float() for key, v in values.items()})
         if trainer.is_global_zero:
             rows = [
                 (name, other, *(float(result[part][j, k]) for part in ("slope", "low", "high")))
@@ -63,6 +57,5 @@ class Steerability(Callback):
                 for k, other in enumerate(names)
             ]
             log_table(trainer, "steerability/table", ["reward", "weight", "slope", "low", "high"], rows)
-
-    on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
+        # NaN where it is not known: a value left out would stand as it was at the evaluation before
+        return {key: v.float() for key, v in values.items()}

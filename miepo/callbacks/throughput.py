@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from miepo.recorded import Recorded
 from miepo.types import PreferenceBatch, SupervisedBatch
 
 
-class Throughput(Callback):
+class Throughput(Recorded, Callback):
     """Logs seconds per batch and its parts, response tokens per second, and peak memory in GB.
 
     ``time/step`` runs from the end of one batch to the end of the next, so it holds the rollout; evaluations between

@@ -26,7 +26,7 @@ def outer_mistake(error: BaseException) -> str | None:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
             "the device's memory is spent: expected smaller batches (data.batch_size, data.evaluation_batch_size), "
-            "shorter responses or a smaller policy.tokens_per_pass; python -m tools.memory tells beforehand"
+            "shorter responses or a smaller policy.max_tokens_per_micro_batch; python -m tools.memory tells beforehand"
         )
     if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
         return f"trainer.callbacks EarlyStopping: {first_line(error)}"

@@ -47,7 +47,7 @@ class DefaultsParser(LightningArgumentParser):
 
     def format_help(self, *args: Any) -> str:
         text = super().format_help(*args)
-        if not any(action.dest == "model" for action in self._actions):  # it has no command's options
+        if not self.callback_keys:  # the parser of all commands
             return text
         parser = ArgumentParser(usage=SUPPRESS, add_help=False)
         parser.add_class_arguments(MIEPO, "model", skip={"policy"}, fail_untyped=False)
@@ -173,8 +173,9 @@ class MiepoCLI(LightningCLI):
         if config.get("enable_progress_bar") is None and not sys.stderr.isatty():
             config["enable_progress_bar"] = False  # ProgressLog writes lines
         given = config.get("callbacks") or []
-        own = [c for c in (given if isinstance(given, list) else [given]) if isinstance(c, RunCheckpoint)]
-        if config.get("enable_checkpointing") is False or config.get("fast_dev_run") or own:
+        own = [type(callback) for callback in (given if isinstance(given, list) else [given])]
+        callbacks = [c for c in callbacks if type(c) not in own]  # what the trainer's callbacks name counts
+        if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             callbacks = [c for c in callbacks if not isinstance(c, RunCheckpoint)]
         if config.get("fast_dev_run"):
             callbacks = [c for c in callbacks if not isinstance(c, EvaluationRecord)]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import inf
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,12 +16,12 @@ from torch.utils.data import DataLoader
 from miepo.data.datasets import PreferenceDataset
 from miepo.data.datasets.base import Split
 from miepo.data.prompts import load_prompts, say_repeated, split_rows
+from miepo.data.rollout import PAIR, Learner, RolloutSettings, evaluate, roll_out
 from miepo.data.samplers import EvaluationShare, GridPrompts, OnlinePrompts, RunLoader, RunPositions
 from miepo.errors import UserError
-from miepo.exploration import draw_anchors
-from miepo.feedback import Feedback, feedback_counts, pairwise_feedback
+from miepo.feedback import Feedback
 from miepo.objectives import Objective
-from miepo.objectives.base import objectives_of, take_failures
+from miepo.objectives.base import objectives_of
 from miepo.objectives.normalisation import (
     OfflineResponses,
     calibrate,
@@ -31,31 +29,44 @@ from miepo.objectives.normalisation import (
     read_normalisation,
     write_normalisation,
 )
-from miepo.objectives.scoring import normalise_rewards, start_scoring
+from miepo.objectives.scoring import start_scoring
 from miepo.policy import Policy
 from miepo.preferences import (
     DirichletPreferences,
     PreferenceSampler,
-    draw_preferences,
     evaluation_grid,
     parse_preference,
-    routing_draws,
     simplex_rows,
 )
+from miepo.recorded import Recorded
 from miepo.rollout import RolloutEngine, TransformersEngine
 from miepo.router import SampleRouter
-from miepo.seeding import Stream, generator, torch_seeds
+from miepo.seeding import RandomStream, generator, torch_seeds
 from miepo.training.distributed import gathered, together
 from miepo.training.progress import place_in_run
 from miepo.training.reporting import run_folder
-from miepo.training.run_checkpoint import begin_step
-from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses, read_under
+from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch
 
 MOST_VECTORS = 10_000
-RESPONSES = 2  # of Algorithm 1: the pair that every objective judges
 
 
-class OnlinePreferenceDataModule(LightningDataModule):
+class TrainedModule(Protocol):
+    """What the data needs of the module that it is fitted with."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def objectives(self) -> list[Objective]: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def learner(self) -> Learner: ...
+
+
+class OnlinePreferenceDataModule(Recorded, LightningDataModule):
     """Online rollouts and pairwise feedback (Algorithm 1, steps 1 to 3).
 
     The DataLoader yields prompts; once a batch has reached the device, w+ and w- are drawn, the current policy samples
@@ -101,7 +112,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
         batch_size: int = 64,
         evaluation_batch_size: int | None = None,
         max_new_tokens: int = 128,
-        responses: int = RESPONSES,
+        responses: int = PAIR,
         missing_eos_penalty: float = 0.0,
         overlong: Literal["error", "drop"] = "error",
         preferences: PreferenceSampler | None = None,
@@ -116,15 +127,11 @@ class OnlinePreferenceDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         for name, value in (
-            ("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("validation_limit", validation_limit),
+            ("batch_size", batch_size), ("validation_limit", validation_limit),
             ("evaluation_batch_size", evaluation_batch_size),
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise UserError(f"data.{name} must be at least 1, got {value}")
-        if responses < 2:
-            raise UserError(f"a pair takes two responses: data.responses must be at least 2, got {responses}")
-        if not 0 <= missing_eos_penalty < inf:
-            raise UserError(f"data.missing_eos_penalty must not be negative, got {missing_eos_penalty}")
         if not 0 < validation_fraction < 1:
             raise UserError(f"data.validation_fraction must lie between 0 and 1, got {validation_fraction}")
         if isinstance(normalise_on, int) and normalise_on < 2:
@@ -146,14 +153,23 @@ class OnlinePreferenceDataModule(LightningDataModule):
             raise UserError("data.normalise_on offline needs a preference data set as data.prompts")
         self.predict_prompts, self.predict_preferences = predict_prompts, predict_preferences
         self.seed = seed
+        _ = self.rollout_settings  # whose mistakes show now
         self.scored_responses = 0  # in training: the budget by which methods are compared
         self.train_set: list[str] = []
         self.validation_set: list[str] = []
 
-    def most_compared(self, objectives: int) -> int:
-        """How many responses to a prompt occur in pairs at most."""
-        pairs = 1 if self.responses == RESPONSES or self.feedback == "scalarised" else objectives
-        return min(self.responses, 2 * pairs)
+    @property
+    def rollout_settings(self) -> RolloutSettings:
+        """How responses are sampled and judged."""
+        return RolloutSettings(
+            self.preferences,
+            self.engine,
+            self.max_new_tokens,
+            self.responses,
+            self.missing_eos_penalty,
+            self.feedback,
+            self.seed,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"scored_responses": self.scored_responses}
@@ -170,7 +186,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
             self.grid = simplex_rows(self.grid_spec, len(names), "data.grid")
         else:
             self.grid = evaluation_grid(len(names), self.grid_spec)
-        self.preferences.draw(generator(Stream.PREFERENCE, self.seed), 1, len(names))  # its alpha may not fit K
+        self.preferences.draw(generator(RandomStream.PREFERENCE, self.seed), 1, len(names))  # its alpha may not fit K
         if self.feedback == "scalarised" and isinstance(getattr(self._module, "router", None), SampleRouter):
             raise UserError("data.feedback scalarised needs the scores of all objectives: SampleRouter asks one only")
         if stage == "predict":
@@ -252,7 +268,7 @@ class OnlinePreferenceDataModule(LightningDataModule):
     # -- from prompts to feedback --------------------------------------------------------------------------------------
 
     @property
-    def _module(self) -> Any:
+    def _module(self) -> TrainedModule:
         return self._trainer.lightning_module
 
     @property
@@ -263,120 +279,31 @@ class OnlinePreferenceDataModule(LightningDataModule):
     def _policy(self) -> Policy:
         return self._module.policy
 
-    def on_before_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:
-        begin_step(self._trainer)
-        return batch
-
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
         return batch  # text; the tensors are made on the device
 
     def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PreferenceBatch | EvaluationBatch:
-        if self._trainer.training:
-            return self.rollout(batch)
-        return self.evaluation(batch)
+        return self.rollout(batch) if self._trainer.training else self.evaluation(batch)
 
     def rollout(self, batch: PromptBatch) -> PreferenceBatch:
-        """Algorithm 1, steps 1 to 3: preferences, responses, scores, labels; and the reference's log-probabilities."""
-        module, policy, device = self._module, self._policy, self._policy.device
+        """Turn prompts into responses of the current policy with pairwise feedback."""
         self.ensure_normalised()
-        exploration = module.exploration
-        needs_feedback = module.exploring and exploration.needs_feedback
-        preference, counterfactual = draw_preferences(
-            self.preferences, self.seed, batch.epochs, batch.positions,
-            exploration.num_counterfactuals if module.exploring else 0, len(module.names), exploration.candidates,
-        )  # fmt: skip
-        uniform = routing_draws(self.seed, batch.epochs, batch.positions)  # (B,)
-        routing = module.router.route(preference, uniform)  # (B, K)
-
-        synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        start = perf_counter()
-        seeds = torch_seeds(Stream.SAMPLING, self.seed, batch.epochs, batch.positions)
-        responses = self.engine.sample(policy, batch.prompts, preference, self.responses, self.max_new_tokens, seeds)
-        sampled = perf_counter()
-        # an objective of weight 0 is not asked, unless the exploration term wants to know what it would say
-        asked = torch.ones_like(routing, dtype=torch.bool) if needs_feedback else routing > 0
-        scored = start_scoring(module.objectives, batch.prompts, responses.texts, asked)
-
-        def refer(compared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            anchors = draw_anchors(exploration.anchors, compared, self.seed, batch.epochs, batch.positions)  # (B, n)
-            found = self._reference(batch.prompts, preference, counterfactual, responses, compared, anchors)
-            synchronise()  # so that the time below is that of the work and not of its launch
-            return anchors, *found
-
-        # of two responses both are compared, whatever their scores: the reference reads them while these are waited for
-        early = refer(torch.ones(len(batch), RESPONSES, dtype=torch.bool)) if self.responses == RESPONSES else None
-        referred = perf_counter()
-        raw = together(self._trainer, scored)
+        with self._trainer.profiler.profile("rollout"):
+            found = roll_out(batch, self._module.learner, self.rollout_settings, self._together)
         self.scored_responses += self.responses * len(batch) * self._trainer.world_size
-        scores = normalise_rewards(module.objectives, raw)  # (B, n, K)
-        empty, cut = responses.empty.cpu(), ~responses.finished.cpu()
-        judged = scores - self.missing_eos_penalty * cut.unsqueeze(-1) if self.missing_eos_penalty else scores
-        feedback = pairwise_feedback(judged, empty, routing, counterfactual, self.feedback)
-        judging = perf_counter() - referred  # what was left of it
-        anchors, reference, counterfactual_reference = early or refer(feedback.compared)
-        return PreferenceBatch(
-            prompts=batch.prompts,
-            preference=preference.to(device),
-            counterfactual=counterfactual.to(device),
-            compared=feedback.compared.to(device),
-            anchors=anchors.to(device),
-            routing=routing.to(device),
-            responses=responses,
-            scores=scores.to(device),
-            pairs=feedback.pairs.to(device),
-            labels=feedback.labels.to(device),
-            counterfactual_labels=feedback.counterfactual_labels.to(device),
-            cross_labels=feedback.cross_labels.to(device),
-            reference_log_prob=reference,
-            counterfactual_reference_log_prob=counterfactual_reference,
-            counts=feedback_counts(feedback.labels, scores, asked, empty) | take_failures(module.objectives),
-            seconds={
-                "sampling": sampled - start,
-                "reference": perf_counter() - sampled - judging,
-                "scoring": judging,
-            },
-        )
-
-    def _reference(
-        self,
-        prompts: Sequence[str],
-        preference: Tensor,
-        counterfactual: Tensor,
-        responses: Responses,
-        compared: Tensor,
-        anchors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """``log pi_ref`` of the compared under w+ ``(B, n, T)``, of the anchors under each w- ``(B, n, C, T)``."""
-        policy, own, count = self._policy, preference.unsqueeze(1), counterfactual.shape[1]
-        wanted = read_under(compared, anchors, count)  # (B, n, 1 + C)
-        if not policy.reference_depends_on_preference:  # the adapter alone reads w
-            log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens, wanted[..., :1])
-            return log_prob[:, :, 0], log_prob.expand(-1, -1, count, -1)
-        both = torch.cat([own, counterfactual], 1)  # (B, 1 + C, K)
-        log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens, wanted)  # (B, n, 1 + C, T)
-        return log_prob[:, :, 0], log_prob[:, :, 1:]
+        return found
 
     def evaluation(self, batch: PromptBatch) -> EvaluationBatch:
-        """One response per (prompt, preference vector) pair, scored unless predicting."""
-        module = self._module
-        assert batch.preference is not None and batch.grid_index is not None
-        seeds = torch_seeds(Stream.EVALUATION, self.seed, batch.positions, batch.grid_index.tolist())
+        """Answer prompts under the preference vectors of the evaluation, and score the answers unless predicting."""
         predicting = self._trainer.predicting
         if not predicting:
             self.ensure_normalised()
-        responses = self.engine.sample(self._policy, batch.prompts, batch.preference, 1, self.max_new_tokens, seeds)
-        scores = None
-        if not predicting:
-            raw = together(self._trainer, start_scoring(module.objectives, batch.prompts, responses.texts))
-            scores = normalise_rewards(module.objectives, raw)[:, 0]
-        return EvaluationBatch(
-            batch.prompts,
-            batch.positions,
-            batch.grid_index.to(self._policy.device),
-            batch.preference.to(self._policy.device),
-            responses,
-            scores,
-        )
+        objectives = [] if predicting else self._module.objectives
+        with self._trainer.profiler.profile("evaluation"):
+            return evaluate(batch, self._policy, objectives, self.rollout_settings, self._together)
+
+    def _together(self, function: Callable[[], Tensor]) -> Tensor:
+        return together(self._trainer, function)
 
     # -- normalisation -------------------------------------------------------------------------------------------------
 
@@ -412,14 +339,14 @@ class OnlinePreferenceDataModule(LightningDataModule):
     def _first_rollouts(self, objectives: Sequence[Any], prompts: Sequence[str], k: int) -> Tensor:
         """Rewards of responses of the policy as it is, under drawn preferences, ``(n, 2, K')``."""
         rewards = []
-        size = max(self.evaluation_batch_size // RESPONSES, 1)
+        size = max(self.evaluation_batch_size // PAIR, 1)
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
             index = range(start, start + len(part))
-            draws = [self.preferences.draw(generator(Stream.CALIBRATION, self.seed, i), 1, k)[0] for i in index]
-            seeds = torch_seeds(Stream.CALIBRATION, self.seed, index)
+            draws = [self.preferences.draw(generator(RandomStream.CALIBRATION, self.seed, i), 1, k)[0] for i in index]
+            seeds = torch_seeds(RandomStream.CALIBRATION, self.seed, index)
             preference = torch.from_numpy(np.stack(draws)).float()
-            responses = self.engine.sample(self._policy, part, preference, RESPONSES, self.max_new_tokens, seeds)
+            responses = self.engine.sample(self._policy, part, preference, PAIR, self.max_new_tokens, seeds)
             rewards.append(together(self._trainer, start_scoring(objectives, part, responses.texts)))
         return torch.cat(rewards)
 

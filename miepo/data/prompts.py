@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from miepo.data.reading import read_rows
 from miepo.errors import UserError
-from miepo.seeding import Stream, generator
+from miepo.seeding import RandomStream, generator
 from miepo.text import check_text, dialogue_of
 
 Row = TypeVar("Row")
@@ -78,7 +78,7 @@ def split_rows(
     if len(distinct) < 2:
         raise UserError(f"a split into training and validation needs at least 2 prompts, got {len(distinct)}")
     count = min(max(round(validation_fraction * len(distinct)), 1), len(distinct) - 1)
-    held_out = {distinct[i] for i in generator(Stream.SPLIT, seed).permutation(len(distinct))[:count]}
+    held_out = {distinct[i] for i in generator(RandomStream.SPLIT, seed).permutation(len(distinct))[:count]}
     return [r for r in rows if prompt(r) not in held_out], [r for r in rows if prompt(r) in held_out]
 
 

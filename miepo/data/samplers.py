@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from miepo.errors import UserError
-from miepo.seeding import Stream, generator
+from miepo.seeding import RandomStream, generator
 from miepo.types import PromptBatch
 
 
@@ -110,7 +110,7 @@ class OnlinePrompts(Dataset):
     def at(self, epoch: int, position: int) -> str:
         """The prompt at ``position`` of the shuffle of ``epoch``."""
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, generator(Stream.SHUFFLE, self.seed, epoch).permutation(len(self.prompts)))
+            self._order = (epoch, generator(RandomStream.SHUFFLE, self.seed, epoch).permutation(len(self.prompts)))
         return self.prompts[self._order[1][position]]
 
     @staticmethod

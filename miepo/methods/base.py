@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from math import inf
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import (
@@ -26,11 +28,13 @@ from miepo.errors import UserError, first_line
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of, take_failures
 from miepo.policy import Policy
-from miepo.seeding import Stream, torch_seed
+from miepo.recorded import Recorded, specification
+from miepo.seeding import RandomStream, torch_seed
 from miepo.training.checkpoint_io import DurableCheckpointIO, check_adapter, check_base, config_changes
 from miepo.training.distributed import over_processes
 from miepo.training.progress import place_in_steps
 from miepo.training.reporting import log_evaluation, run_folder
+from miepo.training.run_checkpoint import begin_step
 from miepo.training.sharded_strategy import ShardedStrategy
 from miepo.types import EvaluationBatch
 
@@ -41,7 +45,7 @@ AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 SCHEMA = 2  # 2: the configuration, and what RunCheckpoint keeps
 
 
-class PolicyModule(LightningModule):
+class PolicyModule(Recorded, LightningModule):
     """A preference-conditioned policy in training; a method adds its ``training_step``.
 
     Args:
@@ -63,13 +67,34 @@ class PolicyModule(LightningModule):
         self.objectives: list[Objective] = []
         self.metrics = nn.ModuleDict()  # filled by callbacks, so that metrics move and reduce with the module
         self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint checks that it is whole
-        self.config: dict[str, Any] = {}  # of the command, where there is one
+        self.config: dict[str, Any] = {}  # the command's, where there is one
         self.ahead = 0  # steps by which the run's place is ahead of those it took, where batches got another size
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the objectives, in column order."""
         return tuple(o.name for o in self.objectives)
+
+    def configuration(self) -> dict[str, Any]:
+        """Return what the run is made of as a configuration: the command's own, or stated from the objects."""
+        if self.config:
+            return self.config
+        trainer: Any = self.trainer
+        data = specification(trainer.datamodule)
+        if isinstance(data, dict):
+            for key, value in data["init_args"].items():
+                if key.endswith("prompts") and isinstance(value, list):  # given as a list, and perhaps very many
+                    data["init_args"][key] = f"{len(value)} prompts"
+        limits = ("max_epochs", "max_steps", "limit_train_batches")
+        others = [c for c in trainer.callbacks if isinstance(c, Recorded) and not isinstance(c, Objective)]
+        callbacks = [specification(callback) for callback in others]
+        return {
+            "seed_everything": getattr(trainer.datamodule, "seed", None),
+            "trainer": {name: getattr(trainer, name) for name in limits} | {"callbacks": callbacks},
+            "model": specification(self),
+            "data": data if isinstance(data, dict) else {"class_path": data},
+            "objectives": [specification(objective) for objective in self.objectives],
+        }
 
     def check_trainer(self, trainer: Any, stage: str) -> None:
         """Refuses a trainer under which no policy trains as it should; needs nothing that takes time to load."""
@@ -101,6 +126,8 @@ class PolicyModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         trainer: Any = self.trainer
+        # Lightning says so of every module with this hook beside a data module
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         self.check_trainer(trainer, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
@@ -119,11 +146,19 @@ class PolicyModule(LightningModule):
         """Share of the run's optimiser steps that are done."""
         return (self.trainer.global_step + self.ahead) / max(self.trainer.estimated_stepping_batches, 1)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Write a checkpoint that is due, or stop where the run was asked to, before anything is done with a batch.
+
+        A data module that has this hook, too, is called in place of it, and has to call it.
+        """
+        begin_step(self.trainer)
+        return batch
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout, too, is a function of the seed and of the place in the run."""
         trainer = self.trainer
         seed = getattr(trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
-        torch.manual_seed(torch_seed(Stream.DROPOUT, seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+        torch.manual_seed(torch_seed(RandomStream.DROPOUT, seed, trainer.current_epoch, batch_idx, trainer.global_rank))
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -178,10 +213,13 @@ class PolicyModule(LightningModule):
             raise UserError(f"the trainer's settings do not fit the data: {first_line(error)}") from None
 
     def on_fit_start(self) -> None:
-        """Says what trains."""
+        """Say what trains, and keep with the run what it is made of."""
         trained = sum(p.numel() for p in self.policy.adapter_parameters().values())
         whole = sum(p.numel() for p in self.policy.parameters())
         rank_zero_info(f"{trained / 1e6:.3g} M parameters train, beside {(whole - trained) / 1e6:.3g} M of the base")
+        if not self.config and self.trainer.is_global_zero:  # the command has written its own
+            text = yaml.safe_dump(self.configuration(), sort_keys=False, allow_unicode=True)
+            (run_folder(self.trainer) / "config.yaml").write_text(text, encoding="utf-8")
 
     def on_train_start(self) -> None:
         """The learning rate is the configuration's and not the checkpoint's, and so is the place in its schedule."""
@@ -203,7 +241,7 @@ class PolicyModule(LightningModule):
         keep = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
         checkpoint["miepo"] = {"schema": SCHEMA, "objectives": list(self.names), "base": self.policy.base}
-        checkpoint["miepo"] |= {"policy": self.policy.settings(), "config": self.config}
+        checkpoint["miepo"] |= {"policy": self.policy.settings(), "config": self.configuration()}
         checkpoint["miepo"]["fingerprint"] = self.policy.fingerprint
         checkpoint["miepo"]["precision"] = str(self.policy.weight_dtype).removeprefix("torch.")
 
@@ -232,6 +270,7 @@ class PolicyModule(LightningModule):
             rank_zero_info(
                 f"The checkpoint was trained in {saved['precision']}; the policy computes in {precision} here"
             )
-        if self.trainer.state.fn == "fit" and saved.get("config") and self.config:
-            for key, (before, now) in sorted(config_changes(saved["config"], self.config).items()):
-                rank_zero_info(f"{key}: {before} in the checkpoint, {now} now, which counts")
+        now = self.configuration()
+        if self.trainer.state.fn == "fit" and (saved.get("config") or {}).keys() == now.keys():
+            for key, (before, after) in sorted(config_changes(saved["config"], now).items()):
+                rank_zero_info(f"{key}: {before} in the checkpoint, {after} now, which counts")

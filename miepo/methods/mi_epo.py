@@ -11,14 +11,16 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from miepo.data.rollout import Learner
 from miepo.errors import UserError
-from miepo.exploration import Contrast, Exploration, InfoNCE
+from miepo.exploration import Exploration, ExplorationInputs, InfoNCE
 from miepo.feedback import of_pairs
 from miepo.losses import alignment_loss, implicit_reward, mean_distance, total_loss
 from miepo.methods.base import PolicyModule
-from miepo.methods.micro_batches import part_by_part
+from miepo.methods.micro_batches import in_micro_batches
 from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.policy import Policy
+from miepo.recorded import Recorded
 from miepo.router import ExpectationRouter, Router, SampleRouter
 from miepo.training.distributed import over_processes
 from miepo.training.reporting import grid_of
@@ -26,7 +28,7 @@ from miepo.types import PreferenceBatch
 
 
 @dataclass(frozen=True)
-class Terms:
+class StepStatistics:
     """What the loss of each prompt is made of, without gradient."""
 
     reward: Tensor  # (B, n) implicit, under w+; NaN where a response is not compared
@@ -34,7 +36,7 @@ class Terms:
     alignment: Tensor  # (B, K)
     exploration: Tensor | None  # (B,)
     bound: Tensor | None  # (B, n) of the information between preference and response, in nats; NaN if no anchor
-    gap: Tensor | None  # (B, n) mean distance from the engine's log-probabilities, in nats per token
+    logprob_drift: Tensor | None  # (B, n) mean distance from the engine's log-probabilities, in nats per token
 
     @classmethod
     def of(
@@ -44,24 +46,24 @@ class Terms:
         reward: Tensor,
         alignment: Tensor,
         exploration: Tensor | None,
-        contrast: Contrast | None,
-    ) -> Terms:
+        contrast: ExplorationInputs | None,
+    ) -> StepStatistics:
         """From the step's tensors; ``known`` are the log-probabilities under w+ without dropout, ``(B, n, T)``."""
-        bound = gap = None
+        bound = drift = None
         if contrast is not None:
             bound = infonce_bound(contrast.log_prob, contrast.counterfactual_log_prob)
             bound = torch.where(batch.anchors, bound, torch.nan)
         if batch.responses.log_prob is not None:
-            gap = mean_distance(known, batch.responses.log_prob, batch.responses.tokens.mask)
-            gap = torch.where(batch.compared, gap, torch.nan)
+            drift = mean_distance(known, batch.responses.log_prob, batch.responses.tokens.mask)
+            drift = torch.where(batch.compared, drift, torch.nan)
         exploration = None if exploration is None else exploration.detach()
         compared = of_pairs(reward.detach(), batch.pairs)  # (B, Q, 2)
         margin = (compared[..., 0] - compared[..., 1]).expand(batch.labels.shape)
         reward = torch.where(batch.compared, reward.detach(), torch.nan)
-        return cls(reward, margin, alignment.detach(), exploration, bound, gap)
+        return cls(reward, margin, alignment.detach(), exploration, bound, drift)
 
     @classmethod
-    def join(cls, parts: Sequence[Terms]) -> Terms:
+    def join(cls, parts: Sequence[StepStatistics]) -> StepStatistics:
         columns: list[list[Any]] = [[getattr(part, f.name) for part in parts] for f in fields(cls)]
         joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
         return cls(*joined)
@@ -101,16 +103,19 @@ class MIEPO(PolicyModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage != "predict":
+        own = isinstance(self.trainer.datamodule, Recorded)  # type: ignore[attr-defined]
+        if stage in ("validate", "test") or (stage == "fit" and own):  # a user's own data may be for training alone
             grid_of(self.trainer, self)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> STEP_OUTPUT:
         """One rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""
-        both = torch.cat([batch.preference.unsqueeze(1), batch.counterfactual], 1)  # (B, 1 + C, K)
-        passes = self.policy.passes(batch.prompts, both, batch.responses.tokens, batch.read_under)
-        parts = [batch[some] for some in passes]
-        loss, each = part_by_part(self.terms, parts, list(self.policy.adapter_parameters().values()))
-        terms = Terms.join(each)
+        if not isinstance(batch, PreferenceBatch):
+            raise UserError(f"MIEPO learns from rollouts: expected batches PreferenceBatch, got {type(batch).__name__}")
+        groups = self.policy.micro_batches(batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under)
+        loss, each = in_micro_batches(
+            self.terms, [batch[group] for group in groups], list(self.policy.adapter_parameters().values())
+        )
+        terms = StepStatistics.join(each)
         self._log_step(batch, loss, terms)
         return {"loss": loss, "feedback_information": feedback_information(terms.alignment, batch.labels)}
 
@@ -119,7 +124,12 @@ class MIEPO(PolicyModule):
         """Whether the exploration term is computed: one objective has one preference, and nothing to explore."""
         return self.exploration.active and len(self.names) > 1
 
-    def terms(self, batch: PreferenceBatch) -> tuple[Tensor, Terms]:
+    @property
+    def learner(self) -> Learner:
+        """What a rollout needs to know of this method."""
+        return Learner(self.policy, self.objectives, self.router, self.exploration, self.exploring)
+
+    def terms(self, batch: PreferenceBatch) -> tuple[Tensor, StepStatistics]:
         """Eq. 13, averaged over the prompts, and what it is made of; the flow chart of the method."""
         mask = batch.responses.tokens.mask  # (B, n, T)
         log_prob, counterfactual = self.log_prob(batch)  # (B, n, T), (B, n, C, T)
@@ -134,18 +144,18 @@ class MIEPO(PolicyModule):
             exploration = self.exploration(contrast, self.progress)  # (B,), Eq. 12
 
         loss = total_loss(routed, exploration)  # Eq. 13
-        return loss, Terms.of(batch, known[0], reward, alignment, exploration, contrast)
+        return loss, StepStatistics.of(batch, known[0], reward, alignment, exploration, contrast)
 
     def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Token log-probabilities: compared responses under w+, ``(B, n, T)``, anchors under w-, ``(B, n, C, T)``."""
         under, tokens, wanted = self.policy.response_log_prob, batch.responses.tokens, batch.read_under
-        own, others = batch.preference.unsqueeze(1), batch.counterfactual  # (B, 1, K), (B, C, K)
         if self.exploration.needs_gradient:
-            both = under(batch.prompts, torch.cat([own, others], 1), tokens, wanted)  # (B, n, 1 + C, T)
+            both = under(batch.prompts, batch.preferences, tokens, wanted)  # (B, n, 1 + C, T)
             return both[:, :, 0], both[:, :, 1:]
         with self.policy.evaluating():
-            counterfactual = under(batch.prompts, others, tokens, wanted[..., 1:])
-        return under(batch.prompts, own, tokens, wanted[..., :1]).squeeze(2), counterfactual
+            counterfactual = under(batch.prompts, batch.counterfactual, tokens, wanted[..., 1:])
+        own = under(batch.prompts, batch.preference.unsqueeze(1), tokens, wanted[..., :1])
+        return own.squeeze(2), counterfactual
 
     def without_dropout(
         self, batch: PreferenceBatch, log_prob: Tensor, counterfactual: Tensor
@@ -160,9 +170,10 @@ class MIEPO(PolicyModule):
         asked |= batch.responses.log_prob is not None and logged
         if not asked or not self.policy.drops_out:
             return log_prob.detach(), counterfactual.detach()
-        both = torch.cat([batch.preference.unsqueeze(1), batch.counterfactual], 1)  # (B, 1 + C, K)
         with self.policy.evaluating():
-            found = self.policy.response_log_prob(batch.prompts, both, batch.responses.tokens, batch.read_under)
+            found = self.policy.response_log_prob(
+                batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under
+            )
         return found[:, :, 0], found[:, :, 1:]
 
     def contrast(
@@ -171,10 +182,10 @@ class MIEPO(PolicyModule):
         counterfactual: Tensor,
         reward: Tensor,
         known: tuple[Tensor, Tensor],
-    ) -> Contrast:
+    ) -> ExplorationInputs:
         """Responses under w+ ``(B, n)``, beside the same under every w- ``(B, n, C, T)``; ``known`` without dropout."""
         mask = batch.responses.tokens.mask  # (B, n, T)
-        return Contrast(
+        return ExplorationInputs(
             batch.preference,
             batch.counterfactual,
             known[0].sum(-1),
@@ -190,7 +201,7 @@ class MIEPO(PolicyModule):
             beta_c=self.beta_c,
         )
 
-    def _log_step(self, batch: PreferenceBatch, loss: Tensor, terms: Terms) -> None:
+    def _log_step(self, batch: PreferenceBatch, loss: Tensor, terms: StepStatistics) -> None:
         values = {
             # on the policy's own samples the mean implicit reward estimates KL(policy || reference); of more than two
             # it is of those that were chosen for a pair
@@ -207,8 +218,8 @@ class MIEPO(PolicyModule):
             values[f"agreement/{name}"] = agrees[:, k]
         if terms.exploration is not None and terms.bound is not None:
             values |= {"exploration": terms.exploration, "information/infonce": terms.bound}
-        if terms.gap is not None:
-            values["rollout/gap"] = terms.gap
+        if terms.logprob_drift is not None:
+            values["rollout/gap"] = terms.logprob_drift
         counts = {f"count/{key}": float(value) for key, value in batch.counts.items()}
         size = len(batch)
         # NaN where no pair had a label: a value left out would be logged as it was the step before

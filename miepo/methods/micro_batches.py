@@ -13,7 +13,7 @@ from miepo.types import PreferenceBatch
 T = TypeVar("T")
 
 
-def part_by_part(
+def in_micro_batches(
     loss: Callable[[PreferenceBatch], tuple[Tensor, T]],
     parts: Sequence[PreferenceBatch],
     parameters: Sequence[nn.Parameter],
@@ -40,10 +40,10 @@ def part_by_part(
 
     if len(parts) == 1:
         return share(parts[0]), others
-    return _PartByPart.apply(share, parts, *parameters), others  # type: ignore[no-untyped-call]
+    return _MicroBatched.apply(share, parts, *parameters), others  # type: ignore[no-untyped-call]
 
 
-class _PartByPart(torch.autograd.Function):
+class _MicroBatched(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, share: Callable[[PreferenceBatch], Tensor], parts: Sequence[PreferenceBatch], *parameters: Tensor

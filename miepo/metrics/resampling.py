@@ -17,7 +17,7 @@ from torch import Tensor
 
 from miepo.metrics.front import hypervolume, hypervolumes, reward_moments
 from miepo.metrics.steerability import t_interval
-from miepo.seeding import Stream, generator
+from miepo.seeding import RandomStream, generator
 
 DRAWS = 1000
 PERMUTATIONS = 400
@@ -72,7 +72,7 @@ def resampled_moments(sums: AnswerSums, draws: int = DRAWS, seed: int = 0) -> tu
     Answers to one prompt stay together. Two evaluations of the same prompts get the same resamples.
     """
     p = len(sums.count)
-    chosen = torch.from_numpy(generator(Stream.BOOTSTRAP, seed).integers(p, size=(draws, p)))
+    chosen = torch.from_numpy(generator(RandomStream.BOOTSTRAP, seed).integers(p, size=(draws, p)))
     times = torch.zeros(draws, p, dtype=torch.float64).scatter_add_(
         1, chosen, torch.ones(draws, p, dtype=torch.float64)
     )
@@ -108,7 +108,7 @@ def jackknife_interval(value: Tensor | float, without_each: Tensor, level: float
 def permuted_means(sums: AnswerSums, draws: int = PERMUTATIONS, seed: int = 0) -> Tensor:
     """Means ``(draws, M, K)`` with the preferences permuted within every prompt, all prompts independently."""
     p, m = sums.count.shape
-    order = generator(Stream.BOOTSTRAP, seed, 1).random((draws, p, m)).argsort(-1)
+    order = generator(RandomStream.BOOTSTRAP, seed, 1).random((draws, p, m)).argsort(-1)
     rows, columns = torch.arange(p)[None, :, None], torch.from_numpy(order)
     count, total = sums.count.cpu()[rows, columns].sum(1), sums.total.cpu()[rows, columns].sum(1)
     return torch.where(count.unsqueeze(-1) > 0, total / count.unsqueeze(-1), torch.nan)

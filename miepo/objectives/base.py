@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from inspect import signature
 from itertools import product
 from math import isfinite
 from typing import Any
@@ -17,8 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from miepo.errors import ObjectiveError, UserError
+from miepo.recorded import Recorded, import_path
+from miepo.renamed import current_class
 
-NO_SCORE = ("self", "name", "normalisation", "concurrent")  # arguments of an objective that change no score
+NO_SCORE = ("name", "normalisation", "concurrent")  # arguments of an objective that change no score
 # what an objective is asked when it is loaded
 TRIAL = (["What is a garden?", "Hello"], ["A place where plants grow.", "Hi there!"])
 
@@ -39,23 +39,7 @@ class Normalisation:
             raise ValueError(f"not positive: {self.sd!r}")
 
 
-class _Built(Callback):
-    """Knows what it was built with; a class of its own, so that the signature of an objective is its constructor's."""
-
-    arguments: dict[str, Any]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Notes the arguments, for objectives that name no ``identity``."""
-        self = super().__new__(cls)
-        self.arguments = {}
-        with suppress(TypeError):  # a copy is made without any, and what __init__ does not take it says itself
-            bound = signature(cls.__init__).bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            self.arguments = {k: _told(v) for k, v in bound.arguments.items() if k not in NO_SCORE}
-        return self
-
-
-class Objective(_Built):
+class Objective(Recorded, Callback):
     """One objective. Subclasses implement :meth:`score`; everything else has a default.
 
     As a callback an objective lives with the run: :meth:`load` is called on every process before training, the state
@@ -207,7 +191,8 @@ def identity_of(objective: Objective) -> dict[str, Any]:
     """What a normalisation belongs to: with another model, label or sign it would be another."""
     kind = type(objective)
     named = objective.identity
-    own = objective.arguments if named is None else {k: _told(getattr(objective, k)) for k in named}
+    built_with = {k: v for k, v in objective.built_with.items() if k not in NO_SCORE}
+    own = {k: _told(v) for k, v in (built_with if named is None else {k: getattr(objective, k) for k in named}).items()}
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "higher_is_better": objective.higher_is_better,
@@ -218,6 +203,8 @@ def identity_of(objective: Objective) -> dict[str, Any]:
 def alike(saved: Any, now: Any) -> bool:
     """Whether an identity that was saved is that of now, in all it tells: older files tell less."""
     if isinstance(saved, dict) and isinstance(now, dict):
+        if isinstance(saved.get("class"), str):
+            saved = {**saved, "class": current_class(saved["class"])}
         return all(key in now and alike(value, now[key]) for key, value in saved.items())
     return bool(saved == now)
 
@@ -230,8 +217,7 @@ def _told(value: Any) -> Any:
         return {str(key): _told(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_told(entry) for entry in value]
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+    return import_path(value if hasattr(value, "__qualname__") else type(value))
 
 
 def take_failures(objectives: Sequence[Objective]) -> dict[str, int]:

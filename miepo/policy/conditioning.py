@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from miepo.errors import UserError
+from miepo.recorded import Recorded
 
 
-class Conditioning(ABC):
+class Conditioning(Recorded, ABC):
     """One way for w to act. A policy takes a list of them; each may write text, gate rank blocks, or both."""
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What makes it the one it is, as checkpoints keep it."""
+        return {name: value for name, value in vars(self).items() if name != "built_with"}
 
     def blocks(self, objectives: int) -> int:
         """Number of rank blocks that :meth:`gate` addresses; 0 where the adapter is not gated."""

@@ -26,15 +26,16 @@ from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
 from miepo.policy.network_check import check_adapter, check_layers, check_log_prob
 from miepo.policy.precision import chosen_dtype
-from miepo.policy.prefix_tree import Answers, Prompts, pack, passes, tree_size
+from miepo.policy.prefix_tree import Answers, Prompts, micro_batches, pack, tree_size
 from miepo.policy.sharding import Shards
 from miepo.policy.template import HH, PromptTemplate
 from miepo.policy.tree_attention import NAME as BRANCHES
+from miepo.recorded import Recorded
 from miepo.types import Tokens
 
 ADAPTER = "default"
 # Within a tenth of the full rate of products on the CPU at hand (tools/benchmarks/README.md); a GPU's is not measured.
-TOKENS_PER_PASS = {"cpu": 768, "cuda": 2**14}
+MAX_TOKENS = {"cpu": 768, "cuda": 2**14}
 
 
 class _Gate:
@@ -89,7 +90,7 @@ class _Given(nn.Module):
         return _States(last_hidden_state=self.states)  # type: ignore[arg-type]
 
 
-class Policy(nn.Module):
+class Policy(Recorded, nn.Module):
     """A causal language model with one LoRA adapter that is conditioned on a preference vector.
 
     The object is cheap until :meth:`build` is called with the names of the objectives; then the base model is loaded.
@@ -114,8 +115,10 @@ class Policy(nn.Module):
         temperature: Of the distribution the policy stands for: responses are sampled from it and all
             log-probabilities are taken of it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        tokens_per_pass: Tokens that go through the network at one time when log-probabilities are taken, but at least
-            one prompt with its responses: activations of no more exist. By default 768 on a CPU, 16384 elsewhere.
+        max_tokens_per_micro_batch: Tokens that go through the network at one time when log-probabilities are taken, but
+            at least one prompt with its responses: activations of no more exist. By default 768 on a CPU, 16384
+            elsewhere.
+        tokens_per_pass: Its old name.
     """
 
     def __init__(
@@ -132,9 +135,14 @@ class Policy(nn.Module):
         dtype: str = "auto",
         temperature: float = 1.0,
         gradient_checkpointing: bool = False,
+        max_tokens_per_micro_batch: int | None = None,
         tokens_per_pass: int | None = None,
     ) -> None:
         super().__init__()
+        if tokens_per_pass is not None:
+            said = "policy.tokens_per_pass is called max_tokens_per_micro_batch now: use that name"
+            warnings.warn(said, FutureWarning, stacklevel=2)
+            max_tokens_per_micro_batch = tokens_per_pass
         if dtype not in ("auto", "float32", "bfloat16"):  # float16 would need a loss scale
             raise UserError(f"policy dtype must be auto, float32 or bfloat16, got {dtype!r}")
         for name, number in (("temperature", temperature), ("lora_alpha", lora_alpha)):
@@ -143,7 +151,8 @@ class Policy(nn.Module):
         if not 0 <= lora_dropout < 1:
             raise UserError(f"policy.lora_dropout is a share, at least 0 and below 1, got {lora_dropout}")
         for name, value in (
-            ("lora_rank", lora_rank), ("lora_layers", lora_layers), ("tokens_per_pass", tokens_per_pass),
+            ("lora_rank", lora_rank), ("lora_layers", lora_layers),
+            ("max_tokens_per_micro_batch", max_tokens_per_micro_batch),
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise UserError(f"policy.{name} must be at least 1, got {value}")
@@ -151,11 +160,11 @@ class Policy(nn.Module):
         self.conditioning = [PromptConditioning()] if conditioning is None else list(conditioning)
         for each in self.conditioning:
             try:
-                json.dumps(vars(each))
+                json.dumps(each.attributes)
             except (TypeError, ValueError):
                 raise UserError(
                     f"{type(each).__name__} goes into every checkpoint: expected attributes that are text, numbers, "
-                    f"lists or mappings of them, got {', '.join(f'{k} {v!r}' for k, v in vars(each).items())}"
+                    f"lists or mappings of them, got {', '.join(f'{k} {v!r}' for k, v in each.attributes.items())}"
                 ) from None
         if isinstance(lora_targets, str):
             try:
@@ -170,7 +179,8 @@ class Policy(nn.Module):
         self.template_spec, self.dialogue = template, dialogue or template == HH
         self.dtype = dtype
         self.temperature = temperature
-        self.gradient_checkpointing, self.tokens_per_pass = gradient_checkpointing, tokens_per_pass
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.names: tuple[str, ...] = ()
         self.fingerprint: str | None = None  # of the base weights
         self._built = False
@@ -328,7 +338,7 @@ class Policy(nn.Module):
             "template": self.template_spec,
             **({"dialogue": True} if self.dialogue else {}),
             **({} if self.lora_layers is None else {"lora_layers": self.lora_layers}),
-            "conditioning": [{"class": type(c).__name__, **vars(c)} for c in self.conditioning],
+            "conditioning": [{"class": type(c).__name__, **c.attributes} for c in self.conditioning],
         }
 
     @torch.no_grad()
@@ -485,27 +495,27 @@ class Policy(nn.Module):
 
     # -- several responses and preferences per prompt ------------------------------------------------------------------
 
-    def passes(
+    def micro_batches(
         self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
     ) -> list[slice]:
-        """Which prompts go through the network at one time (``tokens_per_pass``); arguments as below."""
+        """Which prompts go through the network at one time (``max_tokens_per_micro_batch``); arguments as below."""
         rows = _rows(responses, preferences.shape[1], wanted)
-        return self._passes(self._encoded(prompts, preferences), rows, share=not self.gated)
+        return self._micro_batches(self._encoded(prompts, preferences), rows, share=not self.gated)
 
-    def _passes(
+    def _micro_batches(
         self,
         prompts: Prompts,
         responses: Answers,
         share: bool,
     ) -> list[slice]:
         sizes = [tree_size(under, answers, share) for under, answers in zip(prompts, responses, strict=True)]
-        groups = passes(sizes, self.pass_limit)
-        return groups if self.shards is None else passes(sizes, self.pass_limit, self.shards.most(len(groups)))
+        groups = micro_batches(sizes, self.max_tokens)
+        return groups if self.shards is None else micro_batches(sizes, self.max_tokens, self.shards.most(len(groups)))
 
     @property
-    def pass_limit(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens that go through the network at one time."""
-        return self.tokens_per_pass or TOKENS_PER_PASS.get(self.device.type, 2**14)
+        return self.max_tokens_per_micro_batch or MAX_TOKENS.get(self.device.type, 2**14)
 
     def response_log_prob(
         self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
@@ -555,7 +565,7 @@ class Policy(nn.Module):
         gate = None if preference is None else self.gate_of(preference)  # (B C, R)
         groups = [slice(0, len(prompts))]
         if not torch.is_grad_enabled():  # what needs a gradient, its caller divides
-            groups = self._passes(prompts, responses, share=gate is None)
+            groups = self._micro_batches(prompts, responses, share=gate is None)
         parts = [
             self.pass_log_prob(
                 prompts[g], None if gate is None else gate[g.start * each : g.stop * each], responses[g], width

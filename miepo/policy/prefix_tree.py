@@ -43,7 +43,7 @@ def tree_size(under: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequenc
     return prompts + sum(max(len(answer) - 1, 0) for each in answers for answer in each)
 
 
-def passes(sizes: Sequence[int], limit: int, count: int = 1) -> list[slice]:
+def micro_batches(sizes: Sequence[int], limit: int, count: int = 1) -> list[slice]:
     """Trees of these sizes, in this order, in groups of at most ``limit`` places, or of one tree that is larger.
 
     Args:

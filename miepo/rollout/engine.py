@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from miepo.errors import UserError
+from miepo.recorded import Recorded
 from miepo.text import cut_at
 from miepo.types import Responses, Tokens
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 from miepo.seeding import prompt_seeds
 
 
-class RolloutEngine(ABC):
+class RolloutEngine(Recorded, ABC):
     """Samples from the policy as it is now; the policy does not know which engine does it.
 
     Args:

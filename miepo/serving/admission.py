@@ -14,7 +14,7 @@ MOST_BYTES = 256 * 1024  # of a request
 MOST_SECONDS = 15.0  # until a request is here
 
 
-class Refused(Exception):
+class HTTPRejection(Exception):
     """A request that is not answered: HTTP status, what to tell, and the kind of error in OpenAI's terms."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **headers: str) -> None:
@@ -53,10 +53,10 @@ class Admission:
         try:
             self._check(scope["method"], scope["path"], Headers(scope=scope))
             body = await asyncio.wait_for(_body(receive), self.seconds)
-        except Refused as refused:
+        except HTTPRejection as refused:
             await refused.response()(scope, receive, send)
         except TimeoutError:
-            late = Refused(408, f"expected the whole request within {self.seconds:g} s", "timeout_error")
+            late = HTTPRejection(408, f"expected the whole request within {self.seconds:g} s", "timeout_error")
             await late.response()(scope, receive, send)
         else:
             if body is not None:
@@ -66,14 +66,14 @@ class Admission:
         if self.key is not None and path != "/health":
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), self.key.encode()):
-                raise Refused(401, "expected the key of this server as a bearer token", "authentication_error")
+                raise HTTPRejection(401, "expected the key of this server as a bearer token", "authentication_error")
         if self.posts is not None and method not in ("GET", "HEAD") and path not in self.posts:
-            raise Refused(404, "nothing is taken here")
+            raise HTTPRejection(404, "nothing is taken here")
         length = headers.get("content-length") or "0"
         if not length.isascii() or not length.isdigit():
-            raise Refused(400, "expected a number as Content-Length")
+            raise HTTPRejection(400, "expected a number as Content-Length")
         if int(length[:20]) > MOST_BYTES or "transfer-encoding" in headers:
-            raise Refused(413, f"expected a request of at most {MOST_BYTES} bytes that says its length")
+            raise HTTPRejection(413, f"expected a request of at most {MOST_BYTES} bytes that says its length")
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -20,48 +20,50 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from miepo.errors import UserError
 from miepo.preferences import parse_preference
-from miepo.serving.admission import Admission, Refused
-from miepo.serving.batcher import Batcher, Busy, Stopped, Ticket
+from miepo.serving.admission import Admission, HTTPRejection
+from miepo.serving.batcher import Batcher, PendingRequest, QueueFull, Stopped
 from miepo.serving.protocol import ChatRequest
 from miepo.trained.policy import TrainedPolicy
-from miepo.trained.streaming import Piece
+from miepo.trained.streaming import Chunk
 
 logger = logging.getLogger(__name__)
 
 
-def failure(error: Exception) -> Refused:
+def failure(error: Exception) -> HTTPRejection:
     """What a client is told of an error in the batcher."""
     if isinstance(error, TimeoutError):
-        return Refused(504, str(error), "timeout_error")
+        return HTTPRejection(504, str(error), "timeout_error")
     if isinstance(error, UserError):
-        return Refused(400, str(error))
+        return HTTPRejection(400, str(error))
     if isinstance(error, Stopped):
-        return Refused(503, str(error), "server_error")
-    return Refused(500, "the response could not be computed", "server_error")
+        return HTTPRejection(503, str(error), "server_error")
+    return HTTPRejection(500, "the response could not be computed", "server_error")
 
 
 class Responses:
     """The pieces of the responses to one request, as the event loop receives them."""
 
     def __init__(self, batcher: Batcher, questions: list[Any], timeout: float) -> None:
-        loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | Exception]]()
+        loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Chunk | Exception]]()
         deadline = self._deadline = time.monotonic() + timeout
 
-        def to(index: int) -> Callable[[Piece | Exception], None]:
-            def deliver(piece: Piece | Exception) -> None:
+        def to(index: int) -> Callable[[Chunk | Exception], None]:
+            def deliver(piece: Chunk | Exception) -> None:
                 if not loop.is_closed():
                     loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
 
             return deliver
 
-        self.tickets = [Ticket(question, deadline, to(i)) for i, question in enumerate(questions)]
+        self.tickets = [PendingRequest(question, deadline, to(i)) for i, question in enumerate(questions)]
         try:
             batcher.submit(self.tickets)
-        except Busy:
+        except QueueFull:
             waits = {"Retry-After": "1"}
-            raise Refused(429, "too many requests wait already: try again later", "rate_limit_error", **waits) from None
+            raise HTTPRejection(
+                429, "too many requests wait already: try again later", "rate_limit_error", **waits
+            ) from None
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Chunk]]:
         left = len(self.tickets)
         try:
             while left:
@@ -107,7 +109,7 @@ def make_app(
 
     def check_model(wanted: str | None) -> None:
         if wanted not in (None, name):
-            raise Refused(404, f"expected the model '{name}', got '{wanted}'", "not_found_error")
+            raise HTTPRejection(404, f"expected the model '{name}', got '{wanted}'", "not_found_error")
 
     def questions_of(request: ChatRequest) -> tuple[list[Any], dict[str, float]]:
         wanted = equal if request.preference is None else request.preference
@@ -129,13 +131,13 @@ def make_app(
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
+    @app.exception_handler(HTTPRejection)
+    async def refused(_: Request, error: HTTPRejection) -> Response:
         return error.response()
 
     @app.exception_handler(UserError)
     async def mistaken(_: Request, error: UserError) -> Response:
-        return Refused(400, str(error)).response()
+        return HTTPRejection(400, str(error)).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -143,11 +145,11 @@ def make_app(
         for problem in error.errors()[:5]:
             place = ".".join(str(part) for part in problem["loc"] if part != "body")
             told.append(f"{place}: {problem['msg']}" if place else problem["msg"])
-        return Refused(400, "; ".join(told)).response()
+        return HTTPRejection(400, "; ".join(told)).response()
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        return Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+        return HTTPRejection(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
@@ -171,7 +173,7 @@ def make_app(
     async def chat(body: ChatRequest, request: Request) -> Response:
         check_model(body.model)
         if (body.n or 1) > batcher.limit:
-            raise Refused(400, f"n: expected at most {batcher.limit}, as many as may wait, got {body.n}")
+            raise HTTPRejection(400, f"n: expected at most {batcher.limit}, as many as may wait, got {body.n}")
         questions, weights = await run_in_threadpool(questions_of, body)
         responses = Responses(batcher, questions, timeout)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
@@ -238,5 +240,5 @@ async def _events(
         if given is not None:
             yield event(head | {"choices": [], "usage": _usage(given, sum(tokens))})
         yield "data: [DONE]\n\n"
-    except Refused as error:
+    except HTTPRejection as error:
         yield event({"error": {"message": str(error), "type": error.kind, "param": None, "code": None}})

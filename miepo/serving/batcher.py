@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from miepo.policy import Policy
-from miepo.trained.streaming import Piece, Question, Responder
+from miepo.trained.streaming import Chunk, ContinuousDecoder, GenerationRequest
 
 MOST_TOKENS = 2048  # of prompts that are computed at the same time, padding included: all others wait meanwhile
 logger = logging.getLogger(__name__)
 
 
-class Busy(Exception):
+class QueueFull(Exception):
     """As many requests wait as may."""
 
 
@@ -26,10 +26,12 @@ class Stopped(Exception):
         super().__init__("the server is stopping")
 
 
-class Ticket:
+class PendingRequest:
     """One request: its pieces go to ``deliver``, which must return at once, from the batcher's thread."""
 
-    def __init__(self, question: Question, deadline: float, deliver: Callable[[Piece | Exception], None]) -> None:
+    def __init__(
+        self, question: GenerationRequest, deadline: float, deliver: Callable[[Chunk | Exception], None]
+    ) -> None:
         self.question, self.deadline, self.deliver = question, deadline, deliver
         self.cancelled = self.done = False
 
@@ -54,10 +56,10 @@ class Batcher:
 
     def __init__(self, policy: Policy, most: int = 16, waiting: int = 64) -> None:
         self.most, self.limit = most, waiting
-        self._responder = Responder(policy, most)
-        self._tickets: deque[Ticket] = deque()
-        self._coming: list[Ticket] = []  # whose prompts are being computed
-        self._answered: dict[int, Ticket] = {}  # by row
+        self._responder = ContinuousDecoder(policy, most)
+        self._tickets: deque[PendingRequest] = deque()
+        self._coming: list[PendingRequest] = []  # whose prompts are being computed
+        self._answered: dict[int, PendingRequest] = {}  # by row
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -67,11 +69,11 @@ class Batcher:
     def waiting(self) -> int:
         return len(self._tickets)
 
-    def submit(self, tickets: Sequence[Ticket]) -> None:
+    def submit(self, tickets: Sequence[PendingRequest]) -> None:
         """Takes all of them or none; after :meth:`stop` they end at once.
 
         Raises:
-            Busy: too many wait already.
+            QueueFull: too many wait already.
         """
         with self._changed:
             if self._closed:
@@ -80,7 +82,7 @@ class Batcher:
                 return
             self._tickets = deque(ticket for ticket in self._tickets if not ticket.cancelled)
             if len(self._tickets) + len(tickets) > self.limit:
-                raise Busy
+                raise QueueFull
             self._tickets.extend(tickets)
             self._changed.notify()
 
@@ -109,9 +111,9 @@ class Batcher:
             self._step()
         self.stop()  # what came to be answered meanwhile
 
-    def _next(self) -> list[Ticket]:
+    def _next(self) -> list[PendingRequest]:
         """Who is answered from now on."""
-        come: list[Ticket] = []
+        come: list[PendingRequest] = []
         longest = 0
         while self._tickets and self._responder.joins and len(self._answered) + len(come) < self.most:
             longest = max(longest, len(self._tickets[0].question.ids))
@@ -124,7 +126,7 @@ class Batcher:
                 come.append(ticket)
         return come
 
-    def _join(self, come: list[Ticket]) -> None:
+    def _join(self, come: list[PendingRequest]) -> None:
         if not come:
             return
         try:
@@ -149,7 +151,7 @@ class Batcher:
             late = TimeoutError("the response took too long") if piece.finish == "cancelled" else None
             self._end(self._answered.pop(piece.row), late or piece)
 
-    def _fail(self, error: Exception, tickets: list[Ticket]) -> None:
+    def _fail(self, error: Exception, tickets: list[PendingRequest]) -> None:
         """Ends these requests, and those that the error took with it; who comes after them is answered."""
         if not len(self._responder):
             tickets = [*tickets, *self._answered.values()]
@@ -158,7 +160,7 @@ class Batcher:
         for ticket in tickets:
             self._end(ticket, error)
 
-    def _end(self, ticket: Ticket, last: Piece | Exception) -> None:
+    def _end(self, ticket: PendingRequest, last: Chunk | Exception) -> None:
         if not ticket.done:
             ticket.done = True
             ticket.deliver(last)

@@ -15,10 +15,10 @@ from miepo.callbacks.evaluation_table import obedience
 from miepo.errors import UserError, needs
 from miepo.objectives.scoring import in_thread
 from miepo.preferences import format_preference, parse_preference
-from miepo.serving.batcher import Batcher, Busy, Stopped, Ticket
+from miepo.serving.batcher import Batcher, PendingRequest, QueueFull, Stopped
 from miepo.serving.command import address_of, hosts_of, key_for, opened, serve_app
 from miepo.trained.policy import TrainedPolicy
-from miepo.trained.streaming import Piece, Question
+from miepo.trained.streaming import Chunk, GenerationRequest
 
 USER = "miepo"  # of the login, where there is one
 SIDES = ("A", "B")
@@ -46,18 +46,18 @@ def on_simplex(moved: int, weights: Sequence[float]) -> list[float]:
     return [own if k == moved else (1 - own) * share for k, share in enumerate(shares)]
 
 
-def answers(batcher: Batcher, questions: Sequence[Question], timeout: float) -> Iterator[list[str]]:
+def answers(batcher: Batcher, questions: Sequence[GenerationRequest], timeout: float) -> Iterator[list[str]]:
     """What the responses have got so far, whenever one of them gets more.
 
     Raises:
         UserError: too many wait, or it takes too long.
     """
-    pieces: queue.SimpleQueue[tuple[int, Piece | Exception]] = queue.SimpleQueue()
+    pieces: queue.SimpleQueue[tuple[int, Chunk | Exception]] = queue.SimpleQueue()
     deadline = time.monotonic() + timeout
-    tickets = [Ticket(q, deadline, lambda piece, i=i: pieces.put((i, piece))) for i, q in enumerate(questions)]  # type: ignore[misc]
+    tickets = [PendingRequest(q, deadline, lambda piece, i=i: pieces.put((i, piece))) for i, q in enumerate(questions)]  # type: ignore[misc]
     try:
         batcher.submit(tickets)
-    except Busy:
+    except QueueFull:
         raise UserError("too many wait for answers already: try again later") from None
     texts, left = [""] * len(tickets), len(tickets)
     try:

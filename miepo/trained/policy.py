@@ -22,7 +22,7 @@ from miepo.trained.build import build_objectives, build_policy
 from miepo.trained.saved import (
     Saved,
 )
-from miepo.trained.streaming import Question, check_length, stream
+from miepo.trained.streaming import GenerationRequest, check_length, stream
 
 MOST_AT_ONCE = 16  # responses
 
@@ -107,7 +107,7 @@ class TrainedPolicy:
         top_p: float = 1.0,
         stop: str | Sequence[str] = (),
         seed: int = 0,
-    ) -> Question:
+    ) -> GenerationRequest:
         """A prompt, or messages, under a preference by name, checked, for :func:`~miepo.trained.streaming.stream`.
 
         Raises:
@@ -131,7 +131,7 @@ class TrainedPolicy:
         tokens = max_new_tokens or self.saved.max_new_tokens
         if max_new_tokens is None and self.policy.context_length is not None:
             tokens = max(1, min(tokens, self.policy.context_length - len(ids)))
-        question = Question(ids, vector, tokens, temperature, top_p, (*self.saved.stop, *ends), seed)
+        question = GenerationRequest(ids, vector, tokens, temperature, top_p, (*self.saved.stop, *ends), seed)
         check_length(self.policy, question)
         return question
 

@@ -52,7 +52,7 @@ class Saved:
         path = Path(path)
         if (path / CARD).is_file():
             return _read_export(path)
-        file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+        file = _newest(path) if path.is_dir() else path
         if not file.is_file():
             hint = ""
             if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
@@ -61,6 +61,14 @@ class Saved:
                 hint = f", which holds runs such as '{runs[-1].parents[1]}'"
             raise UserError(f"expected a run's folder, a checkpoint or a folder of miepo export, got '{path}'{hint}")
         return _read_checkpoint(file)
+
+
+def _newest(run: Path) -> Path:
+    """The checkpoint that a run goes on from; of a run without one, the newest that Lightning wrote."""
+    last, folder = run / "checkpoints" / "last.ckpt", run / "checkpoints"
+    if last.is_file() or not folder.is_dir():
+        return last
+    return max(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, default=last)
 
 
 def _read_checkpoint(path: Path) -> Saved:

@@ -23,7 +23,7 @@ Finish = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
-class Question:
+class GenerationRequest:
     """What one response answers, and how it is drawn.
 
     Attributes:
@@ -46,7 +46,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """The next piece of the response to the ``row``-th question; the last says why it ends."""
 
     row: int
@@ -99,7 +99,7 @@ class ResponseText:
         return new
 
 
-def check_length(policy: Policy, question: Question) -> None:
+def check_length(policy: Policy, question: GenerationRequest) -> None:
     """Refuses a question that does not fit the model's context together with its response."""
     limit, given, tokens = policy.context_length, len(question.ids), question.max_new_tokens
     if limit is not None and given + tokens > limit:
@@ -113,12 +113,12 @@ class _Row:
     """A response that is being written."""
 
     number: int
-    question: Question
+    question: GenerationRequest
     text: ResponseText
     draws: Tensor  # (T,) float64 in [0, 1): a function of its seed alone
 
 
-class Responder:
+class ContinuousDecoder:
     """Writes responses, all by one token at a time; questions join at any token and leave when they are answered.
 
     Rows are numbered in the order in which their questions came.
@@ -152,7 +152,7 @@ class Responder:
         """Whether a question may come now: some networks keep what cannot be joined, and end what they are at first."""
         return self._decoder is None or isinstance(self._decoder, FusedDecoder) or self._decoder.joins
 
-    def join(self, questions: Sequence[Question]) -> list[int]:
+    def join(self, questions: Sequence[GenerationRequest]) -> list[int]:
         """Computes these questions; their responses are written from the next :meth:`step` on.
 
         Returns:
@@ -181,7 +181,7 @@ class Responder:
         self._count += len(added)
         return [row.number for row in added]
 
-    def _decode(self, questions: Sequence[Question]) -> FusedDecoder | PlainDecoder:
+    def _decode(self, questions: Sequence[GenerationRequest]) -> FusedDecoder | PlainDecoder:
         prompts = self.policy.padded([question.ids for question in questions])
         preference = torch.stack([question.preference for question in questions]).to(self.policy.device)
         if not fits(self.policy):
@@ -201,7 +201,7 @@ class Responder:
         self._decoder.join(fresh)
         self._logits = torch.cat([self._logits, logits])
 
-    def step(self, cancelled: Callable[[int], bool] = lambda row: False) -> list[Piece]:
+    def step(self, cancelled: Callable[[int], bool] = lambda row: False) -> list[Chunk]:
         """The next token of every response.
 
         Args:
@@ -230,7 +230,7 @@ class Responder:
             else:
                 text += row.text.end()
             if text or finish:
-                pieces.append(Piece(row.number, text, len(row.text.ids), finish))
+                pieces.append(Chunk(row.number, text, len(row.text.ids), finish))
         if not left:
             self.clear()
         elif len(left) < len(self._rows):
@@ -248,8 +248,8 @@ class Responder:
 
 
 def stream(
-    policy: Policy, questions: Sequence[Question], cancelled: Callable[[int], bool] = lambda row: False
-) -> Iterator[Piece]:
+    policy: Policy, questions: Sequence[GenerationRequest], cancelled: Callable[[int], bool] = lambda row: False
+) -> Iterator[Chunk]:
     """Answers questions together, and yields what each response has got with every token.
 
     Args:
@@ -260,7 +260,7 @@ def stream(
     Raises:
         UserError: a question does not fit the model's context.
     """
-    responder = Responder(policy, len(questions))
+    responder = ContinuousDecoder(policy, len(questions))
     responder.join(questions)
     while len(responder):
         yield from responder.step(cancelled)

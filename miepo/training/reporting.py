@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +61,6 @@ def grid_of(trainer: Any, user: object) -> Tensor:
             f"OnlinePreferenceDataModule, got {type(data).__name__}"
         )
     return data.grid
-
-
-def whole_evaluation(hook: Callable[..., None]) -> Callable[..., None]:
-    """Runs an evaluation hook unless Lightning's sanity check covers a part of the validation set only.
-
-    ``trainer.num_sanity_val_steps: -1`` makes it cover the whole set, which is the evaluation before training.
-    """
-
-    @wraps(hook)
-    def run(self: Any, trainer: Trainer, *args: Any) -> None:
-        if not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf"):
-            hook(self, trainer, *args)
-
-    return run
 
 
 def log_versions(trainer: Trainer) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 
 from miepo.errors import UserError
+from miepo.recorded import Recorded
+from miepo.training.lightning_internals import accumulates, count_steps_as_logged, forget_restart
 from miepo.training.loggers import CSVLogger
 from miepo.training.reporting import log_versions, run_folder
 
@@ -26,7 +28,7 @@ class Interrupted(SystemExit):
         super().__init__(128 + number)
 
 
-class RunCheckpoint(Checkpoint):
+class RunCheckpoint(Recorded, Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` in the run's folder, from which the run goes on as if it had not stopped.
 
     It is written between two steps: the update is done, its figures are with the loggers, an evaluation that was due
@@ -81,7 +83,7 @@ class RunCheckpoint(Checkpoint):
         self._evaluation_due, self._resumed = bool(state_dict.get("evaluation_due")), True
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._limits_changed = _config_in(checkpoint).get("trainer") != pl_module.config.get("trainer")
+        self._limits_changed = _config_in(checkpoint).get("trainer") != pl_module.configuration().get("trainer")
         if trainer.state.fn == "fit":
             before, now = _rows_before(checkpoint, trainer), _rows_per_batch(trainer)
             pl_module.look_at_data()
@@ -113,7 +115,7 @@ class RunCheckpoint(Checkpoint):
                     logger.forget_from(trainer.global_step)
             epoch = trainer.fit_loop.epoch_progress.current
             if epoch.ready == epoch.completed:  # between two epochs; Lightning would begin one without batches
-                trainer.fit_loop._restarting = trainer.fit_loop.epoch_loop.restarting = False
+                forget_restart(trainer)
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             if not self._limits_changed and any(map(_has_stopped, callbacks)):
                 rank_zero_info("The run was ended by EarlyStopping: it goes on where the trainer's settings change")
@@ -136,8 +138,8 @@ class RunCheckpoint(Checkpoint):
 
     def between_steps(self, trainer: Trainer) -> None:
         """The next step is about to begin, and nothing of it has."""
-        if self._resumed:  # Lightning counts logged steps once too often where an evaluation had followed
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        if self._resumed:
+            count_steps_as_logged(trainer)
             self._resumed = False
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
             return  # gradients wait for more, and are in no checkpoint
@@ -161,7 +163,7 @@ class RunCheckpoint(Checkpoint):
             return
         # the shares of several processes may be uneven, so that they cannot agree here; and gradients that wait for
         # more are in no checkpoint
-        if trainer.world_size > 1 or (self._evaluating and trainer.fit_loop.epoch_loop._should_accumulate()):
+        if trainer.world_size > 1 or (self._evaluating and accumulates(trainer)):
             return
         if self._evaluating:
             self.save(trainer)
@@ -264,7 +266,7 @@ def _regroup(checkpoint: Mapping[str, Any], before: int, now: int, accumulated: 
 
 
 def begin_step(trainer: Any) -> None:
-    """What a datamodule calls when a batch comes from its loader: all of the last step is done then."""
+    """Let the run's checkpoint act between two steps: a batch was fetched, and all of the last step is done."""
     if trainer.training:
         for callback in trainer.callbacks:
             if isinstance(callback, RunCheckpoint):

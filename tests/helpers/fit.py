@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, Trainer
 
 from miepo import MIEPO, OnlinePreferenceDataModule
 from miepo.objectives import Objective
 from miepo.policy import Conditioning, GatedConditioning, Policy
+from miepo.types import PreferenceBatch
 from tests.helpers.tiny import Length, Letters
 
 PROMPTS = [
@@ -41,3 +43,34 @@ def tiny_run(
     rollouts = {"validation_prompts": ["the rain", "a garden"], "batch_size": 4, "max_new_tokens": 6, "normalise_on": 4}
     rollouts = {"prompts": PROMPTS} | rollouts | (data or {})
     return Trainer(**values), MIEPO(built, **settings), OnlinePreferenceDataModule(**rollouts)
+
+
+class Batches(Callback):
+    """Keeps the batches, what was logged for them, and the adapter before each step."""
+
+    def __init__(self) -> None:
+        self.batches: list[PreferenceBatch] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.batches.append(batch)
+        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def rollout(model: Path, root: Path, **kwargs) -> tuple[MIEPO, PreferenceBatch, dict[str, float]]:
+    batches = Batches()
+    kwargs.setdefault("trainer", {})
+    kwargs["trainer"] = {"callbacks": [batches], "max_steps": 1} | kwargs["trainer"]
+    trainer, module, data = tiny_run(model, root, **kwargs)
+    trainer.fit(module, data)
+    return module, batches.batches[0], batches.logged[0]
+
+
+def step(module: MIEPO, batch: PreferenceBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step on a given batch, without logging."""
+    module._log_step = lambda *_: None
+    module.zero_grad()
+    loss = module.training_step(batch, 0)["loss"]
+    loss.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in module.policy.adapter_parameters().items()}  # fmt: skip
+    return loss.detach(), gradients

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +172,23 @@ class Chosen(Objective):
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return self.scores[: len(responses)]
+
+
+class Moody(Objective):
+    """Does what a list says, call by call; then it answers."""
+
+    higher_is_better = False
+
+    def __init__(self, moods: Sequence[Callable[[], Any]], name: str = "moody") -> None:
+        super().__init__(name, {"mean": 0.0, "sd": 1.0})
+        self.moods, self.calls = list(moods), 0
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
+        self.calls += 1
+        if self.moods and (made := self.moods.pop(0)()) is not None:
+            return made
+        return [float(len(r)) for r in responses]
+
+
+def fails() -> None:
+    raise ConnectionError("the server is down")

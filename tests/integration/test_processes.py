@@ -90,7 +90,7 @@ def test_two_are_one_process_with_the_batch_of_both(
 ) -> None:
     values = values_of(tiny_model, tmp_path, 2)
     if strategy == "sharded":  # which must not notice that one process has more to compute than the other
-        values["model"]["policy"]["init_args"] |= {"tokens_per_pass": 40, "gradient_checkpointing": True}
+        values["model"]["policy"]["init_args"] |= {"max_tokens_per_micro_batch": 40, "gradient_checkpointing": True}
     status, said, _ = fit_by_two(values, tmp_path, strategy, start=start)
     assert status == 0, said
     assert_alike(tmp_path / "run/version_0", one)

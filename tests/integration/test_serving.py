@@ -28,11 +28,11 @@ from miepo.cli.command import main
 from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.serving import admission
 from miepo.serving.app import make_app
-from miepo.serving.batcher import Batcher, Ticket
+from miepo.serving.batcher import Batcher, PendingRequest
 from miepo.serving.command import is_loopback
 from miepo.trained.export import export
 from miepo.trained.policy import TrainedPolicy
-from miepo.trained.streaming import Piece, Responder, stream
+from miepo.trained.streaming import Chunk, ContinuousDecoder, stream
 from tests.helpers.serving import running
 from tests.helpers.trained import saved_policy, trained_policy
 
@@ -130,13 +130,13 @@ def test_a_conversation_and_parts_of_text(client: openai.OpenAI, trained: Traine
 
 def test_many_at_once_are_answered_together(trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    step = Responder.step
+    step = ContinuousDecoder.step
 
-    def counted(self: Responder, *args: Any) -> list[Piece]:
+    def counted(self: ContinuousDecoder, *args: Any) -> list[Chunk]:
         sizes.append(len(self))
         return step(self, *args)
 
-    monkeypatch.setattr(Responder, "step", counted)
+    monkeypatch.setattr(ContinuousDecoder, "step", counted)
     with served(trained) as address, asking(address) as client, ThreadPoolExecutor(24) as pool:
         mixed = [{"letter_e": i / 23, "brevity": 1 - i / 23} for i in range(24)]
         answers = list(pool.map(lambda i: ask(client, mixed[i], seed=i, max_tokens=12), range(24)))
@@ -218,7 +218,9 @@ def test_a_request_that_does_not_come(trained: TrainedPolicy, monkeypatch: pytes
 
 
 def test_lines_end_where_events_do(trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Responder, "step", lambda self, _: [self.clear() or Piece(0, "a\u2028b\x85c", 1, "stop")])
+    monkeypatch.setattr(
+        ContinuousDecoder, "step", lambda self, _: [self.clear() or Chunk(0, "a\u2028b\x85c", 1, "stop")]
+    )
     with served(trained) as address:
         body = {"messages": HELLO, "stream": True}
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
@@ -269,9 +271,9 @@ def test_no_request_kills_it(field: str, value: Any, address: str) -> None:
 
 def slowly(seconds: float) -> Any:
     """A step with a pause before it."""
-    step = Responder.step
+    step = ContinuousDecoder.step
 
-    def paused(self: Responder, *args: Any) -> list[Piece]:
+    def paused(self: ContinuousDecoder, *args: Any) -> list[Chunk]:
         time.sleep(seconds)
         return step(self, *args)
 
@@ -283,9 +285,9 @@ def test_who_comes_later_does_not_wait_for_the_others(
     trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch, joins: bool
 ) -> None:
     """But where the network keeps what cannot be joined."""
-    monkeypatch.setattr(Responder, "step", slowly(0.03))
+    monkeypatch.setattr(ContinuousDecoder, "step", slowly(0.03))
     if not joins:
-        monkeypatch.setattr(Responder, "joins", property(lambda self: not len(self)))
+        monkeypatch.setattr(ContinuousDecoder, "joins", property(lambda self: not len(self)))
     with served(trained) as address, asking(address) as client:
         expected = ask(client, HALF, max_tokens=5, seed=3).choices[0].message.content
         long = ask(client, HALF, max_tokens=150, temperature=0, stream=True, stop=["\n\n\n"])
@@ -300,7 +302,7 @@ def test_who_comes_later_does_not_wait_for_the_others(
 
 
 def test_too_many_are_refused(trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Responder, "step", slowly(0.05))
+    monkeypatch.setattr(ContinuousDecoder, "step", slowly(0.05))
     with served(trained, waiting=2, most=1) as address, asking(address) as client, ThreadPoolExecutor(12) as pool:
 
         def one(i: int) -> str:
@@ -317,7 +319,7 @@ def test_too_many_are_refused(trained: TrainedPolicy, monkeypatch: pytest.Monkey
 
 
 def test_what_takes_too_long_is_given_up(trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Responder, "step", slowly(0.2))
+    monkeypatch.setattr(ContinuousDecoder, "step", slowly(0.2))
     with served(trained, timeout=0.5) as address, asking(address) as client:
         with pytest.raises(openai.InternalServerError, match="took too long") as caught:
             ask(client, HALF, max_tokens=100, temperature=0)
@@ -330,14 +332,14 @@ def test_what_takes_too_long_is_given_up(trained: TrainedPolicy, monkeypatch: py
 def test_an_error_ends_its_requests_and_no_others(
     trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
-    asked, broken = getattr(Responder, where), [True]
+    asked, broken = getattr(ContinuousDecoder, where), [True]
 
-    def once(self: Responder, *args: Any) -> Any:
+    def once(self: ContinuousDecoder, *args: Any) -> Any:
         if broken.pop() if broken else False:
             raise RuntimeError("secret: out of memory")
         return asked(self, *args)
 
-    monkeypatch.setattr(Responder, where, once)
+    monkeypatch.setattr(ContinuousDecoder, where, once)
     with served(trained) as address, asking(address) as client:
         with pytest.raises(openai.InternalServerError, match="could not be computed") as caught:
             ask(client, HALF, max_tokens=2)
@@ -347,11 +349,11 @@ def test_an_error_ends_its_requests_and_no_others(
 
 
 def test_who_leaves_is_not_answered(trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Responder, "step", slowly(0.05))
+    monkeypatch.setattr(ContinuousDecoder, "step", slowly(0.05))
     ended: list[bool] = []
     end = Batcher._end
 
-    def watched(self: Batcher, ticket: Ticket, last: Any) -> None:
+    def watched(self: Batcher, ticket: PendingRequest, last: Any) -> None:
         end(self, ticket, last)
         ended.append(ticket.cancelled)
 
@@ -435,12 +437,12 @@ def test_the_command(tiny_model: Path, tmp_path: Path, number: signal.Signals) -
 SLOW = """
 import sys, time
 from miepo.cli import main
-from miepo.trained.streaming import Responder
-step = Responder.step
+from miepo.trained.streaming import ContinuousDecoder
+step = ContinuousDecoder.step
 def slow(self, gone):
     time.sleep({seconds})
     return step(self, gone)
-Responder.step = slow
+ContinuousDecoder.step = slow
 main(sys.argv[1:])
 """
 

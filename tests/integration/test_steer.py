@@ -22,7 +22,7 @@ from miepo.serving.batcher import Batcher
 from miepo.serving.command import hosts_of
 from miepo.serving.steer import SteerPage, make_app
 from miepo.trained.policy import TrainedPolicy
-from miepo.trained.streaming import Question, Responder, stream
+from miepo.trained.streaming import ContinuousDecoder, GenerationRequest, stream
 from tests.helpers.browser import open_page
 from tests.helpers.serving import running
 from tests.helpers.trained import NAMES, trained_policy
@@ -87,15 +87,15 @@ def asks(page: Any, a: str, b: str) -> None:
 def test_a_slider_moves_the_answer(trained: TrainedPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[list[float]]] = []
 
-    join = Responder.join
+    join = ContinuousDecoder.join
 
-    def watched(self: Responder, questions: list[Question]) -> list[int]:
+    def watched(self: ContinuousDecoder, questions: list[GenerationRequest]) -> list[int]:
         asked.append([[round(w, 4) for w in question.preference.tolist()] for question in questions])
         return join(self, questions)
 
     first, last, moved = (expected(trained, w) for w in ((1.0, 0.0), (0.0, 1.0), (0.3, 0.7)))
     assert len({first, last, moved}) == 3
-    monkeypatch.setattr(Responder, "join", watched)
+    monkeypatch.setattr(ContinuousDecoder, "join", watched)
     with shown(trained) as address, open_page(address) as page:
         page.wait_for_selector("#ask")
         asks(page, first, last)

@@ -201,7 +201,7 @@ def test_code_that_is_not_miepos_runs_only_where_it_is_trusted(trained_run: Path
     entry = checkpoint["miepo"]["config"]["objectives"][0]
     for harm in (
         {"class_path": "miepo.objectives.PythonObjective", "init_args": {"function": "os.system", "name": "letter_e"}},
-        {"class_path": "miepo.objectives.Patient", "init_args": {"objective": {"class_path": "os.system"}}},
+        {"class_path": "miepo.objectives.RetryingObjective", "init_args": {"objective": {"class_path": "os.system"}}},
         {
             "class_path": "miepo.objectives.PythonObjective",
             "init_args": {"function": "miepo.a.b", "name": "letter_e"},

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from miepo.errors import UserError
 from miepo.exploration import (
-    Contrast,
     CounterfactualAlignment,
     Exploration,
+    ExplorationInputs,
     InfoNCE,
     Matching,
     PairwiseInformation,
@@ -25,14 +25,14 @@ from miepo.exploration import (
 )
 from miepo.losses import alignment_loss
 from miepo.metrics import infonce_bound
-from miepo.seeding import Stream, generator
+from miepo.seeding import RandomStream, generator
 
 
 def rewards(b: int = 6, seed: int = 0) -> torch.Tensor:
     return torch.randn(b, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 
-def contrast(b: int = 5, c: int = 2, seed: int = 0, gradient: bool = False) -> Contrast:
+def contrast(b: int = 5, c: int = 2, seed: int = 0, gradient: bool = False) -> ExplorationInputs:
     """A pair of responses with random log-probabilities; the reference gives every response -3."""
     generator = torch.Generator().manual_seed(seed)
     own = torch.randn(b, 2, generator=generator).requires_grad_(gradient)
@@ -40,14 +40,14 @@ def contrast(b: int = 5, c: int = 2, seed: int = 0, gradient: bool = False) -> C
     weights = torch.rand(b, 1 + c, 1, generator=generator)
     preferences = torch.cat([weights, 1 - weights], -1)  # (B, 1 + C, 2)
     labels = torch.tensor([[1, -1], [-1, 1], [1, 1], [1, 0], [0, 0]]).float()[torch.arange(b) % 5]
-    return Contrast(
+    return ExplorationInputs(
         preferences[:, 0], preferences[:, 1:], own, other, own + 3, other + 3, torch.full((b, 2), 4),
         torch.tensor([[[0, 1]]]).expand(b, 1, 2), labels, labels.unsqueeze(1).expand(-1, c, -1), labels.unsqueeze(1),
         torch.ones(b, 2, dtype=torch.bool), 0.1,
     )  # fmt: skip
 
 
-def contrast_of_four(seed: int = 0) -> Contrast:
+def contrast_of_four(seed: int = 0) -> ExplorationInputs:
     """Four responses to each of five prompts, a pair for each of two objectives; the third response is in no pair."""
     generator = torch.Generator().manual_seed(seed)
     two = contrast(seed=seed)
@@ -122,7 +122,7 @@ def test_an_anchor_is_the_draw_of_its_own_stream() -> None:
     """Named from the last of the compared: what a run that is taken up again would draw."""
     compared = torch.tensor([[True, False, True, True]]).expand(30, 4)
     drawn = draw_anchors(1, compared, 5, [2] * 30, range(30))
-    each = [int(generator(Stream.ANCHOR, 5, 2, p).integers(3)) for p in range(30)]
+    each = [int(generator(RandomStream.ANCHOR, 5, 2, p).integers(3)) for p in range(30)]
     assert drawn.int().argmax(1).tolist() == [[3, 2, 0][place] for place in each]
     with pytest.raises(ValueError, match="longer"):
         draw_anchors(1, compared, 5, [2], range(30))

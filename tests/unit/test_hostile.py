@@ -496,7 +496,7 @@ def configuration(model: str | Path = "nowhere") -> dict[str, Any]:
 KEYS = [
     *(f"model.policy.init_args.{key}" for key in (
         "base", "conditioning", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "template", "dialogue",
-        "dtype", "temperature", "gradient_checkpointing", "tokens_per_pass", "unknown",
+        "dtype", "temperature", "gradient_checkpointing", "max_tokens_per_micro_batch", "unknown",
     )),
     "model.policy.init_args.conditioning.0.init_args.decimals", "model.policy.init_args", "model.policy", "model",
     "model.policy.class_path", "model.router", "model.beta_c", "model.learning_rate", "model.warmup", "model.unknown",

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 
 from miepo import MIEPO, OnlinePreferenceDataModule
 from miepo.callbacks import EvaluationTable, ParetoFront, PreferenceInformation, SampleTable, Steerability
+from miepo.data.rollout import reference_log_prob
 from miepo.errors import UserError
 from miepo.exploration import InfoNCE, Matching, PairwiseInformation
 from miepo.losses import implicit_reward
@@ -23,39 +24,8 @@ from miepo.policy import GatedConditioning, Policy, PromptConditioning
 from miepo.rollout import TransformersEngine
 from miepo.router import SampleRouter
 from miepo.types import PreferenceBatch, Responses, Tokens
-from tests.helpers.fit import tiny_run
+from tests.helpers.fit import Batches, rollout, step, tiny_run
 from tests.helpers.tiny import Chosen, Length, Letters, randomise_adapter
-
-
-class Batches(Callback):
-    """Keeps the batches, what was logged for them, and the adapter before each step."""
-
-    def __init__(self) -> None:
-        self.batches: list[PreferenceBatch] = []
-        self.logged: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.batches.append(batch)
-        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-
-
-def rollout(model: Path, root: Path, **kwargs) -> tuple[MIEPO, PreferenceBatch, dict[str, float]]:
-    batches = Batches()
-    kwargs.setdefault("trainer", {})
-    kwargs["trainer"] = {"callbacks": [batches], "max_steps": 1} | kwargs["trainer"]
-    trainer, module, data = tiny_run(model, root, **kwargs)
-    trainer.fit(module, data)
-    return module, batches.batches[0], batches.logged[0]
-
-
-def step(module: MIEPO, batch: PreferenceBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients of one step on a given batch, without logging."""
-    module._log_step = lambda *_: None
-    module.zero_grad()
-    loss = module.training_step(batch, 0)["loss"]
-    loss.backward()
-    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in module.policy.adapter_parameters().items()}  # fmt: skip
-    return loss.detach(), gradients
 
 
 @pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
@@ -281,10 +251,10 @@ def test_the_reference_is_computed_while_an_objective_waits(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     referred = threading.Event()
-    reference = OnlinePreferenceDataModule._reference
+    reference = reference_log_prob
 
-    def then_tell(self: OnlinePreferenceDataModule, *args: Any) -> Any:
-        made = reference(self, *args)
+    def then_tell(*args: Any) -> Any:
+        made = reference(*args)
         referred.set()
         return made
 
@@ -295,7 +265,7 @@ def test_the_reference_is_computed_while_an_objective_waits(
             assert "plants grow" in responses[0] or referred.wait(20)  # but for the check when it is loaded
             return super().score(prompts, responses)
 
-    monkeypatch.setattr(OnlinePreferenceDataModule, "_reference", then_tell)
+    monkeypatch.setattr("miepo.data.rollout.reference_log_prob", then_tell)
     given = {"mean": 0.0, "sd": 1.0}
     rollout(tiny_model, tmp_path, objectives=[Waits("a", normalisation=given), Letters("e", normalisation=given)])
     assert referred.is_set()
@@ -565,8 +535,8 @@ def test_training_step_is_short() -> None:
     import inspect
     import textwrap
 
-    for step in (MIEPO.training_step, MIEPO.terms):
-        body = ast.parse(textwrap.dedent(inspect.getsource(step))).body[0].body[1:]
+    for part in (MIEPO.training_step, MIEPO.terms):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body[1:]
         assert body[-1].end_lineno - body[0].lineno < 25
 
 
@@ -585,10 +555,10 @@ def test_prompts_in_several_passes_have_the_same_loss_gradient_and_log(
     module.terms = lambda part: (calls.append(len(part)), terms(part))[1]
     for groups in ([slice(0, 5)], [slice(0, 2), slice(2, 5)], None):
         if groups is None:
-            del module.policy.passes
-            module.policy.tokens_per_pass = 1
+            del module.policy.micro_batches
+            module.policy.max_tokens_per_micro_batch = 1
         else:
-            module.policy.passes = lambda *_: groups  # noqa: B023
+            module.policy.micro_batches = lambda *_: groups  # noqa: B023
         values: dict[str, torch.Tensor] = {}
         log_step = MIEPO._log_step
         module.log = lambda name, value, **_: values.__setitem__(name, value)  # noqa: B023

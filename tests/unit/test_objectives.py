@@ -32,9 +32,9 @@ from miepo.objectives import (
     Harmlessness,
     ModelObjective,
     Objective,
-    Patient,
     PythonObjective,
     Relevance,
+    RetryingObjective,
     RewardModel,
     ScoreModel,
 )
@@ -79,7 +79,7 @@ def everyone(classifier: Path, scorer: Path) -> list[Objective]:
         RewardModel(str(classifier), "reward", label=0),
         ScoreModel(str(scorer), "score", batch_size=2),
         PythonObjective("tests.unit.test_objectives.word_count", "words"),
-        Patient(PythonObjective("tests.unit.test_objectives.word_count", "asked")),
+        RetryingObjective(PythonObjective("tests.unit.test_objectives.word_count", "asked")),
     ]
 
 
@@ -315,7 +315,7 @@ class Wordy(Objective):
         (lambda: ScoreModel("one", "r"), lambda: ScoreModel("two", "r")),
         (lambda: Wordy(["a"]), lambda: Wordy(["b"])),
         (lambda: Wordy(["a"]), lambda: Wordy(["a"], strict=True)),
-        (lambda: Patient(Wordy(["a"])), lambda: Patient(Wordy(["b"]))),
+        (lambda: RetryingObjective(Wordy(["a"])), lambda: RetryingObjective(Wordy(["b"]))),
     ],
 )
 def test_a_normalisation_is_not_taken_by_what_scores_otherwise(
@@ -345,12 +345,12 @@ def test_the_signature_of_an_objective_is_its_constructors(kind: type[Objective]
 
 def test_patience_does_not_skip_the_checks_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = save_classifier(tmp_path, GPT2ForSequenceClassification, GPT2Config, pad_token_id=0, **SMALL_GPT2)
-    Patient(objective, timeout=60.0).load_checked(torch.device("cpu"))
+    RetryingObjective(objective, timeout=60.0).load_checked(torch.device("cpu"))
     monkeypatch.setattr(
         RewardModel, "read", lambda self, inputs: self.model(**inputs).logits[:, 0] + inputs["input_ids"].shape[1]
     )
     with pytest.raises(ObjectiveError, match="scores a response otherwise beside a longer one than alone"):
-        Patient(objective, timeout=60.0).load_checked(torch.device("cpu"))
+        RetryingObjective(objective, timeout=60.0).load_checked(torch.device("cpu"))
 
 
 def test_cheerful_words_are_counted_once_each() -> None:

@@ -17,13 +17,13 @@ from miepo.preferences import (
     parse_preference,
     simplex_rows,
 )
-from miepo.seeding import Stream, generator, torch_seed, torch_seeds
+from miepo.seeding import RandomStream, generator, torch_seed, torch_seeds
 
 
 @pytest.mark.parametrize("sampler", PreferenceSampler.__subclasses__())
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_contract_samplers_draw_from_the_simplex_with_equal_means(sampler: type[PreferenceSampler], k: int) -> None:
-    drawn = sampler().draw(generator(Stream.PREFERENCE, 0), 4000, k)
+    drawn = sampler().draw(generator(RandomStream.PREFERENCE, 0), 4000, k)
     assert drawn.shape == (4000, k)
     assert (drawn >= 0).all()
     np.testing.assert_allclose(drawn.sum(1), 1, atol=1e-12)
@@ -32,7 +32,7 @@ def test_contract_samplers_draw_from_the_simplex_with_equal_means(sampler: type[
 
 def test_dirichlet_has_its_variance() -> None:
     # Var w_k = (1/K)(1 - 1/K) / (K alpha + 1)
-    drawn = DirichletPreferences(0.5).draw(generator(Stream.PREFERENCE, 1), 20_000, 2)
+    drawn = DirichletPreferences(0.5).draw(generator(RandomStream.PREFERENCE, 1), 20_000, 2)
     assert drawn[:, 0].var() == pytest.approx(0.25 / 2, rel=0.03)
 
 
@@ -53,7 +53,7 @@ def test_draws_are_those_of_their_own_stream() -> None:
     sampler = DirichletPreferences(0.5)
     plus, minus = draw_preferences(sampler, 7, [0, 2], [4, 4], 2, 3)
     for row, epoch in enumerate((0, 2)):
-        drawn = sampler.draw(generator(Stream.PREFERENCE, 7, epoch, 4), 3, 3)
+        drawn = sampler.draw(generator(RandomStream.PREFERENCE, 7, epoch, 4), 3, 3)
         np.testing.assert_allclose(torch.cat([plus[row : row + 1], minus[row]]), drawn, rtol=1e-6)
     with pytest.raises(ValueError, match="longer"):
         draw_preferences(sampler, 7, [0], [4, 5], 2, 3)
@@ -172,18 +172,20 @@ def test_bad_alpha(alpha: float) -> None:
 
 def test_alpha_of_another_length() -> None:
     with pytest.raises(UserError, match="has 3 entries, but there are 2 objectives"):
-        DirichletPreferences([1.0, 1.0, 1.0]).draw(generator(Stream.PREFERENCE, 0), 1, 2)
+        DirichletPreferences([1.0, 1.0, 1.0]).draw(generator(RandomStream.PREFERENCE, 0), 1, 2)
 
 
 def test_corners_are_one_hot() -> None:
-    drawn = CornerPreferences().draw(generator(Stream.PREFERENCE, 0), 50, 3)
+    drawn = CornerPreferences().draw(generator(RandomStream.PREFERENCE, 0), 50, 3)
     assert set(map(tuple, drawn)) == set(map(tuple, np.eye(3)))
 
 
 def test_seeds_for_torch_are_draws_of_numpy() -> None:
-    wanted = [int(np.random.default_rng([Stream.SAMPLING, 3, *place]).integers(2**63)) for place in ((0, 7), (1, 2))]
-    assert torch_seeds(Stream.SAMPLING, 3, [0, 1], [7, 2]) == wanted
-    assert torch_seed(Stream.SAMPLING, 3, 0, 7) == wanted[0]
+    wanted = [
+        int(np.random.default_rng([RandomStream.SAMPLING, 3, *place]).integers(2**63)) for place in ((0, 7), (1, 2))
+    ]
+    assert torch_seeds(RandomStream.SAMPLING, 3, [0, 1], [7, 2]) == wanted
+    assert torch_seed(RandomStream.SAMPLING, 3, 0, 7) == wanted[0]
 
 
 def test_grids_of_as_many_points_as_there_are() -> None:

@@ -16,8 +16,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning, attention
-from miepo.policy.prefix_tree import pack, passes, tree_size
+from miepo.policy import Conditioning, GatedConditioning, Policy, PromptConditioning, tree_attention
+from miepo.policy.prefix_tree import micro_batches, pack, tree_size
 from miepo.types import Tokens
 from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
 
@@ -55,7 +55,7 @@ def one_by_one(policy: Policy, responses: Tokens, w: torch.Tensor, reference: bo
 def test_values_and_gradients_are_those_of_the_sequences_one_by_one(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, way: str, checkpointing: bool, product_keys: int
 ) -> None:
-    monkeypatch.setattr(attention, "PRODUCT_KEYS", product_keys)
+    monkeypatch.setattr(tree_attention, "PRODUCT_KEYS", product_keys)
     upstream = torch.randn(3, 3, 2, 6, generator=torch.Generator().manual_seed(1))
     results = []
     for together in (True, False):
@@ -152,12 +152,12 @@ def test_sizes_and_passes() -> None:
     for share in (True, False):
         sizes = [tree_size(under, answers, share) for under in prompts]
         assert sum(sizes) == pack(prompts, [answers] * 2, 3, share, torch.float32).ids.shape[1]
-    assert passes([3, 3, 3, 9, 1], 6) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
-    assert passes([3, 3], 10) == [slice(0, 2)]
+    assert micro_batches([3, 3, 3, 9, 1], 6) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
+    assert micro_batches([3, 3], 10) == [slice(0, 2)]
     # as many as another process needs
-    assert passes([3, 3, 3, 9, 1], 6, 5) == [slice(i, i + 1) for i in range(5)]
-    assert passes([1, 1, 1], 10, 2) == [slice(0, 1), slice(1, 3)]
-    assert passes([3, 3], 10, 4) == [slice(0, 1), slice(1, 2), slice(1, 2), slice(1, 2)]
+    assert micro_batches([3, 3, 3, 9, 1], 6, 5) == [slice(i, i + 1) for i in range(5)]
+    assert micro_batches([1, 1, 1], 10, 2) == [slice(0, 1), slice(1, 3)]
+    assert micro_batches([3, 3], 10, 4) == [slice(0, 1), slice(1, 2), slice(1, 2), slice(1, 2)]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -169,7 +169,7 @@ def test_without_gradient_prompts_go_in_several_passes(tiny_model: Path, way: st
     )
     with policy.evaluating():
         whole = policy.response_log_prob(PROMPTS, W, some_responses())
-        policy.tokens_per_pass = 1
+        policy.max_tokens_per_micro_batch = 1
         torch.testing.assert_close(policy.response_log_prob(PROMPTS, W, some_responses()), whole)
     assert len(lengths) == 4
     assert sum(lengths[1:]) == lengths[0]

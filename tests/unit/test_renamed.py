@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from miepo.cli import main
+from miepo.objectives import Brevity, RetryingObjective
+from miepo.objectives.base import alike, identity_of
+from miepo.policy import Policy
 from miepo.renamed import RENAMED, new_name
 
 
@@ -37,3 +40,22 @@ def test_a_configuration_with_old_names_is_read(capsys: pytest.CaptureFixture[st
         main(["fit", "--config", config, *old, "--print_config"])
     assert end.value.code == 0
     assert "learning_rate: 0.002" in capsys.readouterr().out
+
+
+def test_a_class_by_its_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("miepo.objectives", "miepo.objectives.retrying"):
+        with pytest.warns(FutureWarning, match=f"{module}.Patient is called RetryingObjective now"):
+            assert import_module(module).Patient is RetryingObjective
+        with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+            _ = import_module(module).Nothing
+
+
+def test_a_normalisation_that_was_kept_under_an_old_name_is_of_the_same_objective() -> None:
+    now = identity_of(RetryingObjective(Brevity()))
+    assert alike(now | {"class": "miepo.objectives.patient.Patient"}, now)
+    assert not alike(now | {"class": "miepo.objectives.patient.Other"}, now)
+
+
+def test_a_setting_by_its_old_name() -> None:
+    with pytest.warns(FutureWarning, match="policy.tokens_per_pass is called max_tokens_per_micro_batch now"):
+        assert Policy("base", tokens_per_pass=40).max_tokens_per_micro_batch == 40

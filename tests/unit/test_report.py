@@ -25,7 +25,7 @@ from miepo.report.intervals import KEYS, front_of, overlap, point_estimates
 from miepo.report.page import before_and_after, samples
 from miepo.report.runs import Evaluation, differing, incomparable, labels, read_evaluation, read_run, read_runs
 from miepo.report.text import visible
-from miepo.seeding import Stream, generator
+from miepo.seeding import RandomStream, generator
 from tests.helpers.runs import NAMES, evaluation_rows, figures, write_run
 
 HOSTILE = [
@@ -211,7 +211,7 @@ def test_intervals_against_a_slow_loop(names: tuple[str, ...], tmp_path: Path) -
         return {key: float(value) for key, value in metric.compute().items() if key in ("hv", "mip", "crd")}
 
     whole = measured(range(6))
-    drawn = [measured(chosen)["hv"] for chosen in generator(Stream.BOOTSTRAP, 0).integers(6, size=(20, 6))]
+    drawn = [measured(chosen)["hv"] for chosen in generator(RandomStream.BOOTSTRAP, 0).integers(6, size=(20, 6))]
     high, low = 2 * whole["hv"] - np.quantile(drawn, [0.025, 0.975])
     expected = {f"front/{key}": value for key, value in whole.items()} | {
         "front/hv_corrected": 2 * whole["hv"] - np.mean(drawn),
@@ -306,7 +306,7 @@ def test_the_interval_of_a_change_against_a_slow_loop(tmp_path: Path) -> None:
         assert found[key] == pytest.approx(change)
         assert [found[f"{key}_low"], found[f"{key}_high"]] == pytest.approx([change - half, change + half]), key
     drawn = []
-    for chosen in generator(Stream.BOOTSTRAP, 0).integers(6, size=(20, 6)):
+    for chosen in generator(RandomStream.BOOTSTRAP, 0).integers(6, size=(20, 6)):
         both = []
         for e in (new, old):
             rows = torch.cat([torch.where(e.positions == p)[0] for p in chosen])

@@ -15,13 +15,12 @@ from miepo.errors import UserError
 from miepo.methods import RewardsInContext, RewardsInContextDataModule, TargetConditioning
 from miepo.methods.ric.conditioning import preference_to_target, score_range
 from miepo.methods.ric.data import Pool, good_at_something, join, non_dominated
-from miepo.objectives import Patient
+from miepo.objectives import RetryingObjective
 from miepo.policy import GatedConditioning, Policy
-from miepo.seeding import Stream, generator, torch_seeds
+from miepo.seeding import RandomStream, generator, torch_seeds
 from miepo.types import SupervisedBatch, Tokens
 from tests.helpers.fit import PROMPTS, tiny_run
-from tests.helpers.tiny import Length, Letters
-from tests.unit.test_patient import Moody, fails
+from tests.helpers.tiny import Length, Letters, Moody, fails
 
 
 def ric_run(
@@ -202,8 +201,8 @@ def test_prompts_preferences_and_seeds_are_those_of_an_online_method(tiny_model:
     wanted = []
     for batch in range(8):
         epoch, positions = batch // 4, order[batch % 4 * 2 : batch % 4 * 2 + 2]
-        draws = [data.preferences.draw(generator(Stream.PREFERENCE, 5, epoch, p), 1, 2)[0] for p in positions]
-        seeds = torch_seeds(Stream.SAMPLING, 5, [epoch] * 2, positions)
+        draws = [data.preferences.draw(generator(RandomStream.PREFERENCE, 5, epoch, p), 1, 2)[0] for p in positions]
+        seeds = torch_seeds(RandomStream.SAMPLING, 5, [epoch] * 2, positions)
         wanted.append(([prompts.at(epoch, p) for p in positions], torch.tensor(np.array(draws)).float(), seeds))
     asked = asked[-8:]
     assert [row[0] for row in asked] == [row[0] for row in wanted]
@@ -217,7 +216,7 @@ def test_a_step_imitates_the_next_rows_of_a_shuffled_pool(tiny_model: Path, tmp_
     watch = Watch(module, data)
     trainer.fit(module, data)
     for stage, begin, end in ((0, 0, 4), (1, 4, 6), (2, 6, 8)):
-        pool, rng = watch.pools[stage], generator(Stream.SHUFFLE, 5, stage, 1)
+        pool, rng = watch.pools[stage], generator(RandomStream.SHUFFLE, 5, stage, 1)
         order = np.concatenate([rng.permutation(len(pool)) for _ in range(2)])  # once more where the pool is too small
         for step in range(begin, end):
             rows = pool.rows(order[(step - begin) * 4 :][:4])
@@ -379,7 +378,7 @@ def test_the_target_reaches_the_policy_at_evaluation(tiny_model: Path) -> None:
 def test_what_an_objective_gave_up_while_a_pool_was_made_is_counted(tiny_model: Path, tmp_path: Path) -> None:
     trainer, module, data = ric_run(tiny_model, tmp_path)
     moody = Moody([lambda: None] * 2 + [fails] * 3)  # loaded, normalised by what it has; then down for three batches
-    trainer.callbacks.append(Patient(moody, retries=0, on_failure="skip"))
+    trainer.callbacks.append(RetryingObjective(moody, retries=0, on_failure="skip"))
     counted = []
     step = module.training_step
 

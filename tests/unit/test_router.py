@@ -5,7 +5,7 @@ import torch
 
 from miepo.preferences import DirichletPreferences, draw_preferences, routing_draws
 from miepo.router import ExpectationRouter, Router, SampleRouter
-from miepo.seeding import Stream, generator
+from miepo.seeding import RandomStream, generator
 
 ROUTERS = Router.__subclasses__()
 
@@ -61,7 +61,7 @@ def test_draws_are_those_of_the_place_in_the_run() -> None:
     draws = routing_draws(5, epochs, positions)
     assert draws.dtype == torch.float64
     assert draws.tolist() == [
-        generator(Stream.ROUTING, 5, e, p).random() for e, p in zip(epochs, positions, strict=True)
+        generator(RandomStream.ROUTING, 5, e, p).random() for e, p in zip(epochs, positions, strict=True)
     ]
     with pytest.raises(ValueError, match="longer"):
         routing_draws(5, [0], [0, 1])

@@ -23,7 +23,7 @@ from miepo.metrics import (
 )
 from miepo.metrics.resampling import permuted_means, resampled_moments
 from miepo.preferences import evaluation_grid
-from miepo.seeding import Stream, generator
+from miepo.seeding import RandomStream, generator
 
 
 def answers(
@@ -195,7 +195,7 @@ def test_the_correction_of_the_hypervolume_is_the_bootstraps_bias() -> None:
     scores, index, positions = answers(3, 8, grid, grid)
     sums = AnswerSums.of(scores, index, positions, 5)
     drawn = []
-    for chosen in generator(Stream.BOOTSTRAP, 5).integers(8, size=(1000, 8)):
+    for chosen in generator(RandomStream.BOOTSTRAP, 5).integers(8, size=(1000, 8)):
         rows = torch.cat([torch.arange(40).view(8, 5)[p] for p in chosen])
         means = torch.stack([scores[rows][index[rows] == i].mean(0) for i in range(5)])
         drawn.append(float(hypervolume(means, -1.0)))
@@ -216,7 +216,7 @@ def test_what_chance_gives_is_that_of_a_slow_loop() -> None:
     scores, index, positions = answers(4, 6, grid, grid)
     sums = AnswerSums.of(scores, index, positions, 3)
     chance = []
-    for order in generator(Stream.BOOTSTRAP, 5, 1).random((400, 6, 3)).argsort(-1):
+    for order in generator(RandomStream.BOOTSTRAP, 5, 1).random((400, 6, 3)).argsort(-1):
         rows = np.array([scores.view(6, 3, 2)[p].numpy()[order[p]] for p in range(6)])  # (P, M, K)
         chance.append(float(hypervolume(torch.tensor(rows.mean(0)), -1.0)))
     estimate = estimate_hypervolume(sums, -1.0, 5)
@@ -248,7 +248,7 @@ def test_resampled_moments_are_those_of_whole_prompts() -> None:
     scores, index, positions = answers(2, 4, grid, grid, repeat=2)
     means, covariances = resampled_moments(AnswerSums.of(scores, index, positions, 3), 20, 7)
     assert means.shape == (20, 3, 2)
-    for d, chosen in enumerate(generator(Stream.BOOTSTRAP, 7).integers(4, size=(20, 4))):
+    for d, chosen in enumerate(generator(RandomStream.BOOTSTRAP, 7).integers(4, size=(20, 4))):
         for m in range(3):
             rows = torch.cat([scores[(positions == p) & (index == m)] for p in chosen]).numpy()
             np.testing.assert_allclose(means[d, m], rows.mean(0))

@@ -21,7 +21,7 @@ from miepo.rollout.fused_decoder import FusedDecoder
 from miepo.seeding import prompt_seeds
 from miepo.text import cut_at
 from miepo.trained.plain_decoder import PlainDecoder
-from miepo.trained.streaming import Piece, Question, Responder, ResponseText, choose, stream
+from miepo.trained.streaming import Chunk, ContinuousDecoder, GenerationRequest, ResponseText, choose, stream
 from tests.helpers.tiny import randomise_adapter, tiny_policy, tiny_tokenizer
 
 PROMPTS = ["the garden", "rain comes in spring and people like it", "food"]
@@ -34,10 +34,10 @@ def policy(tiny_model: Path) -> Policy:
     return randomise_adapter(built).eval()
 
 
-def questions(policy: Policy, **changes) -> list[Question]:
+def questions(policy: Policy, **changes) -> list[GenerationRequest]:
     seeds = prompt_seeds(7, len(PROMPTS))
     return [
-        Question(
+        GenerationRequest(
             policy.template.encode(prompt, policy.preference_text(w.tolist())), w,
             **{"max_new_tokens": 12, "temperature": policy.temperature, "seed": seed} | changes,
         )
@@ -45,7 +45,7 @@ def questions(policy: Policy, **changes) -> list[Question]:
     ]  # fmt: skip
 
 
-def texts(pieces: list[Piece], count: int = 3) -> list[str]:
+def texts(pieces: list[Chunk], count: int = 3) -> list[str]:
     return ["".join(piece.text for piece in pieces if piece.row == row) for row in range(count)]
 
 
@@ -91,7 +91,7 @@ def test_who_comes_later_is_answered_alike(policy: Policy, monkeypatch: pytest.M
     expected = [texts(list(stream(policy, [question])), 1)[0] for question in asked]
     if not fused:
         monkeypatch.setattr("miepo.trained.streaming.fits", lambda policy: False)
-    responder, pieces, sizes = Responder(policy, 4), [], []
+    responder, pieces, sizes = ContinuousDecoder(policy, 4), [], []
     joins = {0: asked[:1], 2: asked[1:3], 3: asked[3:4], 11: asked[4:]}
     for t in range(60):
         if come := joins.get(t):
@@ -131,7 +131,7 @@ def test_places_that_no_row_reads_are_let_go(policy: Policy, kind: type) -> None
 
 def test_an_error_while_caches_are_joined_ends_all(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = questions(policy)
-    responder = Responder(policy, 4)
+    responder = ContinuousDecoder(policy, 4)
     responder.join(asked[:1])
     with pytest.raises(UserError, match="expected at most 256 together"):
         responder.join([replace(asked[1], max_new_tokens=1000)])
@@ -156,7 +156,7 @@ def test_settings_are_of_each_question(policy: Policy) -> None:
 
 
 def test_what_nobody_waits_for_ends(policy: Policy) -> None:
-    seen: list[Piece] = []
+    seen: list[Chunk] = []
     for piece in stream(policy, questions(policy), cancelled=lambda row: row == 1 and len(seen) > 2):
         seen.append(piece)
     assert [p.finish for p in seen if p.row == 1][-1] == "cancelled"

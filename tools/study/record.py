@@ -8,15 +8,15 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.callbacks.pareto_front import METRIC as FRONT
 from miepo.callbacks.preference_information import grid_log_prob, read_by_prompt
 from miepo.metrics import reward_overlap
 from miepo.metrics.steerability import preference_slopes, t_interval
 from miepo.policy import Policy
-from miepo.training.reporting import whole_evaluation
 from miepo.types import EvaluationBatch
 from tools.study import rows
 
@@ -45,7 +45,7 @@ def divergence(policy: Policy, batch: EvaluationBatch, grid: Tensor) -> Tensor:
     return (own - base).squeeze(1)
 
 
-class Record(Callback):
+class Record(EvaluationCallback):
     """Writes ``evaluations.jsonl`` while a run trains, and ``result.json`` once it has ended well.
 
     The second has with what arithmetic, libraries and commit the run was made.
@@ -84,11 +84,8 @@ class Record(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.evaluating = perf_counter()
 
-    @whole_evaluation
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: EvaluationBatch, *_: Any
-    ) -> None:
-        self.kl.append(divergence(pl_module.policy, batch, trainer.datamodule.grid).cpu())  # type: ignore[attr-defined]
+    def on_evaluation_batch(self, trainer: Trainer, module: Any, batch: EvaluationBatch) -> None:
+        self.kl.append(divergence(module.policy, batch, trainer.datamodule.grid).cpu())  # type: ignore[attr-defined]
         self.lengths.append(batch.responses.tokens.flat().mask.sum(-1).float().cpu())
         assert batch.scores is not None
         self.scores.append(batch.scores.cpu())
@@ -96,26 +93,25 @@ class Record(Callback):
         self.positions += batch.positions
         self.finished.append(batch.responses.finished.float().cpu())
 
-    @whole_evaluation
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def after_evaluation(self, trainer: Trainer, module: Any) -> None:
         now = perf_counter()
         self.evaluated += now - self.evaluating
         grid, index = trainer.datamodule.grid, torch.cat(self.index)  # type: ignore[attr-defined]
-        scores, metric = torch.cat(self.scores), pl_module.metrics[FRONT]
+        scores, metric = torch.cat(self.scores), module.metrics[FRONT]
         finite = scores.isfinite().all(-1)
         means = [scores[finite & (index == i)].double().mean(0).tolist() for i in range(len(grid))]
         logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("front/", "information/"))}
         slopes = t_interval(preference_slopes(scores, index, torch.tensor(self.positions), grid.cpu()))  # (K, K) each
         obedience = {
             f"slope{suffix}/{name}": float(part[k, k])
-            for k, name in enumerate(pl_module.names)
+            for k, name in enumerate(module.names)
             for suffix, part in zip(("", "_low", "_high"), slopes, strict=True)
         }
         side_effects = {
             f"side/{other} on {name}": float(slopes[0][j, k])
-            for j, name in enumerate(pl_module.names)
-            for k, other in enumerate(pl_module.names)
-            if j != k and len(pl_module.names) > 2  # of two, each is minus a slope
+            for j, name in enumerate(module.names)
+            for k, other in enumerate(module.names)
+            if j != k and len(module.names) > 2  # of two, each is minus a slope
         }
         row = {
             "step": trainer.global_step,

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from miepo.data.reading import read_rows
 from miepo.errors import UserError
-from miepo.seeding import Stream, generator
+from miepo.recorded import Recorded
+from miepo.seeding import RandomStream, generator
 
 Split = Literal["train", "test"]
 
@@ -28,7 +29,7 @@ class Comparison:
     preferred: int
 
 
-class PreferenceDataset(ABC):
+class PreferenceDataset(Recorded, ABC):
     """A preference data set. A subclass says which fields it reads and what a row of them means.
 
     Prompts are split, not rows: a prompt that occurs twice never stands on both sides.
@@ -72,7 +73,7 @@ class PreferenceDataset(ABC):
     @cached_property
     def _parts(self) -> dict[str, list[Comparison]]:
         rows = _by_prompt(self._load(self.source, "train"))
-        order = [list(rows)[i] for i in generator(Stream.SPLIT, self.seed).permutation(len(rows))]
+        order = [list(rows)[i] for i in generator(RandomStream.SPLIT, self.seed).permutation(len(rows))]
         if self.test_source is None:
             train, test = _sizes(self.train, self.test, len(order))
             chosen, held_out, source = order[test : test + train], order[:test], rows
@@ -80,7 +81,7 @@ class PreferenceDataset(ABC):
             source = {p: c for p, c in _by_prompt(self._load(self.test_source, "test")).items() if p not in rows}
             if not source:
                 raise UserError(f"{type(self).__name__}: every test prompt is a training prompt, too")
-            held_out = [list(source)[i] for i in generator(Stream.SPLIT, self.seed, 1).permutation(len(source))]
+            held_out = [list(source)[i] for i in generator(RandomStream.SPLIT, self.seed, 1).permutation(len(source))]
             chosen, held_out = order[: self.train], held_out[: self.test]
         if len(chosen) < self.train or len(held_out) < self.test:
             rank_zero_warn(

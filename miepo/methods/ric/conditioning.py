@@ -9,13 +9,13 @@ import numpy as np
 
 from miepo.errors import UserError
 from miepo.policy import Conditioning
-from miepo.seeding import Stream, generator
+from miepo.seeding import RandomStream, generator
 
 
 @cache
 def score_range(draws: int = 5000) -> tuple[float, float]:
     """The smallest and the largest of so many standard normal draws: where targets of z-scores begin and end."""
-    values = generator(Stream.CALIBRATION, draws).standard_normal(draws)
+    values = generator(RandomStream.CALIBRATION, draws).standard_normal(draws)
     return float(values.min()), float(values.max())
 
 

@@ -21,7 +21,7 @@ from miepo.data.samplers import OnlinePrompts
 from miepo.errors import UserError
 from miepo.objectives.normalisation import offline_responses
 from miepo.objectives.scoring import normalise_rewards, start_scoring
-from miepo.seeding import Stream, generator, torch_seeds
+from miepo.seeding import RandomStream, generator, torch_seeds
 from miepo.training.distributed import gathered, gathered_rows, together
 from miepo.types import PromptBatch, SupervisedBatch, Tokens
 
@@ -192,7 +192,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         if stage != self.stage:
             self._begin(stage, range(index, ends[stage]), per_epoch)
         assert self.pool is not None
-        rng = generator(Stream.SHUFFLE, self.seed, stage, 1)
+        rng = generator(RandomStream.SHUFFLE, self.seed, stage, 1)
         processes = trainer.world_size
         each = self.responses * processes  # rows of a step for each of our prompts
         begin, size = ends[stage - 1] if stage else 0, each * self.batch_size
@@ -228,11 +228,11 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             positions = self._positions[first : first + self.batch_size]
             texts = [prompts.at(epoch, p) for p in positions]
             draws = [
-                self.preferences.draw(generator(Stream.PREFERENCE, self.seed, epoch, p), 1, len(module.names))[0]
+                self.preferences.draw(generator(RandomStream.PREFERENCE, self.seed, epoch, p), 1, len(module.names))[0]
                 for p in positions
             ]
             preference = torch.from_numpy(np.stack(draws)).float()  # (B, K)
-            seeds = torch_seeds(Stream.SAMPLING, self.seed, [epoch] * len(texts), positions)
+            seeds = torch_seeds(RandomStream.SAMPLING, self.seed, [epoch] * len(texts), positions)
             with policy.silent() if stage == 0 else nullcontext():  # the base has not read scores yet
                 responses = self.engine.sample(policy, texts, preference, self.responses, self.max_new_tokens, seeds)
             raw = together(self._trainer, start_scoring(module.objectives, texts, responses.texts))

@@ -20,9 +20,9 @@ from miepo.data.reading import read_rows
 from miepo.data.samplers import EvaluationShare, RunLoader
 from miepo.errors import UserError
 from miepo.policy import Policy
-from miepo.seeding import Stream, generator
+from miepo.recorded import Recorded
+from miepo.seeding import RandomStream, generator
 from miepo.training.progress import place_in_run
-from miepo.training.run_checkpoint import begin_step
 from miepo.types import SupervisedBatch, Tokens
 
 VALIDATION = 0.05  # share of a file of examples that is held out
@@ -50,7 +50,7 @@ def length_batches(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-class SupervisedDataModule(LightningDataModule):
+class SupervisedDataModule(Recorded, LightningDataModule):
     """Prompts with the responses to imitate, in batches of like length.
 
     Args:
@@ -162,10 +162,6 @@ class SupervisedDataModule(LightningDataModule):
         tokens = Tokens.of_rows(ids, self._policy.tokenizer.pad_token_id)
         return SupervisedBatch(prompts, tokens, torch.zeros(len(rows), 0))
 
-    def on_before_batch_transfer(self, batch: SupervisedBatch, dataloader_idx: int) -> SupervisedBatch:
-        begin_step(self.trainer)
-        return batch
-
     def transfer_batch_to_device(
         self, batch: SupervisedBatch, device: torch.device, dataloader_idx: int
     ) -> SupervisedBatch:
@@ -210,6 +206,6 @@ class _Batches(DistributedSampler):
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         epoch, done = self.place()  # at the first batch, when Lightning has restored it
-        rng = generator(Stream.SHUFFLE, self.seed, epoch)
+        rng = generator(RandomStream.SHUFFLE, self.seed, epoch)
         batches = length_batches(self.lengths, self.whole, rng)
         yield from (batch[self.mine] for batch in [b for b in batches if len(b) >= self.num_replicas][done:])

@@ -14,9 +14,10 @@ from torch import Tensor
 from miepo.errors import ObjectiveError, UserError
 from miepo.objectives.base import TRIAL, Objective, identity_of
 from miepo.objectives.scoring import in_thread
+from miepo.renamed import old_names
 
 
-class Patient(Objective):
+class RetryingObjective(Objective):
     """Asks another objective again when it fails or takes too long, and can go on without its scores.
 
     A failure is an exception, scores of a wrong shape, or no answer in time. ``count/failed/NAME`` in the log is how
@@ -109,3 +110,6 @@ class Patient(Objective):
         if not wait([asked], self.timeout).done:
             raise ObjectiveError(f"objective {self.name}: no answer in {self.timeout:g} s")
         return asked.result()
+
+
+__getattr__ = old_names(__name__, Patient=RetryingObjective)

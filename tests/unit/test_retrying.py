@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +13,19 @@ import pytest
 import torch
 
 from miepo.errors import ObjectiveError, UserError
-from miepo.objectives import Objective, Patient
+from miepo.objectives import RetryingObjective
 from miepo.objectives.base import identity_of
-from tests.helpers.fit import tiny_run
-from tests.helpers.tiny import Broken, Length, Letters
-from tests.unit.test_module import rollout, step
+from tests.helpers.fit import rollout, step, tiny_run
+from tests.helpers.tiny import Broken, Length, Letters, Moody, fails
 
 
-class Moody(Objective):
-    """Does what a list says, call by call; then it answers."""
-
-    higher_is_better = False
-
-    def __init__(self, moods: Sequence[Callable[[], Any]], name: str = "moody") -> None:
-        super().__init__(name, {"mean": 0.0, "sd": 1.0})
-        self.moods, self.calls = list(moods), 0
-
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Any:
-        self.calls += 1
-        if self.moods and (made := self.moods.pop(0)()) is not None:
-            return made
-        return [float(len(r)) for r in responses]
-
-
-def fails() -> None:
-    raise ConnectionError("the server is down")
-
-
-def ask(objective: Patient, *texts: str) -> list[float]:
+def ask(objective: RetryingObjective, *texts: str) -> list[float]:
     return objective.reward(["x"] * len(texts), texts).tolist()
 
 
 def test_it_asks_again_and_has_the_scores_of_the_other() -> None:
     inner = Moody([fails, lambda: [1.0], fails])  # down, a wrong shape, down
-    objective = Patient(inner, retries=3, backoff=0.0)
+    objective = RetryingObjective(inner, retries=3, backoff=0.0)
     assert ask(objective, "ab", "c") == [-2.0, -1.0]
     assert inner.calls == 4
     assert (objective.name, objective.normalisation, objective.given) == ("moody", inner.normalisation, True)
@@ -56,25 +34,25 @@ def test_it_asks_again_and_has_the_scores_of_the_other() -> None:
 
 def test_it_waits_twice_as_long_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("miepo.objectives.patient.sleep", waited.append)
+    monkeypatch.setattr("miepo.objectives.retrying.sleep", waited.append)
     with pytest.raises(ObjectiveError, match="After 4 attempts: objective moody failed to score: ConnectionError: the"):
-        ask(Patient(Moody([fails] * 9), retries=3, backoff=0.5), "a")
+        ask(RetryingObjective(Moody([fails] * 9), retries=3, backoff=0.5), "a")
     assert waited == [0.5, 1.0, 2.0]
 
 
 def test_no_answer_in_time_is_a_failure() -> None:
     never = threading.Event()
-    objective = Patient(Moody([never.wait]), timeout=0.1, retries=0)
+    objective = RetryingObjective(Moody([never.wait]), timeout=0.1, retries=0)
     with pytest.raises(ObjectiveError, match=r"objective moody: no answer in 0.1 s"):
         ask(objective, "a")
-    assert ask(Patient(Moody([]), timeout=20.0), "abc") == [-3.0]
+    assert ask(RetryingObjective(Moody([]), timeout=20.0), "abc") == [-3.0]
     with pytest.raises(ObjectiveError, match="server is down"):
-        ask(Patient(Moody([fails]), timeout=20.0, retries=0), "a")
+        ask(RetryingObjective(Moody([fails]), timeout=20.0, retries=0), "a")
     never.set()
 
 
 def test_a_server_that_was_never_there_is_a_mistake() -> None:
-    objective = Patient(Moody([fails]), retries=5, on_failure="skip")
+    objective = RetryingObjective(Moody([fails]), retries=5, on_failure="skip")
     with pytest.raises(ObjectiveError, match="moody failed to score"):
         objective.load_checked(torch.device("cpu"))
 
@@ -82,7 +60,7 @@ def test_a_server_that_was_never_there_is_a_mistake() -> None:
 def test_the_time_out_is_of_loading_too() -> None:
     begin = time.monotonic()
     with pytest.raises(ObjectiveError, match=r"no answer in 0\.1 s"):
-        Patient(Moody([lambda: time.sleep(5)]), timeout=0.1).load_checked(torch.device("cpu"))
+        RetryingObjective(Moody([lambda: time.sleep(5)]), timeout=0.1).load_checked(torch.device("cpu"))
     assert time.monotonic() - begin < 3
 
 
@@ -90,7 +68,7 @@ def test_a_mistake_within_is_a_failure_too() -> None:
     def mistaken() -> None:
         raise UserError("this prompt is too long for the server")
 
-    objective = Patient(Moody([mistaken] * 2), retries=1, backoff=0.0, on_failure="skip")
+    objective = RetryingObjective(Moody([mistaken] * 2), retries=1, backoff=0.0, on_failure="skip")
     with pytest.warns(UserWarning, match="left out of a batch, after 2 attempts: this prompt is too long"):
         assert torch.tensor(ask(objective, "a")).isnan().all()
 
@@ -104,7 +82,7 @@ def test_what_the_objective_keeps_is_kept() -> None:
             super().load_state_dict(state_dict)
             self.calls = state_dict.get("calls", 0)
 
-    objective, again = Patient(Counting([])), Patient(Counting([]))
+    objective, again = RetryingObjective(Counting([])), RetryingObjective(Counting([]))
     ask(objective, "a")
     again.load_state_dict(objective.state_dict())
     assert again.objective.calls == 1
@@ -113,7 +91,7 @@ def test_what_the_objective_keeps_is_kept() -> None:
 
 def test_a_thread_that_hangs_keeps_no_process() -> None:
     code = (
-        "import time, torch; from miepo.objectives import Objective; from miepo.objectives.base import start_scoring\n"
+        "import time, torch; from miepo.objectives import Objective; from miepo.objectives.scoring import start_scoring\n"
         "class Hangs(Objective):\n"
         "    concurrent = True\n"
         "    def score(self, prompts, responses): time.sleep(100)\n"
@@ -125,7 +103,7 @@ def test_a_thread_that_hangs_keeps_no_process() -> None:
 def test_a_run_goes_on_without_it_and_counts(tiny_model: Path, tmp_path: Path) -> None:
     """Its pairs have no label; the others' have."""
     inner = Moody([lambda: None] * 2 + [fails] * 2)  # loaded, then down for the first rollout
-    objectives = [Patient(inner, retries=1, backoff=0.0, on_failure="skip"), Length()]
+    objectives = [RetryingObjective(inner, retries=1, backoff=0.0, on_failure="skip"), Length()]
     with pytest.warns(UserWarning, match="moody is left out of a batch, after 2 attempts"):
         module, batch, logged = rollout(tiny_model, tmp_path, objectives=objectives, trainer={"max_steps": 2})
     assert logged["count/failed/moody"] == 1
@@ -139,7 +117,10 @@ def test_a_run_goes_on_without_it_and_counts(tiny_model: Path, tmp_path: Path) -
 
 def test_an_evaluation_counts_what_was_left_out_of_it(tiny_model: Path, tmp_path: Path) -> None:
     inner = Moody([lambda: None, fails, lambda: None, fails])  # loaded; down in the first and the third batch
-    objectives = [Patient(inner, retries=0, on_failure="skip"), Letters("e", normalisation={"mean": 0.0, "sd": 1.0})]
+    objectives = [
+        RetryingObjective(inner, retries=0, on_failure="skip"),
+        Letters("e", normalisation={"mean": 0.0, "sd": 1.0}),
+    ]
     trainer, module, data = tiny_run(
         tiny_model, tmp_path, objectives=objectives, data={"grid": 3, "evaluation_batch_size": 2},
         trainer={"limit_val_batches": 1.0},
@@ -170,4 +151,4 @@ def test_infinite_scores_are_none(tiny_model: Path, tmp_path: Path) -> None:
 )
 def test_bad_settings(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Patient(Broken(), **settings)
+        RetryingObjective(Broken(), **settings)

@@ -1,0 +1,76 @@
+"""What objects remember of their construction, and how a configuration states it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from miepo import OnlinePreferenceDataModule
+from miepo.methods import RewardsInContextDataModule
+from miepo.objectives import Objective, PythonObjective
+from miepo.policy import GatedConditioning, Policy
+from miepo.preferences import CornerPreferences, DirichletPreferences
+from miepo.recorded import Recorded, specification
+
+
+class Thing(Recorded):
+    def __init__(self, a: int, *, b: Any = (1, 2), **rest: Any) -> None:
+        self.a, self.b, self.rest = a, b, rest
+
+
+class Warm(Objective):
+    def __init__(self, words: list[str], name: str = "warm") -> None:
+        super().__init__(name)
+        self.words = words
+
+    def score(self, prompts, responses):
+        return [0.0] * len(prompts)
+
+
+def test_arguments_by_name_with_defaults() -> None:
+    thing = Thing(3, c=4)
+    assert thing.built_with == {"a": 3, "b": (1, 2), "c": 4}
+    assert copy.deepcopy(thing).built_with == thing.built_with
+    assert pickle.loads(pickle.dumps(thing)).built_with == thing.built_with
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        Thing()  # type: ignore[call-arg]
+
+
+def test_a_specification_is_plain_data() -> None:
+    nested = Thing(np.int64(3), b={"x": [Thing(1)]}, file=Path("a/b"), kind=torch.Tensor, function=specification)
+    arguments = specification(nested)["init_args"]
+    assert arguments["a"] == 3
+    assert type(arguments["a"]) is int
+    assert arguments["b"]["x"][0]["init_args"]["a"] == 1
+    assert arguments["file"] == "a/b"
+    assert arguments["kind"] == "torch.Tensor"
+    assert arguments["function"] == "miepo.recorded.specification"
+    assert specification(object()) == "builtins.object"
+    assert specification(np.float32(0.5)) == 0.5
+
+
+def test_policies_objectives_and_data_are_stated_with_all_they_are_made_of() -> None:
+    policy = Policy("base", [GatedConditioning(shared=False)], lora_rank=4)
+    stated = specification(policy)
+    assert stated["class_path"] == "miepo.policy.policy.Policy"
+    assert stated["init_args"]["lora_rank"] == 4
+    assert stated["init_args"]["lora_alpha"] == 128  # a default
+    assert stated["init_args"]["conditioning"] == [
+        {"class_path": "miepo.policy.conditioning.GatedConditioning", "init_args": {"shared": False}}
+    ]
+    assert policy.conditioning[0].attributes == {"shared": False}
+    data = specification(OnlinePreferenceDataModule(["a", "b"], preferences=CornerPreferences(), batch_size=2))
+    assert data["init_args"]["preferences"] == {"class_path": "miepo.preferences.CornerPreferences", "init_args": {}}
+    ric = specification(RewardsInContextDataModule(offline=0.5, prompts=["a", "b"], batch_size=3))
+    assert ric["init_args"]["batch_size"] == 3  # of **kwargs
+    assert specification(DirichletPreferences([1.0, 2.0]))["init_args"] == {"alpha": [1.0, 2.0]}
+    warm = specification(Warm(["kind"]))
+    assert warm["class_path"].endswith("test_recorded.Warm")
+    assert warm["init_args"] == {"words": ["kind"], "name": "warm"}
+    assert specification(PythonObjective("math.dist"))["init_args"]["function"]
