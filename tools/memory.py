@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from miepo.callbacks.throughput import peak_memory
-from miepo.cli.command import user_error
+from miepo.cli.mistakes import user_error
 from miepo.cli.trainer import MiepoCLI
 from miepo.data.module import OnlinePreferenceDataModule
 from miepo.data.rollout import PAIR

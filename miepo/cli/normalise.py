@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import warnings
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from miepo.cli.trainer import MiepoCLI
-from miepo.data.module import OnlinePreferenceDataModule
 from miepo.errors import UserError
-from miepo.objectives.base import objectives_of
-from miepo.objectives.normalisation import calibrate, write_normalisation
 from miepo.resources import check_writable
 
 
-def normalise(args: Sequence[str]) -> None:
-    """``miepo normalise --config .. --out FILE``: measures the normalisation on offline data, and writes it."""
+def make_parser() -> ArgumentParser:
+    """Makes the parser of the command's own options."""
     parser = ArgumentParser(
         prog="miepo normalise",
         description="Measures mean and standard deviation of every objective on offline data. All other options are "
         "those of a run: --config online.yaml, and changes to it.",
     )
     parser.add_argument("--out", type=Path, help="the file to write; data.normalisation of a run takes it")
-    options, rest = parser.parse_known_args(args)
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    return parser
+
+
+def main(args: Sequence[str]) -> None:
+    """``miepo normalise --config .. --out FILE``: measures the normalisation on offline data, and writes it."""
+    options, rest = make_parser().parse_known_args(args)
     if options.out is None:
         raise UserError("normalise writes a file: expected --out, got none")
     if options.out.exists():
         raise UserError(f"expected a new file for the normalisation, got '{options.out}', which exists")
     check_writable(options.out)
-    cli = MiepoCLI(run=False, save_config_callback=None, args=rest, seed_everything_default=0)
+    from miepo.cli.trainer import run_cli
+    from miepo.data.module import OnlinePreferenceDataModule
+    from miepo.objectives.base import objectives_of
+    from miepo.objectives.normalisation import calibrate, write_normalisation
+
+    cli = run_cli(run=False, save_config_callback=None, args=rest)
     objectives = objectives_of(cli.trainer)
     if not isinstance(cli.datamodule, OnlinePreferenceDataModule):
         raise UserError(f"normalise needs data OnlinePreferenceDataModule, got {type(cli.datamodule).__name__}")

@@ -1,28 +1,60 @@
-"""LightningCLI with objectives."""
+"""LightningCLI with objectives: ``miepo fit | validate | test | predict``."""
 
 from __future__ import annotations
 
 import json
 import sys
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from miepo.callbacks import EvaluationRecord, ProgressLog, ResponseWriter, RunCheckpoint
+from miepo.cli.mistakes import outer_mistake, user_error
+from miepo.cli.quiet import quiet
 from miepo.cli.resume import _loggers, continue_logs, last_checkpoint
 from miepo.data.module import OnlinePreferenceDataModule
 from miepo.errors import UserError, first_line
 from miepo.methods.base import PolicyModule
 from miepo.methods.mi_epo import MIEPO
 from miepo.objectives import Objective
+from miepo.plugins import load_plugins
+from miepo.policy import Policy
 from miepo.policy.base_model import base_folder
 from miepo.resources import is_file
 from miepo.training.checkpoint_io import read_checkpoint
 from miepo.training.reporting import run_folder
 from miepo.training.run_checkpoint import loggers_of
+
+OBJECTIVES_HELP = """
+How objectives are given: a list in a configuration, each with its class and what it is built with, such as
+
+  objectives:
+    - class_path: miepo.objectives.Brevity
+      init_args: {characters: 40}
+
+miepo objectives lists the classes. --objectives.help CLASS_PATH shows the settings of one; --model.help,
+--model.policy.help, --model.exploration.help, --data.help and --trainer.callbacks.help do so for other classes.
+"""
+
+
+class DefaultsParser(LightningArgumentParser):
+    """Shows in its help the settings of MIEPO, of the policy and of the data, too: the parser takes any class there."""
+
+    def format_help(self, *args: Any) -> str:
+        text = super().format_help(*args)
+        if not self.callback_keys:  # the parser of all commands
+            return text
+        parser = ArgumentParser(usage=SUPPRESS, add_help=False)
+        parser.add_class_arguments(MIEPO, "model", skip={"policy"}, fail_untyped=False)
+        parser.add_class_arguments(Policy, "model.policy.init_args", fail_untyped=False)
+        # the seed is --seed_everything's
+        parser.add_class_arguments(OnlinePreferenceDataModule, "data", skip={"seed"}, fail_untyped=False)
+        return f"{text.rstrip()}\n\n{parser.format_help().strip()}\n{OBJECTIVES_HELP}"
 
 
 class LogConfig(SaveConfigCallback):
@@ -59,9 +91,11 @@ class MiepoCLI(LightningCLI):
     began = False  # whether everything was built: what goes wrong before is the configuration's
 
     def __init__(self, **kwargs: Any) -> None:
+        load_plugins()
         super().__init__(
             PolicyModule,
             LightningDataModule,
+            parser_class=DefaultsParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -155,3 +189,45 @@ class MiepoCLI(LightningCLI):
 
 def _data_seed(seed: bool | int | None) -> int:
     return 0 if seed is None or isinstance(seed, bool) else seed
+
+
+class _Parsers(MiepoCLI):
+    """Has the parsers of all commands and builds nothing."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        raise _Made(self._subcommand_parsers)
+
+
+class _Made(Exception):
+    """Carries what is wanted out of a constructor that would go on."""
+
+
+def command_parsers() -> dict[str, LightningArgumentParser]:
+    """Returns the parsers of ``fit``, ``validate``, ``test`` and ``predict``."""
+    try:
+        _Parsers(seed_everything_default=0, parser_kwargs={"prog": "miepo"})
+    except _Made as made:
+        return made.args[0]
+    raise AssertionError("expected LightningCLI to parse")
+
+
+def train(args: ArgsType) -> None:
+    """Runs ``miepo fit``, ``validate``, ``test`` or ``predict``."""
+    run_cli(save_config_callback=LogConfig, save_config_kwargs={"overwrite": True}, args=args)
+
+
+def run_cli(**kwargs: Any) -> MiepoCLI:
+    """Builds what a configuration says, and runs the command where there is one.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    quiet()
+    MiepoCLI.began = False
+    try:
+        return MiepoCLI(seed_everything_default=0, parser_kwargs={"prog": "miepo"}, **kwargs)
+    except Exception as error:
+        if MiepoCLI.began or user_error(error) or outer_mistake(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"expected a configuration that can be built, got {reason}") from error

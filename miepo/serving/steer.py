@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import time
-from argparse import ArgumentParser
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from functools import partial
 from threading import Lock
@@ -16,15 +16,7 @@ from miepo.errors import UserError, needs
 from miepo.objectives.scoring import in_thread
 from miepo.preferences import format_preference, parse_preference
 from miepo.serving.batcher import Batcher, PendingRequest, QueueFull, Stopped
-from miepo.serving.command import (
-    add_options,
-    address_of,
-    check_options,
-    hosts_of,
-    key_for,
-    opened,
-    serve_app,
-)
+from miepo.serving.command import address_of, hosts_of, key_for, opened, serve_app
 from miepo.trained.policy import TrainedPolicy
 from miepo.trained.streaming import Chunk, GenerationRequest
 
@@ -276,18 +268,8 @@ def make_app(page: SteerPage, key: str | None, hosts: list[str] | None) -> Any:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def main(args: Sequence[str]) -> None:
-    """``miepo steer --ckpt_path RUN [--port 7860]``."""
-    parser = ArgumentParser(
-        prog="miepo steer", description="A local page that steers a trained policy between its objectives."
-    )
-    add_options(parser, 7860)
-    options = parser.parse_args(args)
-    check_options(options)
-    if options.most_tokens < 2:
-        raise UserError(f"--most_tokens: expected at least 2, between which to choose, got {options.most_tokens}")
-    if options.waiting < len(SIDES):
-        raise UserError(f"--waiting: expected at least {len(SIDES)}, the answers of one visitor, got {options.waiting}")
+def steer(options: Namespace) -> None:
+    """Shows the page until a signal comes; the options are those of ``miepo steer``."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio  # noqa: F401

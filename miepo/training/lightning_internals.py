@@ -20,6 +20,7 @@ OVERRIDDEN: dict[type, tuple[str, ...]] = {
 # set by the constructor: class -> names
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
     CSVLogger: ("_experiment",),
+    LightningCLI: ("_subcommand_parsers",),
     WandbLogger: ("_experiment", "_wandb_init"),
     ModelParallelStrategy: ("_data_parallel_size",),
 }

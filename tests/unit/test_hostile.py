@@ -456,7 +456,7 @@ def command(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(LightningCLI, "setup_parser", setup_parser)
         with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit, match="0"):
-            main(["--help"])  # builds the parser
+            main(["fit", "--help"])  # builds the parser
         patch.setattr(Trainer, "fit", stopped_fit)
         patch.setattr("lightning.pytorch.trainer.call._call_configure_model", stop)
         yield run
