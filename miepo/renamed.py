@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -77,6 +78,19 @@ def old_names(module: str, **classes: type) -> Callable[[str], type]:
         return classes[name]
 
     return find
+
+
+class _OldOption(Action):
+    """Sets the option of the new name."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option: str | None = None) -> None:
+        warnings.warn(f"{option} is called --{self.dest} now: use that name", FutureWarning, stacklevel=2)
+        setattr(namespace, self.dest, values)
+
+
+def add_old_option(parser: ArgumentParser, old: str, new: str) -> None:
+    """Let a parser read a number under the old name of an option; its help does not tell of it."""
+    parser.add_argument(f"--{old}", dest=new, type=int, action=_OldOption, default=SUPPRESS, help=SUPPRESS)
 
 
 def install() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from miepo.cli.quiet import quiet
 from miepo.errors import UserError
+from miepo.renamed import add_old_option
 
 MOST_SECONDS = 86_400  # of one response
 
@@ -17,9 +18,11 @@ def add_options(parser: ArgumentParser, port: int) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; beyond this machine a key is needed")
     parser.add_argument("--port", type=int, default=port)
     parser.add_argument("--key", help="that a client must give; drawn where --host is not of this machine alone")
-    parser.add_argument("--most_tokens", type=int, default=512, help="of a response")
+    parser.add_argument("--max_tokens", type=int, default=512, help="of a response")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds after which a response is given up")
-    parser.add_argument("--waiting", type=int, default=64, help="requests that may wait; more are refused")
+    parser.add_argument("--max_queue", type=int, default=64, help="requests that may wait; more are refused")
+    for old, new in (("most_tokens", "max_tokens"), ("waiting", "max_queue")):
+        add_old_option(parser, old, new)
     parser.add_argument("--base", help="where the base model is, if not where it was in training")
     parser.add_argument("--device", help="by default a GPU where there is one")
     parser.add_argument("--trust", action="store_true", help="import code that the checkpoint names and miepo has not")
@@ -29,7 +32,7 @@ def check_options(options: Namespace) -> None:
     """Refuses what cannot be, before a model is loaded."""
     if not 0 <= options.port < 2**16:
         raise UserError(f"--port: expected a number from 0 to 65535, got {options.port}")
-    for name in ("most_tokens", "timeout", "waiting"):
+    for name in ("max_tokens", "timeout", "max_queue"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name} must be positive, got {getattr(options, name)}")
     if options.timeout > MOST_SECONDS:

@@ -25,10 +25,12 @@ def main(args: Sequence[str]) -> None:
     """Shows a trained policy."""
     options = make_parser().parse_args(args)
     check_options(options)
-    if options.most_tokens < 2:
-        raise UserError(f"--most_tokens: expected at least 2, between which to choose, got {options.most_tokens}")
-    if options.waiting < ANSWERS:
-        raise UserError(f"--waiting: expected at least {ANSWERS}, the answers of one visitor, got {options.waiting}")
+    if options.max_tokens < 2:
+        raise UserError(f"--max_tokens: expected at least 2, between which to choose, got {options.max_tokens}")
+    if options.max_queue < ANSWERS:
+        raise UserError(
+            f"--max_queue: expected at least {ANSWERS}, the answers of one visitor, got {options.max_queue}"
+        )
     quiet()
     from miepo.serving.steer import steer
 

@@ -88,7 +88,7 @@ def make_app(
     key: str | None = None,
     hosts: list[str] | None = None,
     timeout: float = 120.0,
-    most_tokens: int | None = None,
+    max_tokens: int | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -99,7 +99,7 @@ def make_app(
         key: That requests must bear, if any.
         hosts: Names under which it may be addressed; any by default.
         timeout: Seconds after which a request is given up.
-        most_tokens: Of a response; by default as many as fit the context. Where a request does not say how many, it
+        max_tokens: Of a response; by default as many as fit the context. Where a request does not say how many, it
             gets as many as in training, or as there is room for.
     """
     app = FastAPI(title=f"miepo serve: {name}", docs_url=None, redoc_url=None, openapi_url=None)
@@ -115,14 +115,14 @@ def make_app(
         wanted = equal if request.preference is None else request.preference
         vector = parse_preference(wanted, trained.names, strict=True)
         weights = dict(zip(trained.names, vector.double().round(decimals=6).tolist(), strict=True))
-        if request.tokens is not None and most_tokens is not None and request.tokens > most_tokens:
-            raise UserError(f"max_tokens: expected at most {most_tokens}, got {request.tokens}")
+        if request.tokens is not None and max_tokens is not None and request.tokens > max_tokens:
+            raise UserError(f"max_tokens: expected at most {max_tokens}, got {request.tokens}")
         first = secrets.randbits(62) if request.seed is None else request.seed
         messages = [message.model_dump() for message in request.messages]
         question = trained.question(
             messages, weights, request.tokens, request.temperature, request.top_p or 1.0, request.stop or (), first
         )
-        tokens = min(question.max_new_tokens, most_tokens or question.max_new_tokens)  # nobody asked for so many
+        tokens = min(question.max_new_tokens, max_tokens or question.max_new_tokens)  # nobody asked for so many
         return [
             replace(question, max_new_tokens=tokens, seed=(first + i) % 2**63) for i in range(request.n or 1)
         ], weights

@@ -51,11 +51,11 @@ class Batcher:
     Args:
         policy: In evaluation mode; nobody else runs it.
         most: Requests that are answered together.
-        waiting: Requests that may wait; more are refused.
+        max_queue: Requests that may wait; more are refused.
     """
 
-    def __init__(self, policy: Policy, most: int = 16, waiting: int = 64) -> None:
-        self.most, self.limit = most, waiting
+    def __init__(self, policy: Policy, most: int = 16, max_queue: int = 64) -> None:
+        self.most, self.limit = most, max_queue
         self._responder = ContinuousDecoder(policy, most)
         self._tickets: deque[PendingRequest] = deque()
         self._coming: list[PendingRequest] = []  # whose prompts are being computed

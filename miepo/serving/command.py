@@ -117,10 +117,10 @@ def serve(options: Namespace) -> None:
         raise needs(error.name or "fastapi", "miepo serve") from None
     key = key_for(options)
     with opened(options) as (listening, trained):
-        batcher = Batcher(trained.policy, options.batch_size, options.waiting)
+        batcher = Batcher(trained.policy, options.batch_size, options.max_queue)
         app = make_app(
             trained, batcher, name=options.name, key=key, hosts=hosts_of(options.host),
-            timeout=options.timeout, most_tokens=options.most_tokens,
+            timeout=options.timeout, max_tokens=options.max_tokens,
         )  # fmt: skip
         print(f"Serving {trained!r} at {address_of(options.host, listening)}/v1 as model '{options.name}'", flush=True)
         if key is not None and options.key is None:

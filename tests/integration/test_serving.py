@@ -58,7 +58,7 @@ def trained(tiny_model: Path) -> TrainedPolicy:
 
 @pytest.fixture(scope="module")
 def address(trained: TrainedPolicy) -> Iterator[str]:
-    with served(trained, hosts=["127.0.0.1"], most_tokens=200) as address:
+    with served(trained, hosts=["127.0.0.1"], max_tokens=200) as address:
         yield address
 
 
@@ -197,7 +197,7 @@ def test_what_says_nothing_is_no_mistake(address: str) -> None:
 def test_a_request_that_says_no_length_gets_what_fits(trained: TrainedPolicy) -> None:
     """That of training, bounded by the server and by the context."""
     longer = TrainedPolicy(replace(trained.saved, max_new_tokens=200), trained.policy, torch.device("cpu"))
-    with served(longer, most_tokens=3) as address, asking(address) as client:
+    with served(longer, max_tokens=3) as address, asking(address) as client:
         assert ask(client, HALF, temperature=0).usage.completion_tokens <= 3
         with pytest.raises(openai.BadRequestError, match="expected at most 3, got 4"):
             ask(client, HALF, max_tokens=4)

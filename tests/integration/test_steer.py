@@ -217,9 +217,9 @@ def test_the_key(trained: TrainedPolicy) -> None:
 def test_the_command_refuses_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (
         ([], "expected a run's folder, a checkpoint or a folder of miepo export"),
-        (["--most_tokens", "1"], "--most_tokens: expected at least 2, between which to choose, got 1"),
+        (["--max_tokens", "1"], "--max_tokens: expected at least 2, between which to choose, got 1"),
         (["--timeout", "inf"], "--timeout: expected at most 86400 seconds, got inf"),
-        (["--waiting", "1"], "--waiting: expected at least 2"),
+        (["--max_queue", "1"], "--max_queue: expected at least 2"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["steer", "--ckpt_path", str(tmp_path / "none"), "--port", "0", *options])

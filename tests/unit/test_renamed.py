@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from miepo.cli import main
+from miepo.cli.serve import make_parser
 from miepo.objectives import Brevity, RetryingObjective
 from miepo.objectives.base import alike, identity_of
 from miepo.policy import Policy
@@ -54,6 +55,14 @@ def test_a_normalisation_that_was_kept_under_an_old_name_is_of_the_same_objectiv
     now = identity_of(RetryingObjective(Brevity()))
     assert alike(now | {"class": "miepo.objectives.patient.Patient"}, now)
     assert not alike(now | {"class": "miepo.objectives.patient.Other"}, now)
+
+
+def test_an_option_by_its_old_name() -> None:
+    parser = make_parser()
+    with pytest.warns(FutureWarning, match="--most_tokens is called --max_tokens now"):
+        options = parser.parse_args(["--ckpt_path", "x", "--most_tokens", "9"])
+    assert (options.max_tokens, options.max_queue) == (9, 64)
+    assert "most_tokens" not in parser.format_help()
 
 
 def test_a_setting_by_its_old_name() -> None:

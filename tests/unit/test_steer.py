@@ -37,7 +37,7 @@ def test_sliders_stay_on_the_simplex(weights: list[float], data: st.DataObject) 
 def test_answers_grow_and_too_many_are_refused(tiny_model: Path) -> None:
     trained = trained_policy(tiny_model, [GatedConditioning()])
     questions = [trained.question("the garden", w, 8) for w in ({"letter_e": 1.0}, {"brevity": 1.0})]
-    batcher = Batcher(trained.policy, waiting=2)
+    batcher = Batcher(trained.policy, max_queue=2)
     seen = list(answers(batcher, questions, 60))
     assert all(later[i].startswith(earlier[i]) for earlier, later in pairwise(seen) for i in (0, 1))
     expected = [trained.generate("the garden", w, max_new_tokens=8) for w in ({"letter_e": 1.0}, {"brevity": 1.0})]

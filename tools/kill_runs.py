@@ -1,4 +1,4 @@
-"""Runs that are killed again and again end as runs that were not: ``python -m tools.kill_test``.
+"""Runs that are killed again and again end as runs that were not: ``python -m tools.kill_runs``.
 
 A tiny model is trained by the real command in processes that get SIGKILL: at random times, and at moments that random
 times seldom hit, from within. Each is started again with ``--ckpt_path last``. At the end the adapter, the optimiser,
@@ -132,11 +132,11 @@ def configuration(model: Path, root: Path, seed: int) -> Path:
                 {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(root), "name": "r"}}
             ],
             "callbacks": [
-                {"class_path": "tools.kill_test.Killer"}, *({"class_path": f"miepo.callbacks.{n}"} for n in names)
+                {"class_path": "tools.kill_runs.Killer"}, *({"class_path": f"miepo.callbacks.{n}"} for n in names)
             ],
         },
         "objectives": [
-            {"class_path": "tools.kill_test.Scorer", "init_args": {"letter": "e"}},
+            {"class_path": "tools.kill_runs.Scorer", "init_args": {"letter": "e"}},
             {"class_path": "miepo.objectives.Brevity"},
         ],
         "model": {
@@ -151,7 +151,7 @@ def configuration(model: Path, root: Path, seed: int) -> Path:
         },
         "data": {
             "prompts": PROMPTS * 4, "validation_prompts": ["the rain", "a garden"], "batch_size": 2,
-            "max_new_tokens": 5, "normalise_on": 4, "grid": 3, "engine": {"class_path": "tools.kill_test.Engine"},
+            "max_new_tokens": 5, "normalise_on": 4, "grid": 3, "engine": {"class_path": "tools.kill_runs.Engine"},
         },
         "checkpoint": {"every_n_steps": INTERVAL},
     }  # fmt: skip
@@ -179,7 +179,7 @@ def check(root: Path) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m tools.kill_test", description=__doc__)
+    parser = ArgumentParser(prog="python -m tools.kill_runs", description=__doc__)
     parser.add_argument("--kills", type=int, default=28)
     parser.add_argument("--kills_per_run", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)

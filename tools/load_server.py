@@ -2,7 +2,7 @@
 
 Starts the server itself, as a process of its own; every request has a preference of its own.
 
-    python -m tools.load_test runs/quickstart/version_0 --clients 1 4 16 --batch_sizes 1 16
+    python -m tools.load_server runs/quickstart/version_0 --clients 1 4 16 --batch_sizes 1 16
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPTS = "package:miepo/data/everyday_validation.jsonl"
 def server(run: Path, batch_size: int) -> Iterator[openai.OpenAI]:
     """A client of a server that answers this many requests together."""
     command = [sys.executable, "-u", "-m", "miepo", "serve", "--ckpt_path", str(run), "--port", "0"]
-    command += ["--batch_size", str(batch_size), "--waiting", "256", "--timeout", "600"]
+    command += ["--batch_size", str(batch_size), "--max_queue", "256", "--timeout", "600"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         line = next((line for line in process.stdout if line.startswith("Serving")), "")
