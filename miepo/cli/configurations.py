@@ -63,33 +63,23 @@ def _find(value: str) -> str:
 
 
 def check_yaml(args: Sequence[str]) -> None:
-    """Refuses a configuration file in which something contains itself, or in which a key stands twice.
-
-    Whoever walks through the one does not come back; of the other the parser would drop the first without a word.
-    """
+    """Refuses a configuration file in which a key stands twice: the parser would drop the first without a word."""
     for _, _, file in _configurations(args):
         if not is_file(Path(file)):  # a pipe can be read once, by the parser
             continue
         try:
-            root = yaml.compose(Path(file).read_text())
-        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            nodes = [yaml.compose(Path(file).read_text())]
+        except (OSError, ValueError, yaml.YAMLError):
             continue  # the parser says what it is
-        open_nodes: set[int] = set()
-        closed: set[int] = set()  # what is referred to many times is looked at once
-        walk = [(root, False)]
-        while walk:
-            node, left = walk.pop()
-            if left:
-                open_nodes.discard(id(node))
-                closed.add(id(node))
-            elif id(node) in open_nodes:
-                raise UserError(f"expected a configuration in '{file}', got one in which something contains itself")
-            elif isinstance(node, yaml.CollectionNode) and id(node) not in closed:
-                open_nodes.add(id(node))
-                if isinstance(node, yaml.MappingNode):
-                    _refuse_repeated(node, file)
-                inside = [n for pair in node.value for n in (pair if isinstance(pair, tuple) else (pair,))]
-                walk += [(node, True), *((n, False) for n in inside)]
+        looked_at: set[int] = set()
+        while nodes:
+            node = nodes.pop()
+            if not isinstance(node, yaml.CollectionNode) or id(node) in looked_at:
+                continue
+            looked_at.add(id(node))
+            if isinstance(node, yaml.MappingNode):
+                _refuse_repeated(node, file)
+            nodes += [n for entry in node.value for n in (entry if isinstance(entry, tuple) else (entry,))]
 
 
 def _refuse_repeated(node: yaml.MappingNode, file: str) -> None:

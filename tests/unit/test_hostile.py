@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import signal
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -407,10 +406,6 @@ class Stopped(BaseException):
     """The command got past its configuration."""
 
 
-class Hung(BaseException):
-    """The command does not end."""
-
-
 @pytest.fixture(scope="module")
 def command(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str | None]]:
     """``miepo fit`` with a changed configuration, up to the moment when the model would be loaded.
@@ -557,110 +552,6 @@ def test_a_wrong_setting_ends_the_command_with_one_sentence(
     command: Callable[..., str | None], tiny_model: Path, key: str, value: Any
 ) -> None:
     command(changed(configuration(tiny_model), key, value))
-
-
-# -- configurations that try to run code -------------------------------------------------------------------------------
-
-PLACES = [
-    "objectives", "trainer", "trainer.logger", "trainer.callbacks", "trainer.plugins", "trainer.profiler", "model",
-    "model.policy", "model.policy.init_args.base", "model.policy.init_args.conditioning", "model.router",
-    "model.exploration", "model.beta_c", "data", "data.prompts", "data.preferences", "data.engine", "data.grid",
-    "checkpoint", "writer.path", "seed_everything", "ckpt_path",
-]  # fmt: skip
-TAGS = [
-    "!!python/object/apply:os.system ['touch {canary}']", "!!python/object/apply:subprocess.check_output [[touch, {canary}]]",
-    "!!python/object/new:os.system ['touch {canary}']", "!!python/name:os.system", "!!python/module:os", "!!python/tuple [1]",
-    "!!python/object/apply:builtins.eval ['open(\"{canary}\", \"w\")']", "!!python/object/apply:builtins.open ['{canary}', w]",
-    "!!python/object:subprocess.Popen {{args: [touch, {canary}]}}", "!!binary 'x'", "!unknown x", "!!python/bytes x",
-    "!!python/object/new:type {{args: [z, !!python/tuple [], {{}}], state: x}}", "*missing",
-]  # fmt: skip
-
-
-@trying(180)
-@given(place=st.sampled_from(PLACES), tag=st.sampled_from(TAGS), wrapped=st.booleans())
-def test_a_yaml_tag_runs_nothing(
-    command: Callable[..., str | None], tiny_model: Path, folder: Path, place: str, tag: str, wrapped: bool
-) -> None:
-    canary = folder / "canary"
-    value = tag.format(canary=canary)
-    text = yaml.safe_dump(changed(configuration(tiny_model), place, "PLACE"), width=10**6)
-    text = text.replace("PLACE", f"[{value}]" if wrapped else value)
-    printed = command(text)
-    assert not canary.exists()
-    assert printed is not None or tag.startswith("!!binary")
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_a_bomb_of_anchors_ends(command: Callable[..., str | None], tiny_model: Path, place: str) -> None:
-    bomb = ["a0: &a0 [x, x, x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 7))]
-    text = yaml.safe_dump(changed(configuration(tiny_model), place, "PLACE")).replace("PLACE", "*a6")
-    assert command("\n".join(bomb) + "\n" + text) is not None
-
-
-@pytest.mark.parametrize("value", ["&a [*a]", "&a {x: *a}"])
-@pytest.mark.parametrize("place", ["trainer", "data", "model.policy", "trainer.callbacks", "objectives", "checkpoint"])
-def test_a_value_within_itself_ends(
-    command: Callable[..., str | None], tiny_model: Path, place: str, value: str
-) -> None:
-    def hung(*_: Any) -> None:
-        raise Hung
-
-    before = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(2)
-    try:
-        text = yaml.safe_dump(changed(configuration(tiny_model), place, "PLACE")).replace("PLACE", value)
-        assert command(text) is not None
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-CLASSES = [
-    "os.system", "os.mkdir", "pathlib.Path.touch", "pathlib.Path", "subprocess.Popen", "subprocess.check_call", "builtins.open",
-    "builtins.eval", "builtins.exec", "builtins.__import__", "shutil.rmtree", "importlib.import_module", "functools.partial",
-    "miepo.Policy", "miepo.policy.Policy", "miepo.router.SampleRouter", "miepo.objectives.Brevity", "miepo.callbacks.ParetoFront",
-    "miepo.preferences.CornerPreferences", "miepo.preferences.parse_preference", "miepo.cli.main", "miepo.rollout.RolloutEngine",
-    "miepo.objectives.Objective", "miepo.errors.UserError", "tests.helpers.tiny.tiny_policy", "tests.helpers.tiny.Broken",
-    "tests.helpers.tiny.save_tiny_model", "tests.helpers.fit.tiny_run", "nowhere.Nothing", "x", "", "os", "os.", ".os", "a b",
-    "../x.py", "/etc/passwd", "os.system('id')", "__main__.x", "tests.unit.test_hostile.Canary",
-]  # fmt: skip
-ARGUMENTS: list[dict[str, Any]] = [
-    {}, {"command": "touch CANARY"}, {"args": ["touch", "CANARY"]}, {"file": "CANARY", "mode": "w"}, {"path": "CANARY"},
-    {"folder": "CANARY"}, {"name": "CANARY"}, {"source": "open('CANARY', 'w')"}, {"base": "CANARY", "mode": "CANARY"},
-]  # fmt: skip
-TYPED = [
-    "model", "data", "model.policy", "model.router", "model.exploration", "data.preferences", "data.engine",
-    "model.policy.init_args.conditioning.0", "objectives.0", "trainer.callbacks", "trainer.logger", "trainer.plugins",
-    "trainer.profiler", "trainer.strategy", "trainer.accelerator", "data.prompts",
-]  # fmt: skip
-KINDS = {  # class paths that are what a key asks for, or one of what it asks for
-    "model.policy": ["miepo.Policy", "miepo.policy.Policy"],
-    "model.router": ["miepo.router.SampleRouter"],
-    "data.preferences": ["miepo.preferences.CornerPreferences"],
-    "objectives.0": ["miepo.objectives.Brevity", "tests.helpers.tiny.Broken"],
-    "trainer.callbacks": ["miepo.callbacks.ParetoFront", "miepo.objectives.Brevity", "tests.helpers.tiny.Broken"],
-}
-
-
-class Canary:
-    """Would show that the command calls a class that no key asks for."""
-
-    def __init__(self, **paths: str) -> None:
-        for path in paths.values():
-            Path(path).touch()
-
-
-@trying(250)
-@given(key=st.sampled_from(TYPED), path=st.sampled_from(CLASSES), arguments=st.sampled_from(ARGUMENTS))
-def test_a_class_of_another_kind_is_not_called(
-    command: Callable[..., str | None], tiny_model: Path, folder: Path, key: str, path: str, arguments: dict[str, Any]
-) -> None:
-    canary = folder / "called"
-    entry = {"class_path": path, "init_args": arguments}
-    entry = json.loads(json.dumps(entry).replace("CANARY", str(canary)))
-    printed = command(changed(configuration(tiny_model), key, [entry] if key == "trainer.callbacks" else entry))
-    assert not canary.exists()
-    assert printed is not None or path in KINDS.get(key, [])
 
 
 # -- names of objectives, and files ------------------------------------------------------------------------------------
