@@ -1,3 +1,5 @@
+"""``python -m miepo``."""
+
 from miepo.cli.command import main
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ class NoBase(UserError):
 
 
 def needs(package: str, user: str) -> UserError:
-    """The error for an optional package that is not installed."""
+    """Return the error for an optional package that is not installed."""
     return UserError(f"{user} needs the package '{package}', which is not installed: pip install {package}")
 
 
 def load_reason(error: BaseException) -> str:
-    """Why a library could not load a model or tokenizer, as the end of a sentence."""
+    """Say why a library could not load a model or tokenizer, as the end of a sentence."""
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which miepo does not execute"
     kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
@@ -29,6 +29,6 @@ def load_reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says of a mistake, in one line; where its first only announces the next, both."""
+    """Return what a library says of a mistake, in one line; where its first only announces the next, both."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

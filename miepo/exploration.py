@@ -46,7 +46,7 @@ class ExplorationInputs:
 
 
 def draw_anchors(count: int, compared: Tensor, seed: int, epochs: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """Which of the compared responses are read under w-, too: all, or with ``count`` 1 any, equally likely.
+    """Return which of the compared responses are read under w-, too: all, or with ``count`` 1 any, equally likely.
 
     The term of one of them, drawn at random, has the mean over all as its expectation, and so has its gradient.
 
@@ -72,7 +72,7 @@ def draw_anchors(count: int, compared: Tensor, seed: int, epochs: Sequence[int],
 
 
 def infonce_loss(reward: Tensor, counterfactual_reward: Tensor, beta_w: float) -> Tensor:
-    """Eq. 12: InfoNCE between the sampling preference w+ and counterfactual preferences w-.
+    """Return Eq. 12: InfoNCE between the sampling preference w+ and counterfactual preferences w-.
 
     With one w- it is ``-log sigmoid(beta_w r(x, w+, y) - beta_w r(x, w-, y))``; with more, the InfoNCE cross-entropy
     over ``1 + C`` candidates. The anchor logit carries a stop-gradient (Section on Eq. 13), so the gradient reaches
@@ -92,7 +92,7 @@ def infonce_loss(reward: Tensor, counterfactual_reward: Tensor, beta_w: float) -
 
 
 def information_labels(information: Tensor) -> Tensor:
-    """+1 where the first response tells more about w+ than the second, -1 where less; ``(B, 2) -> (B,)``.
+    """Return +1 where the first response tells more about w+ than the second, -1 where less; ``(B, 2) -> (B,)``.
 
     0 where they differ by less than 0.001 nats, which is rounding.
 
@@ -113,7 +113,7 @@ def matching_loss(
     counterfactual_labels: Tensor,
     beta: float,
 ) -> Tensor:
-    """Which response belongs to which preference: a contrast over pairs instead of over single responses.
+    """Say which response belongs to which preference: a contrast over pairs instead of over single responses.
 
     Under a preference w the feedback favours the first response by ``v(w) = sum_k w_k c_k`` with labels ``c_k``. Where
     ``g = 1/2 (v(w+) - v(w-))`` is positive, the first response is w+'s and the second w-'s. The loss is
@@ -143,7 +143,10 @@ def matching_loss(
 
 
 def counterfactual_alignment(contrast: ExplorationInputs) -> Tensor:
-    """Eq. 8 under every w-, routed by it, averaged over the w-: pairs once more, for other preferences; ``(B,)``."""
+    """Return Eq. 8 under every w-, routed by it, ``(B,)`` the mean over the w-.
+
+    The pairs count once more, for other preferences.
+    """
     rewards = of_pairs(contrast.counterfactual_reward, contrast.pairs)  # (B, Q, 2, C)
     each = [
         alignment_loss(rewards[..., j], contrast.counterfactual_labels[:, j], contrast.beta_c)
@@ -191,10 +194,10 @@ class Exploration(Recorded, ABC):
 
     @abstractmethod
     def loss(self, contrast: ExplorationInputs) -> Tensor:
-        """The term of each prompt before its weight, ``(B,)``."""
+        """Return the term of each prompt before its weight, ``(B,)``."""
 
     def __call__(self, contrast: ExplorationInputs, progress: float) -> Tensor:
-        """The weighted term ``(B,)`` when ``progress`` of all steps (0 to 1) are done."""
+        """Return the weighted term ``(B,)`` when ``progress`` of all steps (0 to 1) are done."""
         return self.weight * min(1.0, progress / self.warmup if self.warmup else 1.0) * self.loss(contrast)
 
 

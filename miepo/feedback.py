@@ -23,7 +23,7 @@ class PairwiseFeedback:
 
 
 def pairwise_labels(scores: Tensor, empty: Tensor) -> Tensor:
-    """Each objective orders the pair by its own score (Algorithm 1, step 3).
+    """Let each objective order the pair by its own score (Algorithm 1, step 3).
 
     Args:
         scores: ``(B, 2, K)``, higher is better; NaN or infinite where there is no score.
@@ -37,12 +37,15 @@ def pairwise_labels(scores: Tensor, empty: Tensor) -> Tensor:
 
 
 def scalarised_rewards(scores: Tensor, weights: Tensor) -> Tensor:
-    """``sum_k w_k R_k`` of each response, ``(B, n, K), (B, K) -> (B, n)``; an objective of weight 0 takes no part."""
+    """Return ``sum_k w_k R_k`` of each response, ``(B, n, K), (B, K) -> (B, n)``.
+
+    An objective of weight 0 takes no part.
+    """
     return torch.where(weights.unsqueeze(1) > 0, scores * weights.unsqueeze(1), 0.0).sum(-1)
 
 
 def scalarised_labels(scores: Tensor, routing: Tensor, empty: Tensor) -> Tensor:
-    """One order for all objectives, by the scalarised reward ``sum_k w_k R_k`` (arXiv 2503.00295).
+    """Order pairs for all objectives alike, by the scalarised reward ``sum_k w_k R_k`` (arXiv 2503.00295).
 
     Differs from :func:`pairwise_labels` exactly where objectives conflict. An objective of weight 0 does not take part.
 
@@ -59,7 +62,7 @@ def scalarised_labels(scores: Tensor, routing: Tensor, empty: Tensor) -> Tensor:
 
 
 def extremes(values: Tensor, usable: Tensor) -> Tensor:
-    """The responses of the highest and the lowest value, by index and in the order of their indices, ``(B, 2)``.
+    """Return the responses of the highest and the lowest value, by index and in the order of their indices, ``(B, 2)``.
 
     Of two responses both, whatever their values. Of more, where fewer than two are usable, one of them twice: a pair
     that says nothing.
@@ -77,7 +80,7 @@ def extremes(values: Tensor, usable: Tensor) -> Tensor:
 
 
 def of_pairs(values: Tensor, pairs: Tensor) -> Tensor:
-    """What the responses of each pair have: ``(B, n, ..), (B, Q, 2) -> (B, Q, 2, ..)``."""
+    """Return what the responses of each pair have: ``(B, n, ..), (B, Q, 2) -> (B, Q, 2, ..)``."""
     rows = torch.arange(len(values), device=values.device)[:, None, None]
     return values[rows, pairs]
 
@@ -85,7 +88,7 @@ def of_pairs(values: Tensor, pairs: Tensor) -> Tensor:
 def pairwise_feedback(
     scores: Tensor, empty: Tensor, routing: Tensor, counterfactual: Tensor, feedback: Feedback
 ) -> PairwiseFeedback:
-    """Compares responses: two with each other; of more, the best and the worst.
+    """Compare responses: two with each other; of more, the best and the worst.
 
     ``per_objective`` compares, for each objective, the best and the worst by its own score; ``scalarised`` those by the
     scalarised reward under w+. The same pairs are ordered under w-.
@@ -107,7 +110,7 @@ def pairwise_feedback(
     scored, silent = of_pairs(scores, pairs), of_pairs(empty, pairs)  # (B, Q, 2, K), (B, Q, 2)
 
     def labels_under(weights: Tensor) -> Tensor:
-        """``(B, Q, K)``."""
+        """Return ``(B, Q, K)``."""
         if feedback == "scalarised":
             return scalarised_labels(scored[:, 0], weights, silent[:, 0]).unsqueeze(1)
         each = [pairwise_labels(s, e) for s, e in zip(scored.unbind(1), silent.unbind(1), strict=True)]
@@ -130,12 +133,12 @@ def pairwise_feedback(
 
 
 def own_pair(values: Tensor) -> Tensor:
-    """Each objective on its own pair: ``(B, Q, K) -> (B, K)``, where Q is 1 or K."""
+    """Return each objective on its own pair: ``(B, Q, K) -> (B, K)``, where Q is 1 or K."""
     return values[:, 0] if values.shape[1] == 1 else values.diagonal(dim1=1, dim2=2)
 
 
 def feedback_counts(labels: Tensor, scores: Tensor, asked: Tensor, empty: Tensor) -> dict[str, int]:
-    """What became of the labels that were asked for, each counted once, and the number of empty responses.
+    """Return what became of the labels that were asked for, each counted once, and the number of empty responses.
 
     Args:
         labels: ``(B, K)`` the labels in use.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def implicit_reward(log_prob: Tensor, reference_log_prob: Tensor, response_mask: Tensor) -> Tensor:
-    """``r(x, w, y) = log pi_theta(y | x, w) - log pi_ref(y | x, w)``, summed over the tokens that count.
+    """Return ``r(x, w, y) = log pi_theta(y | x, w) - log pi_ref(y | x, w)``, summed over the tokens that count.
 
     Args:
         log_prob: ``(.., T)`` token log-probabilities of the policy.
@@ -22,12 +22,15 @@ def implicit_reward(log_prob: Tensor, reference_log_prob: Tensor, response_mask:
 
 
 def mean_distance(log_prob: Tensor, other: Tensor, response_mask: Tensor) -> Tensor:
-    """Mean distance of two engines' log-probabilities of the same tokens: ``(.., T) -> (..)`` in nats per token."""
+    """Return mean distance of two engines' log-probabilities of the same tokens.
+
+    ``(.., T) -> (..)`` in nats per token.
+    """
     return torch.where(response_mask, (log_prob - other).abs(), 0.0).sum(-1) / response_mask.sum(-1).clamp(min=1)
 
 
 def alignment_loss(reward: Tensor, labels: Tensor, beta_c: float) -> Tensor:
-    """Eq. 8: for each objective a DPO loss on the pair as that objective orders it.
+    """Return Eq. 8: for each objective a DPO loss on the pair as that objective orders it.
 
     A label of 0 (tie, not a number, empty response) gives ``log 2``, the value of knowing nothing, and no gradient.
 
@@ -47,7 +50,7 @@ def alignment_loss(reward: Tensor, labels: Tensor, beta_c: float) -> Tensor:
 
 
 def total_loss(alignment: Tensor, exploration: Tensor | None) -> Tensor:
-    """Eq. 13, averaged over prompts: ``sum_k w_k L_YC,k`` plus the exploration term.
+    """Return Eq. 13, averaged over prompts: ``sum_k w_k L_YC,k`` plus the exploration term.
 
     Args:
         alignment: ``(B,)`` the routed alignment loss of each prompt.
@@ -60,7 +63,7 @@ def total_loss(alignment: Tensor, exploration: Tensor | None) -> Tensor:
 
 
 def supervised_loss(log_prob: Tensor, response_mask: Tensor, tokens: float | None = None) -> Tensor:
-    """Negative log-likelihood of given responses, in nats per response token.
+    """Return the negative log-likelihood of given responses, in nats per response token.
 
     Args:
         log_prob: ``(N, T)`` token log-probabilities.

@@ -16,12 +16,12 @@ CALLBACKS = "miepo.callbacks"
 
 
 def plugins(group: str) -> list[EntryPoint]:
-    """Returns the entry points of a group, by name; a distribution that is found twice counts once."""
+    """Return the entry points of a group, by name; a distribution that is found twice counts once."""
     return sorted(set(entry_points(group=group)), key=lambda entry: (entry.name, entry.value))
 
 
 def load_plugins() -> None:
-    """Imports the classes of other packages, so that the parser knows them by their names alone.
+    """Import the classes of other packages, so that the parser knows them by their names alone.
 
     One that cannot be imported is told in a warning: a run that does not use it goes on.
     """
@@ -34,6 +34,6 @@ def load_plugins() -> None:
 
 
 def said_of(entry: EntryPoint) -> str:
-    """Says which entry point it is, and of which package."""
+    """Say which entry point it is, and of which package."""
     package = f" of the package {entry.dist.name}" if entry.dist is not None else ""
     return f"'{entry.name} = {entry.value}'{package}"

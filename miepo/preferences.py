@@ -33,7 +33,7 @@ class PreferenceSampler(Recorded, ABC):
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, count: int, objectives: int) -> np.ndarray:
-        """``count`` independent preference vectors, ``(count, K)`` float64."""
+        """Return ``count`` independent preference vectors, ``(count, K)`` float64."""
 
 
 class DirichletPreferences(PreferenceSampler):
@@ -75,7 +75,7 @@ def draw_preferences(
     k: int,
     candidates: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """w+ ``(B, K)`` and w- ``(B, C, K)`` for prompts at the given places of a run (Algorithm 1, 1).
+    """Return w+ ``(B, K)`` and w- ``(B, C, K)`` for prompts at the given places of a run (Algorithm 1, 1).
 
     Each w- is the farthest from w+ (in the 1-norm) of ``candidates`` draws; with one candidate it is independent.
     """
@@ -90,13 +90,13 @@ def draw_preferences(
 
 
 def routing_draws(seed: int, epochs: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """What the router draws with, uniform in [0, 1) and independent of the preferences: ``(B,)`` float64."""
+    """Return what the router draws with, uniform in [0, 1) and independent of the preferences: ``(B,)`` float64."""
     draws = [generator(RandomStream.ROUTING, seed, *place).random() for place in zip(epochs, positions, strict=True)]
     return torch.tensor(draws, dtype=torch.float64)
 
 
 def evaluation_grid(objectives: int, points: int | None = None) -> Tensor:
-    """Preference vectors ``(M, K)`` for evaluation.
+    """Return preference vectors ``(M, K)`` for evaluation.
 
     Without ``points``: 11 for K = 2, the 13 representative vectors for K = 3 (the paper's grids), and for K > 3 the
     corners, the edge midpoints and the centre. With ``points``: K = 2 takes that many equal steps; K > 2 takes the
@@ -126,14 +126,14 @@ def evaluation_grid(objectives: int, points: int | None = None) -> Tensor:
 
 
 def _lattice(objectives: int, divisions: int) -> np.ndarray:
-    """All vectors whose entries are multiples of ``1 / divisions`` (stars and bars), ``(M, K)``."""
+    """Return all vectors whose entries are multiples of ``1 / divisions`` (stars and bars), ``(M, K)``."""
     bars = np.array(list(combinations(range(divisions + objectives - 1), objectives - 1)))
     edges = np.concatenate([np.full((len(bars), 1), -1), bars, np.full((len(bars), 1), divisions + objectives - 1)], 1)
     return (np.diff(edges, axis=1) - 1) / divisions
 
 
 def simplex_rows(rows: Sequence[Sequence[float]], objectives: int, where: str) -> Tensor:
-    """Preference vectors given as lists of numbers, checked and normalised, ``(M, K)``."""
+    """Return preference vectors given as lists of numbers, checked and normalised, ``(M, K)``."""
     names = [str(k) for k in range(objectives)]
     if not rows:
         raise UserError(f"{where}: expected at least one preference vector, got none")
@@ -148,7 +148,7 @@ def simplex_rows(rows: Sequence[Sequence[float]], objectives: int, where: str) -
 def parse_preference(
     weights: Mapping[str, float], names: Sequence[str], where: str = "preference", strict: bool = False
 ) -> Tensor:
-    """A preference vector ``(K,)`` from weights by objective name; objectives not named weigh nothing.
+    """Return a preference vector ``(K,)`` from weights by objective name; objectives not named weigh nothing.
 
     Weights that do not sum to 1 are normalised with a warning; with ``strict`` they are refused, but for rounding.
 
@@ -179,7 +179,7 @@ def parse_preference(
 
 
 def _short(value: object) -> str:
-    """For a message: a number of thousands of digits, too."""
+    """Return for a message: a number of thousands of digits, too."""
     try:
         text = repr(value)
     except ValueError:
@@ -188,5 +188,5 @@ def _short(value: object) -> str:
 
 
 def format_preference(preference: Tensor, names: Sequence[str]) -> str:
-    """For people: ``'cheerful 0.25, brief 0.75'``."""
+    """Return for people: ``'cheerful 0.25, brief 0.75'``."""
     return ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, preference.tolist(), strict=True))

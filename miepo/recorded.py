@@ -16,7 +16,7 @@ class Recorded:
     built_with: dict[str, Any]  # by name, defaults included
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Notes the arguments as they were given."""
+        """Note the arguments as they were given."""
         self = super().__new__(cls)
         noted: dict[str, Any] = {}
         with suppress(TypeError):  # a copy is made without any, and what __init__ does not take it says itself

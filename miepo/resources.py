@@ -18,12 +18,12 @@ from miepo.errors import UserError
 
 
 def cache_folder() -> Path:
-    """Where downloaded and converted files are kept; ``MIEPO_CACHE`` overrides it."""
+    """Return where downloaded and converted files are kept; ``MIEPO_CACHE`` overrides it."""
     return Path(os.environ.get("MIEPO_CACHE") or platformdirs.user_cache_dir("miepo"))
 
 
 def is_file(path: Path) -> bool:
-    """As ``path.is_file()``, also of a name that no file can have."""
+    """Do as ``path.is_file()``, also for a name that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -31,7 +31,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """As ``path.is_dir()``, also of a name that no folder can have."""
+    """Do as ``path.is_dir()``, also for a name that no folder can have."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -39,18 +39,19 @@ def is_folder(path: Path) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """Makes the folder of a file that will be written, and tries it: raises OSError now and not after the work."""
+    """Make the folder of a file that will be written, and try it: raise OSError now and not after the work."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
 
 
 def is_packaged(source: str) -> bool:
+    """Return whether a source names a file inside a package."""
     return source.startswith(("package:", "pypi:"))
 
 
 def locate(source: str) -> Path:
-    """The path behind ``source``: a plain path, or a file inside a package.
+    """Return the path behind ``source``: a plain path, or a file inside a package.
 
     ``package:NAME/FILE`` is a file of an installed, importable package, found without importing it.
     ``pypi:NAME==VERSION/FILE`` is a file of a wheel on PyPI: taken from the installed distribution where there is

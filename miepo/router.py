@@ -19,7 +19,7 @@ class Router(Recorded, ABC):
 
     @abstractmethod
     def route(self, preference: Tensor, uniform: Tensor) -> Tensor:
-        """Weights ``(B, K)`` whose expectation over ``uniform`` is ``preference``.
+        """Return weights ``(B, K)`` whose expectation over ``uniform`` is ``preference``.
 
         Args:
             preference: ``(B, K)`` w+.
@@ -28,7 +28,7 @@ class Router(Recorded, ABC):
 
     @staticmethod
     def combine(losses: Tensor, routing: Tensor) -> Tensor:
-        """The routed alignment loss of Eq. 13, ``(B, K), (B, K) -> (B,)``."""
+        """Return the routed alignment loss of Eq. 13, ``(B, K), (B, K) -> (B,)``."""
         return (losses * routing).sum(-1)
 
 

@@ -28,30 +28,30 @@ class RandomStream(IntEnum):
 
 
 def generator(stream: RandomStream, *position: int) -> np.random.Generator:
-    """A generator that is a pure function of its arguments (seed first, then epoch, index, ...)."""
+    """Return a generator that is a pure function of its arguments (seed first, then epoch, index, ...)."""
     return np.random.default_rng([int(stream), *(int(p) for p in position)])
 
 
 def torch_seed(stream: RandomStream, *position: int) -> int:
-    """A seed for torch's generators, a pure function of its arguments."""
+    """Return a seed for torch's generators, a pure function of its arguments."""
     return int(generator(stream, *position).integers(2**63))
 
 
 def torch_seeds(stream: RandomStream, seed: int, *positions: Sequence[int]) -> list[int]:
-    """One for each place, given as columns: epochs and positions, say."""
+    """Return one for each place, given as columns: epochs and positions, say."""
     return [torch_seed(stream, seed, *place) for place in zip(*positions, strict=True)]
 
     pass
 
 
 def check_seed(seed: Any) -> None:
-    """Raises UserError where ``seed`` is none."""
+    """Raise UserError where ``seed`` is none."""
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise UserError(f"seed must not be negative, a whole number, got {seed!r}")
 
 
 def prompt_seeds(seed: int | Sequence[int], prompts: int) -> list[int]:
-    """One seed for each prompt."""
+    """Return one seed for each prompt."""
     if not isinstance(seed, Sequence):
         check_seed(seed)
         return [int(s) for s in np.random.SeedSequence(int(seed)).generate_state(prompts, np.uint64) >> np.uint64(2)]

@@ -15,7 +15,7 @@ _TURN = re.compile(rf"\n\n({HUMAN}|{ASSISTANT}):")
 
 
 def split_turns(prompt: str) -> list[tuple[str, str]] | None:
-    """Roles and texts of a prompt, without the reply that is to be written.
+    """Return roles and texts of a prompt, without the reply that is to be written.
 
     None where the prompt is no dialogue: text before the first turn, turns that do not alternate, or a last turn that
     is not the human's.
@@ -31,7 +31,7 @@ def split_turns(prompt: str) -> list[tuple[str, str]] | None:
 
 
 def dialogue_of(messages: Sequence[tuple[str, str]]) -> str:
-    """A prompt of turns from roles (``user``, ``assistant``) and texts; no text can begin a turn of its own."""
+    """Return a prompt of turns from roles (``user``, ``assistant``) and texts; no text can begin a turn of its own."""
     names = {"user": HUMAN, "assistant": ASSISTANT}
     plain = re.compile(rf"\b({HUMAN}|{ASSISTANT}):", re.IGNORECASE)
     turns = [(names[role], plain.sub(r"\1 :", text)) for role, text in messages]
@@ -39,13 +39,13 @@ def dialogue_of(messages: Sequence[tuple[str, str]]) -> str:
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
-    """``text`` up to the first of the ``stop`` texts in it."""
+    """Return ``text`` up to the first of the ``stop`` texts in it."""
     ends = [at for s in stop if (at := text.find(s)) >= 0]
     return text[: min(ends)] if ends else text
 
 
 def check_text(value: str, where: str, what: str, blank_ok: bool = False) -> None:
-    """Refuses text that no model can read."""
+    """Refuse text that no model can read."""
     if not value.strip() and not blank_ok:
         raise UserError(f"{where}: expected a {what}, got empty text")
     if not is_unicode(value):
@@ -53,7 +53,7 @@ def check_text(value: str, where: str, what: str, blank_ok: bool = False) -> Non
 
 
 def is_unicode(text: str) -> bool:
-    """Whether text is whole: without lone surrogates, which JSON can spell and no encoding knows."""
+    """Return whether text is whole: without lone surrogates, which JSON can spell and no encoding knows."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -35,7 +35,7 @@ class Tokens:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Sequence[int]], pad: int) -> Tokens:
-        """Rows of token ids, padded on the right: ``(N, L)``."""
+        """Return rows of token ids, padded on the right: ``(N, L)``."""
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
         return cls(ids, torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows]))
@@ -44,14 +44,14 @@ class Tokens:
         return Tokens(self.ids.to(device), self.mask.to(device))
 
     def repeat(self, times: int) -> Tokens:
-        """Each row ``times`` times in succession: ``(N, L) -> (N * times, L)``."""
+        """Return each row ``times`` times in succession: ``(N, L) -> (N * times, L)``."""
         return Tokens(self.ids.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
 
     def __getitem__(self, rows: slice) -> Tokens:
         return Tokens(self.ids[rows], self.mask[rows])
 
     def flat(self) -> Tokens:
-        """All leading dimensions in one: ``(B, n, T) -> (n B, T)``."""
+        """Return all leading dimensions in one: ``(B, n, T) -> (n B, T)``."""
         return Tokens(self.ids.flatten(0, -2), self.mask.flatten(0, -2))
 
 
@@ -95,7 +95,10 @@ class Responses:
 
 
 def read_under(compared: Tensor, anchors: Tensor, counterfactuals: int) -> Tensor:
-    """The compared responses are read under w+, the anchors under each w-: ``(B, n), (B, n) -> (B, n, 1 + C)`` bool."""
+    """Say under what responses are read: compared ones under w+, anchors under each w-.
+
+    ``(B, n), (B, n) -> (B, n, 1 + C)`` bool.
+    """
     return torch.cat([compared.unsqueeze(-1), anchors.unsqueeze(-1).expand(-1, -1, counterfactuals)], -1)
 
 
@@ -134,7 +137,7 @@ class PreferenceBatch:
         return read_under(self.compared, self.anchors, self.counterfactual.shape[1])
 
     def __getitem__(self, prompts: slice) -> PreferenceBatch:
-        """Some of the prompts, with all that belongs to them; counts and seconds are of the whole."""
+        """Return some of the prompts, with all that belongs to them; counts and seconds are of the whole."""
         whole = {"counts", "seconds"}
         return replace(self, **{f.name: getattr(self, f.name)[prompts] for f in fields(self) if f.name not in whole})
 

@@ -30,7 +30,7 @@ ONE_PASS = 10**9  # tokens
 
 
 def in_turn(ways: dict[str, Callable[[], object]], times: int) -> dict[str, float]:
-    """Median seconds of each way, after one call that warms up."""
+    """Return the median seconds of each way, after one call that warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(times + 1):
         for name, way in ways.items():
@@ -43,7 +43,7 @@ def in_turn(ways: dict[str, Callable[[], object]], times: int) -> dict[str, floa
 
 @contextmanager
 def policy_pass(policy: Policy, tokens: int, products: bool = True, once: bool = True) -> Iterator[None]:
-    """A policy pass of so many tokens, attention by products or by the kernel, logits once or twice."""
+    """Set up a policy pass of so many tokens, attention by products or by the kernel, logits once or twice."""
     head = log_prob.token_log_prob if once else partial(_logits_twice)
     with (
         patch.object(policy, "max_tokens_per_micro_batch", tokens),
@@ -73,7 +73,7 @@ def sampling_ways(policy: Policy, prompts: list[str], w: Tensor, tokens: int) ->
 
 
 def step(policy: Policy, prompts: list[str], w: Tensor, responses: Tokens) -> None:
-    """Log-probabilities under every preference and their gradient, pass by pass."""
+    """Take log-probabilities under every preference and their gradient, pass by pass."""
 
     def loss(some: range) -> tuple[Tensor, None]:
         part = slice(some.start, some.stop)
@@ -86,7 +86,7 @@ def step(policy: Policy, prompts: list[str], w: Tensor, responses: Tokens) -> No
 
 
 def one_by_one(policy: Policy, prompts: list[str], w: Tensor, responses: Tokens) -> Tensor:
-    """The plain network, a sequence at a time: ``(B, n, C, T)``."""
+    """Return the plain network, a sequence at a time: ``(B, n, C, T)``."""
     rows = []
     for b, prompt in enumerate(prompts):
         for n in range(responses.ids.shape[1]):
@@ -96,7 +96,7 @@ def one_by_one(policy: Policy, prompts: list[str], w: Tensor, responses: Tokens)
 
 
 def precision(workload: Workload, prompts: list[str], w: Tensor, responses: Tokens) -> list[str]:
-    """Distance from the plain network in float32."""
+    """Return distance from the plain network in float32."""
     upstream = torch.randn(*responses.ids.shape[:2], w.shape[1], 1, generator=torch.Generator().manual_seed(0))
     found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     for dtype in dict.fromkeys(("float32", workload.dtype)):

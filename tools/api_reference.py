@@ -81,7 +81,7 @@ def _title(text: str, line: str) -> str:
 
 
 def _section(module: str) -> str:
-    """A module's members where they are defined; of a package also what it re-exports, with links there."""
+    """Return a module's members where they are defined; of a package also what it re-exports, with links there."""
     names = [f":py:obj:`{name} <{module}.{name}>`" for name in getattr(import_module(module), "__all__", ())]
     exported = f"\nTo be imported from here: {', '.join(names)}.\n" if names else ""
     return f"{_title(module, '-')}\n.. automodule:: {module}\n   :ignore-module-all:\n{exported}"

@@ -75,7 +75,7 @@ WAYS: dict[str, list[Conditioning]] = {
 
 
 def tiny_config(kind: str, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A configuration of this type in which every size that is known is small."""
+    """Return a configuration of this type in which every size that is known is small."""
     plain: Any = CONFIG_MAPPING[kind]()
     inner = plain.get_text_config(decoder=True)
     fields = inner.to_dict().keys() | set(getattr(inner, "attribute_map", {}))
@@ -90,7 +90,7 @@ def tiny_config(kind: str, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _of_all_layers(config: Any, name: str) -> Any:
-    """A size of a configuration; None where it has none, or one for each layer."""
+    """Return a size of a configuration; None where it has none, or one for each layer."""
     try:
         return getattr(config, name, None)
     except Exception:  # AmbiguousGlobalPerLayerAttributeError, which Transformers does not export
@@ -98,7 +98,10 @@ def _of_all_layers(config: Any, name: str) -> Any:
 
 
 def expected(base: Path, policy: Policy, folder: Path, gated: bool, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """The log-probabilities ``(B, n, T)`` by Transformers and PEFT, one sequence at a time; and weights PEFT loses."""
+    """Return the log-probabilities ``(B, n, T)`` by Transformers and PEFT, one sequence at a time.
+
+    And weights PEFT loses.
+    """
     out, lost = torch.zeros(2, 2, 4, dtype=dtype), 0
     for b, prompt in enumerate(PROMPTS):
         adapter = folder / f"adapter_{b}"
@@ -129,7 +132,7 @@ def expected(base: Path, policy: Policy, folder: Path, gated: bool, dtype: torch
 def compare(
     base: Path, way: str, targets: str | list[str], dtype: torch.dtype = torch.float32
 ) -> tuple[float, Policy, int]:
-    """The largest difference, relative to a log-probability or in nats; the policy; weights that PEFT loses."""
+    """Return the largest difference, relative to a log-probability or in nats; the policy; weights that PEFT loses."""
     policy = Policy(
         str(base), WAYS[way], lora_rank=2, lora_alpha=4, lora_dropout=0, lora_targets=targets, dtype="float32"
     )
@@ -159,7 +162,7 @@ def at_most(seconds: int) -> Iterator[None]:
 
 
 def cell(base: Path, way: str) -> tuple[str, str, str]:
-    """Outcome, its words, and how the policy reads the network."""
+    """Return outcome, its words, and how the policy reads the network."""
     said = ""
     for targets in ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj"]):
         try:
@@ -179,7 +182,7 @@ def cell(base: Path, way: str) -> tuple[str, str, str]:
 
 
 def row(kind: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """Outcomes, and a line of the table."""
+    """Return outcomes, and a line of the table."""
     with TemporaryDirectory() as folder:
         try:
             with at_most(SECONDS):

@@ -58,7 +58,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def dtype_on(dtype: str, device: str) -> str:
-    """``auto`` as :class:`~miepo.policy.Policy` takes it: what the device computes natively."""
+    """Return ``auto`` as :class:`~miepo.policy.Policy` takes it: what the device computes natively."""
     from miepo.policy.precision import chosen_dtype  # not into the process of TRL
 
     return chosen_dtype(dtype, torch.device(device))
@@ -127,7 +127,7 @@ class Turns:
 
 
 def prompts_of(policy: Any, workload: Workload) -> list[str]:
-    """Prompts that have, with the text that states a preference, as many tokens as the workload says."""
+    """Return prompts that have, with the text that states a preference, as many tokens as the workload says."""
     text = policy.preference_text([0.5] * len(policy.names))
     words = ["garden", "rain", "spring", "good", "people", "food", "place", "grow", "like", "comes"]
     prompts = []
@@ -289,7 +289,7 @@ class Side:
 
 
 def matrix_rate(device: str, dtype: str) -> float:
-    """FLOP per second of a large product."""
+    """Return FLOP per second of a large product."""
     a, b = (torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
 
     def once() -> float:
@@ -303,7 +303,7 @@ def matrix_rate(device: str, dtype: str) -> float:
 
 
 def copy_rate(device: str) -> float:
-    """Bytes read and written per second by a copy."""
+    """Return bytes read and written per second by a copy."""
     a = torch.ones(2**27, device=device)
     b = torch.empty_like(a)
 

@@ -26,7 +26,7 @@ PROMPT_SD, RESPONSE_SD = 0.6, 0.8  # of what all answers to a prompt share, and 
 
 
 def fronts(grid: Tensor) -> dict[str, Tensor]:
-    """Mean reward vectors ``(M, 2)`` of policies that obey in different ways, and of two that do not."""
+    """Return mean reward vectors ``(M, 2)`` of policies that obey in different ways, and of two that do not."""
     first = grid[:, 0]
     return {
         "flat: the policy ignores w": torch.zeros_like(grid),
@@ -40,7 +40,7 @@ def fronts(grid: Tensor) -> dict[str, Tensor]:
 
 
 def simulated(means: Tensor, prompts: int, seed: int) -> Evaluation:
-    """One answer to each of so many prompts under each preference vector."""
+    """Return one answer to each of so many prompts under each preference vector."""
     m, rng = len(means), np.random.default_rng([11, seed, prompts, len(means)])
     shared = rng.normal(size=(prompts, 1, 2)) * PROMPT_SD
     scores = means.numpy() + shared + rng.normal(size=(prompts, m, 2)) * RESPONSE_SD
@@ -51,7 +51,7 @@ def simulated(means: Tensor, prompts: int, seed: int) -> Evaluation:
 
 
 def row(name: str, means: Tensor, prompts: int, simulations: int) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     grid = evaluation_grid(2, len(means)).double()
     truth = float(hypervolume(means, REFERENCE_POINT))
     known = {"mip": float(mean_inner_product(grid, means)), "crd": 1.0}

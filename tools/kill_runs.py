@@ -167,7 +167,7 @@ def start(file: Path, moment: str = "") -> subprocess.Popen:
 
 
 def check(root: Path) -> str | None:
-    """What is wrong with what a killed process left."""
+    """Return what is wrong with what a killed process left."""
     steps, found = root / "steps", list(root.glob("r/*/checkpoints/last.ckpt"))
     done = int(steps.read_text() or 0) if steps.exists() else 0
     if len(found) > 1:

@@ -26,7 +26,7 @@ PROMPTS = "package:miepo/data/everyday_validation.jsonl"
 
 @contextmanager
 def server(run: Path, batch_size: int) -> Iterator[openai.OpenAI]:
-    """A client of a server that answers this many requests together."""
+    """Yield a client of a server that answers this many requests together."""
     command = [sys.executable, "-u", "-m", "miepo", "serve", "--ckpt_path", str(run), "--port", "0"]
     command += ["--batch_size", str(batch_size), "--max_queue", "256", "--timeout", "600"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -48,7 +48,7 @@ def server(run: Path, batch_size: int) -> Iterator[openai.OpenAI]:
 
 
 def measure(client: openai.OpenAI, clients: int, requests: int, tokens: int) -> dict[str, float]:
-    """``requests`` streamed answers of ``tokens`` tokens, asked for by ``clients`` at the same time."""
+    """Return ``requests`` streamed answers of ``tokens`` tokens, asked for by ``clients`` at the same time."""
     objectives = client.models.list().data[0].objectives  # type: ignore[attr-defined]
     prompts = [row["prompt"] for row in read_rows(PROMPTS, {"prompt": str})]
 

@@ -98,7 +98,7 @@ class Live(TorchDispatchMode):
 
 
 def peak_of(work: Callable[[], Any]) -> int:
-    """Bytes alive at the peak of ``work``, without those that were there before."""
+    """Return bytes alive at the peak of ``work``, without those that were there before."""
     with Live() as live:
         work()
     return live.peak
@@ -132,7 +132,7 @@ def plan_memory(
     response_tokens: int,
     cuda: bool,
 ) -> Plan:
-    """The plan of a run whose longest prompt, preference text included, has ``prompt_tokens`` tokens."""
+    """Return the plan of a run whose longest prompt, preference text included, has ``prompt_tokens`` tokens."""
     plan, policy = Plan(), module.policy
     device = "cuda" if cuda else "cpu"
     config = _config(base_folder(policy.base), f"the policy's base '{policy.base}'")
@@ -203,7 +203,7 @@ def _online(plan: Plan, module: PolicyModule, data: OnlinePreferenceDataModule, 
 
 
 def anchors_of(exploration: Exploration, compared: int) -> int:
-    """How many of the compared responses are read under w-, too."""
+    """Return how many of the compared responses are read under w-, too."""
     return compared if exploration.anchors == 2 else 1
 
 
@@ -216,7 +216,10 @@ def _mask(n: int, length: int) -> Tensor:
 def _trees(
     policy: Policy, prompts: int, preferences: int, responses: int, p: int, t: int, others: int | None = None
 ) -> tuple[Any, Any]:
-    """Token ids of prompts under preferences, and of responses; under all but the first only ``others`` are read."""
+    """Return token ids of prompts under preferences, and of responses.
+
+    Under all but the first only ``others`` are read.
+    """
     written = min(TEXT, p - 1) if policy.reference_depends_on_preference else 0
     under = [[0] * (p - written) + [1 + c] * written for c in range(preferences)]
     read = responses if others is None else others
@@ -235,7 +238,7 @@ def _log_prob(
 def _train(
     policy: Policy, exploration: Exploration, n: int, counterfactuals: int, p: int, t: int, compared: int = PAIR
 ) -> None:
-    """The fullest pass, beside the gradients of those before it."""
+    """Run the fullest pass, beside the gradients of those before it."""
     anchors = anchors_of(exploration, compared)
     under, answers = _trees(policy, 1, 1 + counterfactuals, compared, p, t, anchors)
     size = tree_size(under[0], answers[0], share=not policy.gated)
@@ -264,7 +267,7 @@ def _read(policy: Policy, n: int, preferences: int, responses: int, p: int, t: i
 
 
 def _decode(policy: Policy, n: int, count: int, p: int, t: int) -> None:
-    """The first token, and the last one."""
+    """Decode the first token, and the last one."""
     prompts = Tokens(torch.zeros(n, p, dtype=torch.long), _mask(n, p))
     uniform = torch.zeros(n * count, dtype=torch.float64)
     with policy.evaluating():
@@ -286,7 +289,7 @@ def _in_place(weights: Sequence[Tensor], first: Sequence[Tensor]) -> Callable[[T
 
 
 def _generate(policy: Policy, prompts: int, count: int, p: int, t: int) -> None:
-    """The first token, and the last one, which has the longest cache."""
+    """Generate the first token, and the last one, which has the longest cache."""
     n = prompts * count
     with policy.evaluating(), policy.conditioned(torch.ones(n, len(policy.names))):
         model: Any = policy.model
@@ -347,7 +350,7 @@ def _dtype(given: str, config: Any) -> torch.dtype:
 
 
 def _materialise(module: nn.Module) -> None:
-    """From tensors without a device to tensors on one, without contents; what is tied stays tied."""
+    """Turn tensors without a device into tensors on one, without contents; what is tied stays tied."""
     made: dict[Tensor, Tensor] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -396,7 +399,7 @@ class Watch(Callback):
 
 
 def measure(cli: MiepoCLI) -> tuple[float, Watch]:
-    """Two steps of the run: the growth of the process, or what the card held, in GB."""
+    """Return two steps of the run: the growth of the process, or what the card held, in GB."""
     watch = Watch()
     cli.trainer.callbacks.insert(0, watch)  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)

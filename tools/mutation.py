@@ -107,14 +107,14 @@ EQUIVALENT = [
 
 
 def change(diff: str) -> tuple[str, str]:
-    """Splits a unified diff into the lines it takes away and those that come, each joined without indentation."""
+    """Split a unified diff into the lines it takes away and those that come, each joined without indentation."""
     lines = [line for line in diff.splitlines() if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
     before, after = (" ".join(line[1:].strip() for line in lines if line[0] == sign) for sign in "-+")
     return before, after
 
 
 def reason(name: str, before: str, after: str) -> str | None:
-    """Says why no test can tell the two lines apart; None where one could."""
+    """Say why no test can tell the two lines apart; None where one could."""
     for kind in EQUIVALENT:
         if re.search(kind.where, name):
             for match in re.finditer(kind.pattern, before):
@@ -124,13 +124,13 @@ def reason(name: str, before: str, after: str) -> str | None:
 
 
 def mutmut(*arguments: str) -> str:
-    """Runs mutmut in the checkout and returns what it prints."""
+    """Run mutmut in the checkout and return what it prints."""
     command = [sys.executable, "-m", "mutmut", *arguments]
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def results() -> dict[str, str]:
-    """What became of each change, by its name."""
+    """Return what became of each change, by its name."""
     return dict(re.findall(r"^ *(\S+): (.+)$", mutmut("results", "--all", "true"), re.MULTILINE))
 
 
@@ -154,7 +154,7 @@ def unnoticed(status: dict[str, str]) -> list[Unnoticed]:
 
 
 def report(status: dict[str, str]) -> str:
-    """Tabulates what became of the changes, as Markdown."""
+    """Tabulate what became of the changes, as Markdown."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     reasons: Counter[str] = Counter()
     survivors = []

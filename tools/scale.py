@@ -32,7 +32,7 @@ AXES = {
 
 
 def measured(workload: Workload, side: str, steps: int) -> tuple[float, dict[str, float], float]:
-    """Seconds of a step, of its parts, and GB above the loaded model."""
+    """Return seconds of a step, of its parts, and GB above the loaded model."""
     with tempfile.TemporaryDirectory() as folder:
         process = Side(side, workload, Path(folder) / "log")
         try:

@@ -67,7 +67,7 @@ class CollapseGuard(Recorded, Callback):
         self.said, self.skipped, self.in_a_row = (state_dict[key] for key in ("said", "skipped", "in_a_row"))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
-        """Called before clipping, which would make NaN of every gradient."""
+        """Look at the gradients before clipping, which would make NaN of every gradient."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # of several processes each has the same sum; asked once, since a device is waited for at every answer
         if not gradients or torch.stack([g.isfinite().all() for g in gradients]).all():
@@ -134,6 +134,6 @@ class CollapseGuard(Recorded, Callback):
 
 
 def _mean(values: list[float]) -> float:
-    """Of those that are numbers; NaN, which is above and below nothing, where none is."""
+    """Return the mean of those that are numbers; NaN, which is above and below nothing, where none is."""
     numbers = [value for value in values if not isnan(value)]
     return sum(numbers) / len(numbers) if numbers else float("nan")

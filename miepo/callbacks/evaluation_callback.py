@@ -68,5 +68,5 @@ class EvaluationCallback(Recorded, Callback):
 
 
 def _whole(trainer: Trainer) -> bool:
-    """Whether the evaluation covers the whole set: Lightning's sanity check may take a part of it."""
+    """Return whether the evaluation covers the whole set: Lightning's sanity check may take a part of it."""
     return not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")

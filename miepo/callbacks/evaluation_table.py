@@ -73,7 +73,7 @@ class EvaluationTable(EvaluationCallback):
 
 
 def obedience(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
-    """For each objective whose slope was measured, a sentence that says whether it follows its weight."""
+    """Return for each objective whose slope was measured, a sentence that says whether it follows its weight."""
     found = []
     for name in names:
         key = f"steerability/{name}"
@@ -83,7 +83,7 @@ def obedience(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
 
 
 def table_rows(columns: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of the printed table, from figures by their logged names."""
+    """Return rows of the printed table, from figures by their logged names."""
     keys = sorted({key for c in columns for key in c["metrics"]})
     slopes = [key for key in keys if key.startswith("steerability/")]
     slopes = [key for key in slopes if not any(f"{other}_{end}" == key for other in slopes for end in ("low", "high"))]
@@ -119,7 +119,7 @@ def _cell(metrics: dict[str, float], key: str) -> str:
 
 
 def format_table(head: list[str], rows: list[list[str]]) -> str:
-    """Plain text in aligned columns."""
+    """Return plain text in aligned columns."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]

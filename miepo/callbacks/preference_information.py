@@ -23,7 +23,9 @@ METRIC = "preference_information"
 def read_by_prompt(
     batch: EvaluationBatch, wanted: Tensor, read: Callable[[list[str], Tokens, Tensor], Tensor]
 ) -> Tensor:
-    """Log-probability of each response under ``C`` preferences, a prompt read once for all its responses in the batch.
+    """Return the log-probability of each response under ``C`` preferences.
+
+    A prompt is read once for all its responses in the batch.
 
     Args:
         batch: ``N`` responses, those to one prompt anywhere in it.
@@ -49,7 +51,7 @@ def read_by_prompt(
 
 
 def grid_log_prob(policy: Policy, batch: EvaluationBatch, grid: Tensor, wanted: Tensor | None = None) -> Tensor:
-    """Log-probability of each response under every preference vector of a grid ``(M, K)``, or where it is wanted.
+    """Return each response's log-probability under every vector of a grid ``(M, K)``, or where it is wanted.
 
     Returns:
         ``(N, M)`` in nats, 0 where it is not wanted.
@@ -89,7 +91,7 @@ class PreferenceInformation(EvaluationCallback):
         self.trainer: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The pairs since the last evaluation, of all processes."""
+        """Return the pairs since the last evaluation, of all processes."""
         pairs = gathered_rows(self.trainer, self.pairs)
         return {"pairs": torch.cat(pairs) if pairs else None}
 

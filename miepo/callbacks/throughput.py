@@ -54,7 +54,7 @@ class Throughput(Recorded, Callback):
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in GB: of the device, or of the process on a CPU."""
+    """Return peak memory in GB: of the device, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")

@@ -43,7 +43,7 @@ COMMANDS = TRAINER_COMMANDS | OTHER_COMMANDS
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs a command. A user's mistake ends in one sentence and exit status 2; ``MIEPO_TRACEBACK=1`` shows where."""
+    """Run a command. A user's mistake ends in one sentence and exit status 2; ``MIEPO_TRACEBACK=1`` shows where."""
     if (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)  # the user's own objectives, beside the configuration
     given = sys.argv[1:] if args is None else args
@@ -61,7 +61,7 @@ def main(args: ArgsType = None) -> None:
 
 
 def make_parser() -> ArgumentParser:
-    """Makes the parser that shows all commands; each has another for its own options."""
+    """Make the parser that shows all commands; each has another for its own options."""
     lines = [f"  {name:12}{line}" for name, line in COMMANDS.items()]
     parser = ArgumentParser(
         prog="miepo",
@@ -75,7 +75,7 @@ def make_parser() -> ArgumentParser:
 
 
 def _dispatch(args: Sequence[str]) -> None:
-    """Runs the command that a command line names first."""
+    """Run the command that a command line names first."""
     command = args[0] if args else ""
     if command in ("-h", "--help", "--version"):
         make_parser().parse_args([command])

@@ -51,7 +51,7 @@ SHELLS = {"bash": (BASH, '            {}) words="{}" ;;'), "zsh": (ZSH, "       
 
 
 def make_parser() -> ArgumentParser:
-    """Makes the parser of the command."""
+    """Make the parser of the command."""
     parser = ArgumentParser(
         prog="miepo completion",
         description="Prints a script that completes commands, their options and names of configurations. In bash: "
@@ -63,7 +63,7 @@ def make_parser() -> ArgumentParser:
 
 
 def main(args: Sequence[str]) -> None:
-    """Prints the script."""
+    """Print the script."""
     options = make_parser().parse_args(args)
     frame, case = SHELLS[options.shell]
     helps = _helps()
@@ -74,7 +74,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _helps() -> dict[str, str]:
-    """Returns the help of each command."""
+    """Return the help of each command."""
     from miepo.cli.command import COMMANDS, OTHER_COMMANDS
 
     quiet()
@@ -87,7 +87,7 @@ def _helps() -> dict[str, str]:
 
 
 def option_names(text: str) -> list[str]:
-    """Returns the long options that a help describes.
+    """Return the long options that a help describes.
 
     >>> option_names("  -c FILE, --config FILE  A file\\n  --data.prompts P, --data.prompts+ P\\n        see --out")
     ['--config', '--data.prompts', '--data.prompts+']

@@ -17,20 +17,20 @@ OPTIONS = ("-c", "--config")
 
 
 def packaged_folder() -> Path:
-    """Returns the folder of the configurations that come with miepo."""
+    """Return the folder of the configurations that come with miepo."""
     inside = PACKAGE / "configs"  # of a wheel; in a checkout they are beside the package
     return inside if inside.is_dir() else PACKAGE.parent / "configs"
 
 
 def packaged_configurations() -> dict[str, Path]:
-    """Returns the configurations that come with miepo, by name: ``quickstart``, ``methods/ric``."""
+    """Return the configurations that come with miepo, by name: ``quickstart``, ``methods/ric``."""
     folder = packaged_folder()
     names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
     return {name: path for name, path in names.items() if not name.startswith("studies/")}  # those are no runs
 
 
 def find_configurations(args: Sequence[str]) -> list[str]:
-    """Returns a command line in which the name of a packaged configuration is replaced by its path.
+    """Return a command line in which the name of a packaged configuration is replaced by its path.
 
     Raises:
         UserError: there is neither a file nor a packaged configuration of that name.
@@ -43,7 +43,7 @@ def find_configurations(args: Sequence[str]) -> list[str]:
 
 
 def _configurations(args: Sequence[str]) -> Iterator[tuple[int, str | None, str]]:
-    """Yields place and value of each configuration, and its option where both are one word."""
+    """Yield place and value of each configuration, and its option where both are one word."""
     for place, word in enumerate(args):
         option, equals, value = word.partition("=")
         if place and args[place - 1] in OPTIONS:
@@ -63,7 +63,7 @@ def _find(value: str) -> str:
 
 
 def check_yaml(args: Sequence[str]) -> None:
-    """Refuses a configuration file in which a key stands twice: the parser would drop the first without a word."""
+    """Refuse a configuration file in which a key stands twice: the parser would drop the first without a word."""
     for _, _, file in _configurations(args):
         if not is_file(Path(file)):  # a pipe can be read once, by the parser
             continue

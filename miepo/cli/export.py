@@ -12,7 +12,7 @@ from miepo.errors import UserError
 
 
 def make_parser() -> ArgumentParser:
-    """Makes the parser of the command."""
+    """Make the parser of the command."""
     parser = ArgumentParser(
         prog="miepo export",
         description="Writes a trained policy as a PEFT adapter or a whole model, which need no miepo.",
@@ -27,7 +27,7 @@ def make_parser() -> ArgumentParser:
 
 
 def main(args: Sequence[str]) -> None:
-    """Exports a trained policy."""
+    """Export a trained policy."""
     options = make_parser().parse_args(args)
     preference = None if options.preference is None else read_preference(options.preference)
     quiet()
@@ -41,7 +41,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def read_preference(text: str) -> dict[str, float]:
-    """Reads weights by objective name from a command line's JSON."""
+    """Read weights by objective name from a command line's JSON."""
     try:
         weights = json.loads(text)
     except ValueError:

@@ -13,7 +13,7 @@ from miepo.errors import UserError
 
 
 def make_parser() -> ArgumentParser:
-    """Makes the parser of the command."""
+    """Make the parser of the command."""
     parser = ArgumentParser(
         prog="miepo init",
         description="Writes a commented configuration, which runs as it is and is there to be changed: "
@@ -26,7 +26,7 @@ def make_parser() -> ArgumentParser:
 
 
 def main(args: Sequence[str]) -> None:
-    """Writes the configuration."""
+    """Write the configuration."""
     options = make_parser().parse_args(args)
     path = Path(options.name.removesuffix(".yaml") + ".yaml")
     if not re.fullmatch(r"\w[\w.-]*", path.stem):

@@ -8,7 +8,7 @@ from miepo.errors import UserError, first_line
 
 
 def user_error(error: BaseException | None) -> BaseException | None:
-    """Returns the user's mistake behind an exception: the parser wraps what a constructor raises in its own errors."""
+    """Return the user's mistake behind an exception: the parser wraps what a constructor raises in its own errors."""
     # Lightning's error by its name, since the import of its class alone takes seconds
     while error is not None and not (
         isinstance(error, UserError) or "MisconfigurationException" in (c.__name__ for c in type(error).__mro__)
@@ -18,7 +18,7 @@ def user_error(error: BaseException | None) -> BaseException | None:
 
 
 def outer_mistake(error: BaseException) -> str | None:
-    """Says what the user can mend of an error that the machine or a library gives a reason for."""
+    """Say what the user can mend of an error that the machine or a library gives a reason for."""
     if isinstance(error, OSError) and error.strerror:
         path = f", got '{error.filename}'" if error.filename else ""
         return f"expected paths that can be read and written{path}: {error.strerror}"

@@ -11,7 +11,7 @@ from miepo.resources import check_writable
 
 
 def make_parser() -> ArgumentParser:
-    """Makes the parser of the command's own options."""
+    """Make the parser of the command's own options."""
     parser = ArgumentParser(
         prog="miepo normalise",
         description="Measures mean and standard deviation of every objective on offline data. All other options are "
@@ -22,7 +22,7 @@ def make_parser() -> ArgumentParser:
 
 
 def main(args: Sequence[str]) -> None:
-    """``miepo normalise --config .. --out FILE``: measures the normalisation on offline data, and writes it."""
+    """Run ``miepo normalise --config .. --out FILE``: measure the normalisation on offline data, and write it."""
     options, rest = make_parser().parse_known_args(args)
     if options.out is None:
         raise UserError("normalise writes a file: expected --out, got none")

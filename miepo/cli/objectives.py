@@ -13,7 +13,7 @@ from miepo.plugins import OBJECTIVES, plugins, said_of
 
 
 def make_parser() -> ArgumentParser:
-    """Makes the parser of the command."""
+    """Make the parser of the command."""
     return ArgumentParser(
         prog="miepo objectives",
         description="Lists the objectives with the class path that a configuration names, those of other packages too: "
@@ -23,7 +23,7 @@ def make_parser() -> ArgumentParser:
 
 
 def main(args: Sequence[str]) -> None:
-    """Prints the list."""
+    """Print the list."""
     make_parser().parse_args(args)
     quiet()
     rows = [*_built_in(), *_of_other_packages()]
@@ -58,7 +58,7 @@ def _of_other_packages() -> Iterator[tuple[str, str]]:
 
 
 def first_sentence(documented: type) -> str:
-    """Returns the first sentence of a class's docstring, without markup.
+    """Return the first sentence of a class's docstring, without markup.
 
     >>> first_sentence(type("X", (), {"__doc__": "The share of ``!``, by :class:`~re.Pattern`. Slow."}))
     'The share of !, by re.Pattern.'

@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet() -> None:
-    """Keeps other libraries' deprecations, advertisements and bars of converters out of the output."""
+    """Keep other libraries' deprecations, advertisements and bars of converters out of the output."""
     from transformers.utils import logging as transformers_logging
 
     for message in (

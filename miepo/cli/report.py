@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def make_parser() -> ArgumentParser:
-    """Makes the parser of the command."""
+    """Make the parser of the command."""
     parser = ArgumentParser(
         prog="miepo report",
         description="Writes one HTML page, which needs no network, about one or several runs, finished or not: their "
@@ -21,7 +21,7 @@ def make_parser() -> ArgumentParser:
 
 
 def main(args: Sequence[str]) -> None:
-    """Writes a report about runs."""
+    """Write a report about runs."""
     options = make_parser().parse_args(args)
     from miepo.report.page import report
 

@@ -12,7 +12,7 @@ from miepo.errors import UserError
 
 
 def last_checkpoint(trainer: Any) -> str | None:
-    """The newest ``checkpoints/last.ckpt`` among the runs where this configuration's first logger has its own."""
+    """Return the newest ``checkpoints/last.ckpt`` among the runs of this configuration's first logger."""
     entry = _loggers(trainer.logger)[:1]
     if trainer.logger is False:
         runs = [Path(trainer.default_root_dir or ".")]
@@ -31,7 +31,7 @@ def last_checkpoint(trainer: Any) -> str | None:
 
 
 def continue_logs(loggers: Any, versions: Sequence[dict[str, Any]]) -> None:
-    """Sets the loggers of a configuration to go on where those of a run, by class and version, were."""
+    """Set the loggers of a configuration to go on where those of a run, by class and version, were."""
     left = list(versions)
     for entry in _loggers(loggers):
         kind = entry.class_path.rpartition(".")[2]

@@ -13,7 +13,7 @@ MOST_SECONDS = 86_400  # of one response
 
 
 def add_options(parser: ArgumentParser, port: int) -> None:
-    """What every command needs that shows a trained policy at an address."""
+    """Add what every command needs that shows a trained policy at an address."""
     parser.add_argument("--ckpt_path", required=True, help="a run's folder, a checkpoint or a folder of miepo export")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; beyond this machine a key is needed")
     parser.add_argument("--port", type=int, default=port)
@@ -29,7 +29,7 @@ def add_options(parser: ArgumentParser, port: int) -> None:
 
 
 def check_options(options: Namespace) -> None:
-    """Refuses what cannot be, before a model is loaded."""
+    """Refuse what cannot be, before a model is loaded."""
     if not 0 <= options.port < 2**16:
         raise UserError(f"--port: expected a number from 0 to 65535, got {options.port}")
     for name in ("max_tokens", "timeout", "max_queue"):
@@ -44,7 +44,7 @@ def check_options(options: Namespace) -> None:
 
 
 def make_parser() -> ArgumentParser:
-    """Makes the parser of the command."""
+    """Make the parser of the command."""
     parser = ArgumentParser(
         prog="miepo serve",
         description="Answers OpenAI's chat requests, which carry a preference: "
@@ -57,7 +57,7 @@ def make_parser() -> ArgumentParser:
 
 
 def main(args: Sequence[str]) -> None:
-    """Serves a trained policy."""
+    """Serve a trained policy."""
     options = make_parser().parse_args(args)
     check_options(options)
     if options.batch_size < 1:

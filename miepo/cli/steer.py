@@ -13,7 +13,7 @@ ANSWERS = 2  # to one visitor, side by side
 
 
 def make_parser() -> ArgumentParser:
-    """Makes the parser of the command."""
+    """Make the parser of the command."""
     parser = ArgumentParser(
         prog="miepo steer", description="A local page that steers a trained policy between its objectives."
     )
@@ -22,7 +22,7 @@ def make_parser() -> ArgumentParser:
 
 
 def main(args: Sequence[str]) -> None:
-    """Shows a trained policy."""
+    """Show a trained policy."""
     options = make_parser().parse_args(args)
     check_options(options)
     if options.max_tokens < 2:

@@ -117,7 +117,7 @@ class MiepoCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
 
     def _parse_ckpt_path(self) -> None:
-        """Finds and checks the checkpoint before anything is built; nothing in it changes the configuration.
+        """Find and check the checkpoint before anything is built; nothing in it changes the configuration.
 
         ``last`` is the newest run's, which ``fit`` continues where it logs.
         """
@@ -203,7 +203,7 @@ class _Made(Exception):
 
 
 def command_parsers() -> dict[str, LightningArgumentParser]:
-    """Returns the parsers of ``fit``, ``validate``, ``test`` and ``predict``."""
+    """Return the parsers of ``fit``, ``validate``, ``test`` and ``predict``."""
     try:
         _Parsers(seed_everything_default=0, parser_kwargs={"prog": "miepo"})
     except _Made as made:
@@ -212,12 +212,12 @@ def command_parsers() -> dict[str, LightningArgumentParser]:
 
 
 def train(args: ArgsType) -> None:
-    """Runs ``miepo fit``, ``validate``, ``test`` or ``predict``."""
+    """Run ``miepo fit``, ``validate``, ``test`` or ``predict``."""
     run_cli(save_config_callback=LogConfig, save_config_kwargs={"overwrite": True}, args=args)
 
 
 def run_cli(**kwargs: Any) -> MiepoCLI:
-    """Builds what a configuration says, and runs the command where there is one.
+    """Build what a configuration says, and run the command where there is one.
 
     Raises:
         UserError: it cannot be built.

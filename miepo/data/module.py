@@ -180,7 +180,7 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
     # -- prompts -------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Reads everything the user gave, so that a mistake shows before a model is loaded."""
+        """Read everything the user gave, so that a mistake shows before a model is loaded."""
         names = [o.name for o in objectives_of(self._trainer)]
         if isinstance(self.grid_spec, list):
             self.grid = simplex_rows(self.grid_spec, len(names), "data.grid")
@@ -211,7 +211,7 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
             read_normalisation(Path(self.normalisation), objectives_of(self._trainer), self.offline_set)
 
     def offline_responses(self) -> OfflineResponses | None:
-        """What the rewards are normalised by, where that is not the first rollouts."""
+        """Return what the rewards are normalised by, where that is not the first rollouts."""
         if isinstance(self.normalise_on, int):
             return None
         return offline_responses(self.prompts if self.normalise_on == "offline" else self.normalise_on)  # type: ignore[arg-type]
@@ -245,7 +245,7 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
         return DataLoader(pairs, batch_size=None, sampler=share)
 
     def _fitting(self, prompts: Sequence[str], use: str) -> list[str]:
-        """The prompts that fit the context together with a response; others are dropped or an error."""
+        """Return the prompts that fit the context together with a response; others are dropped or an error."""
         policy, limit = self._policy, self._policy.context_length
         if limit is None:
             return list(prompts)
@@ -308,7 +308,7 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
     # -- normalisation -------------------------------------------------------------------------------------------------
 
     def ensure_normalised(self) -> None:
-        """Measures the normalisation of objectives that got none from the configuration or a checkpoint."""
+        """Measure the normalisation of objectives that got none from the configuration or a checkpoint."""
         module = self._module
         missing = [o for o in module.objectives if o.normalisation is None]
         if missing:
@@ -337,7 +337,7 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
             rank_zero_info(f"Normalising {objective.name} by mean {normalisation.mean:.4g}, sd {normalisation.sd:.4g}")
 
     def _first_rollouts(self, objectives: Sequence[Any], prompts: Sequence[str], k: int) -> Tensor:
-        """Rewards of responses of the policy as it is, under drawn preferences, ``(n, 2, K')``."""
+        """Return rewards of responses of the policy as it is, under drawn preferences, ``(n, 2, K')``."""
         rewards = []
         size = max(self.evaluation_batch_size // PAIR, 1)
         for start in range(0, len(prompts), size):
@@ -352,7 +352,7 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
 
 
 def check_dialogue(source: PreferenceDataset, policy: Policy) -> None:
-    """Refuses dialogues for a policy that would read them as one message."""
+    """Refuse dialogues for a policy that would read them as one message."""
     if source.dialogue and not policy.dialogue:
         raise UserError(
             f"the prompts of {type(source).__name__} are dialogues: expected policy.dialogue true (or template hh), "

@@ -18,7 +18,7 @@ Row = TypeVar("Row")
 def load_prompts(
     source: Any, field: str = "prompt", splits: Sequence[str] = ("train",), dialogue: bool = False
 ) -> list[str]:
-    """Prompts from any supported source, checked.
+    """Return prompts from any supported source, checked.
 
     Args:
         source: A list of strings; or any source of :func:`miepo.data.reading.read_rows`.
@@ -41,7 +41,7 @@ def load_prompts(
 
 
 def _prompt_text(prompt: Any, where: str, dialogue: bool) -> str:
-    """A prompt as text: itself, or its messages as a dialogue of :mod:`miepo.text`."""
+    """Return a prompt as text: itself, or its messages as a dialogue of :mod:`miepo.text`."""
     if isinstance(prompt, str):
         check_text(prompt, where, "prompt")
         return prompt
@@ -66,7 +66,7 @@ def _prompt_text(prompt: Any, where: str, dialogue: bool) -> str:
 def split_rows(
     rows: Sequence[Row], validation_fraction: float, seed: int, prompt: Callable[[Row], str] = str
 ) -> tuple[list[Row], list[Row]]:
-    """A seeded split of prompts or examples into training and validation, so that no prompt stands in both.
+    """Return a seeded split of prompts or examples into training and validation, so that no prompt stands in both.
 
     Args:
         rows: Prompts or examples.
@@ -83,7 +83,7 @@ def split_rows(
 
 
 def say_repeated(prompts: Sequence[str], held_out: Sequence[str]) -> None:
-    """Tells of training prompts that occur more than once, and warns of those that are evaluated on, too."""
+    """Tell of training prompts that occur more than once, and warn of those that are evaluated on, too."""
     distinct = set(prompts)
     if repeated := len(prompts) - len(distinct):
         rank_zero_info(f"{repeated} of {len(prompts)} training prompts repeat another one")

@@ -26,7 +26,7 @@ def read_rows(
     splits: Sequence[str] = ("train",),
     blank: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Rows with the wanted fields, checked one by one.
+    """Return rows with the wanted fields, checked one by one.
 
     Args:
         source: A ``.jsonl`` file, or JSON with one array, also compressed (``.gz``, ``.xz``), or a ``.parquet`` file,

@@ -21,7 +21,7 @@ class RunLoader(DataLoader):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """There is nothing to restore."""
+        """Do nothing: there is nothing to restore."""
 
 
 class RunPositions(DistributedSampler):
@@ -108,7 +108,7 @@ class OnlinePrompts(Dataset):
         return self.at(*place), *place
 
     def at(self, epoch: int, position: int) -> str:
-        """The prompt at ``position`` of the shuffle of ``epoch``."""
+        """Return the prompt at ``position`` of the shuffle of ``epoch``."""
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, generator(RandomStream.SHUFFLE, self.seed, epoch).permutation(len(self.prompts)))
         return self.prompts[self._order[1][position]]
@@ -120,8 +120,10 @@ class OnlinePrompts(Dataset):
 
 
 class GridPrompts(Dataset):
-    """Every (prompt, preference vector) pair, prompt by prompt, for evaluation and prediction; item ``[i, j, ..]`` is a
-    batch."""
+    """Every (prompt, preference vector) pair, prompt by prompt, for evaluation and prediction.
+
+    Item ``[i, j, ..]`` is a batch.
+    """
 
     def __init__(self, prompts: Sequence[str], grid: Tensor) -> None:
         self.prompts, self.grid = prompts, grid  # (M, K)

@@ -97,7 +97,7 @@ class PolicyModule(Recorded, LightningModule):
         }
 
     def check_trainer(self, trainer: Any, stage: str) -> None:
-        """Refuses a trainer under which no policy trains as it should; needs nothing that takes time to load."""
+        """Refuse a trainer under which no policy trains as it should; needs nothing that takes time to load."""
         strategy = trainer.strategy
         if isinstance(strategy, SPLITTING) and not isinstance(strategy, ShardedStrategy):
             raise UserError(
@@ -155,7 +155,7 @@ class PolicyModule(Recorded, LightningModule):
         return batch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout, too, is a function of the seed and of the place in the run."""
+        """Seed dropout by the place in the run, as everything else is drawn."""
         trainer = self.trainer
         seed = getattr(trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
         torch.manual_seed(torch_seed(RandomStream.DROPOUT, seed, trainer.current_epoch, batch_idx, trainer.global_rank))
@@ -163,10 +163,10 @@ class PolicyModule(Recorded, LightningModule):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """The responses are sampled and scored when they come here; callbacks measure them."""
+        """Do nothing: responses are sampled and scored when they come here, and callbacks measure them."""
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
-        """As :meth:`validation_step`."""
+        """Do as :meth:`validation_step` does."""
 
     def on_validation_epoch_end(self) -> None:
         if counts := self.failures():
@@ -175,11 +175,11 @@ class PolicyModule(Recorded, LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def failures(self) -> dict[str, float]:
-        """``count/failed/NAME`` since they were last asked for."""
+        """Return ``count/failed/NAME`` since they were last asked for."""
         return {f"count/{key}": float(value) for key, value in take_failures(self.objectives).items()}
 
     def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One row per answer: prompt, preference by objective name, response."""
+        """Return one row per answer: prompt, preference by objective name, response."""
         return [
             {"prompt": prompt, "preference": dict(zip(self.names, weights, strict=True)), "response": texts[0]}
             for prompt, weights, texts in zip(
@@ -190,11 +190,11 @@ class PolicyModule(Recorded, LightningModule):
     # -- optimisation and checkpoints ----------------------------------------------------------------------------------
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
-        """A linear warm-up and a cosine decay to 0 (Tables 3 and 4)."""
+        """Return a linear warm-up and a cosine decay to 0 (Tables 3 and 4)."""
         return get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
 
     def configure_optimizers(self) -> Any:
-        """Adam with :meth:`schedule`."""
+        """Return Adam with :meth:`schedule`."""
         optimizer = torch.optim.Adam(self.policy.adapter_parameters().values(), lr=self.learning_rate)
         self.look_at_data()
         steps = self.trainer.estimated_stepping_batches
@@ -206,7 +206,7 @@ class PolicyModule(Recorded, LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def look_at_data(self) -> None:
-        """Lets Lightning count the batches of an epoch, where it has not."""
+        """Let Lightning count the batches of an epoch, where it has not."""
         try:
             self.trainer.fit_loop.setup_data()
         except ValueError as error:
@@ -222,7 +222,7 @@ class PolicyModule(Recorded, LightningModule):
             (run_folder(self.trainer) / "config.yaml").write_text(text, encoding="utf-8")
 
     def on_train_start(self) -> None:
-        """The learning rate is the configuration's and not the checkpoint's, and so is the place in its schedule."""
+        """Take the learning rate and the place in its schedule from the configuration, not from the checkpoint."""
         place = place_in_steps(self.trainer)
         self.ahead = place - self.trainer.global_step
         for entry in self.trainer.lr_scheduler_configs:
@@ -237,7 +237,7 @@ class PolicyModule(Recorded, LightningModule):
             schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the adapter and drops the base weights."""
+        """Keep the adapter and drop the base weights."""
         keep = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
         checkpoint["miepo"] = {"schema": SCHEMA, "objectives": list(self.names), "base": self.policy.base}
@@ -246,7 +246,7 @@ class PolicyModule(Recorded, LightningModule):
         checkpoint["miepo"]["precision"] = str(self.policy.weight_dtype).removeprefix("torch.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other objectives or another adapter; restores the normalisation for evaluation."""
+        """Refuse a checkpoint of other objectives or another adapter; restore the normalisation for evaluation."""
         saved = checkpoint.get("miepo")
         if saved is None:  # where Lightning's own trainer read it
             raise UserError("expected a checkpoint written by miepo, got one without its entry")

@@ -48,7 +48,10 @@ class StepStatistics:
         exploration: Tensor | None,
         contrast: ExplorationInputs | None,
     ) -> StepStatistics:
-        """From the step's tensors; ``known`` are the log-probabilities under w+ without dropout, ``(B, n, T)``."""
+        """Make one of the step's tensors.
+
+        ``known`` are the log-probabilities under w+ without dropout, ``(B, n, T)``.
+        """
         bound = drift = None
         if contrast is not None:
             bound = infonce_bound(contrast.log_prob, contrast.counterfactual_log_prob)
@@ -108,7 +111,7 @@ class MIEPO(PolicyModule):
             grid_of(self.trainer, self)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> STEP_OUTPUT:
-        """One rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""
+        """Return one rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""
         if not isinstance(batch, PreferenceBatch):
             raise UserError(f"MIEPO learns from rollouts: expected batches PreferenceBatch, got {type(batch).__name__}")
         groups = self.policy.micro_batches(batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under)
@@ -130,7 +133,7 @@ class MIEPO(PolicyModule):
         return Learner(self.policy, self.objectives, self.router, self.exploration, self.exploring)
 
     def terms(self, batch: PreferenceBatch) -> tuple[Tensor, StepStatistics]:
-        """Eq. 13, averaged over the prompts, and what it is made of; the flow chart of the method."""
+        """Return Eq. 13, averaged over the prompts, and what it is made of; the flow chart of the method."""
         mask = batch.responses.tokens.mask  # (B, n, T)
         log_prob, counterfactual = self.log_prob(batch)  # (B, n, T), (B, n, C, T)
         reward = implicit_reward(log_prob, batch.reference_log_prob, mask)  # (B, n)
@@ -147,7 +150,10 @@ class MIEPO(PolicyModule):
         return loss, StepStatistics.of(batch, known[0], reward, alignment, exploration, contrast)
 
     def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Token log-probabilities: compared responses under w+, ``(B, n, T)``, anchors under w-, ``(B, n, C, T)``."""
+        """Return token log-probabilities.
+
+        Those of compared responses are under w+, ``(B, n, T)``; of anchors also under w-, ``(B, n, C, T)``.
+        """
         under, tokens, wanted = self.policy.response_log_prob, batch.responses.tokens, batch.read_under
         if self.exploration.needs_gradient:
             both = under(batch.prompts, batch.preferences, tokens, wanted)  # (B, n, 1 + C, T)
@@ -160,7 +166,7 @@ class MIEPO(PolicyModule):
     def without_dropout(
         self, batch: PreferenceBatch, log_prob: Tensor, counterfactual: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What :meth:`log_prob` gives, as the policy samples: labels and bounds of the information are of that.
+        """Return what :meth:`log_prob` gives, as the policy samples: labels and bounds of the information are of that.
 
         Another pass, where the network has dropout, and where they are learnt from or this step is logged.
         """
@@ -183,7 +189,10 @@ class MIEPO(PolicyModule):
         reward: Tensor,
         known: tuple[Tensor, Tensor],
     ) -> ExplorationInputs:
-        """Responses under w+ ``(B, n)``, beside the same under every w- ``(B, n, C, T)``; ``known`` without dropout."""
+        """Return responses under w+ ``(B, n)``, beside the same under every w- ``(B, n, C, T)``.
+
+        ``known`` are log-probabilities without dropout.
+        """
         mask = batch.responses.tokens.mask  # (B, n, T)
         return ExplorationInputs(
             batch.preference,

@@ -18,7 +18,7 @@ def in_micro_batches(
     parts: Sequence[PreferenceBatch],
     parameters: Sequence[nn.Parameter],
 ) -> tuple[Tensor, list[T]]:
-    """The mean loss over all prompts, and what else ``loss`` returns of each part.
+    """Return the mean loss over all prompts, and what else ``loss`` returns of each part.
 
     The gradient of a part is taken as soon as its loss is known, and kept until the whole is differentiated: the same
     gradient, of which hooks, clipping and accumulation see nothing unusual.

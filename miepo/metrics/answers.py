@@ -28,13 +28,16 @@ class AnswerMetric(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, grid_index: Tensor, scores: Tensor, positions: Tensor) -> None:
-        """Adds answers: the index of their preference vector and of their prompt ``(N,)``, and rewards ``(N, K)``."""
+        """Add answers: the index of their preference vector and of their prompt ``(N,)``, and rewards ``(N, K)``."""
         self.scores.append(scores.double().to(self.grid.device))
         self.grid_index.append(grid_index.to(self.grid.device))
         self.positions.append(positions.to(self.grid.device))
 
     def answers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards ``(N, K)`` float64, grid index and prompt ``(N,)``, in an order that does not tell who had which."""
+        """Return rewards ``(N, K)`` float64, grid index and prompt ``(N,)``.
+
+        In an order that does not tell who had which.
+        """
         if isinstance(self.scores, list) and not self.scores:  # what all processes have together is one tensor
             none = torch.zeros(0, dtype=torch.long)
             return torch.zeros(0, self.grid.shape[1], dtype=torch.float64), none, none

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def hypervolume(means: Tensor, reference_point: float) -> Tensor:
-    """HV: volume dominated by the mean reward vectors, above ``reference_point`` on every axis.
+    """Return HV: volume dominated by the mean reward vectors, above ``reference_point`` on every axis.
 
     Args:
         means: ``(M, K)`` one mean reward vector per preference vector. Rows with NaN, which were not measured, do not
@@ -26,7 +26,7 @@ def hypervolume(means: Tensor, reference_point: float) -> Tensor:
 
 
 def hypervolumes(means: Tensor, reference_point: float) -> np.ndarray:
-    """:func:`hypervolume` of each of many sets of mean reward vectors, ``(S, M, K) -> (S,)`` float64."""
+    """Return :func:`hypervolume` of each of many sets of mean reward vectors, ``(S, M, K) -> (S,)`` float64."""
     sets = means.double().cpu().numpy()
     measured = np.isfinite(sets).all(-1)  # (S, M)
     if sets.shape[-1] == 1:  # moocore starts at two objectives
@@ -37,7 +37,7 @@ def hypervolumes(means: Tensor, reference_point: float) -> np.ndarray:
 
 
 def mean_inner_product(preferences: Tensor, means: Tensor) -> Tensor:
-    """MIP: ``(1/N) sum_i w_i . s_i`` over preference vectors that were measured.
+    """Return MIP: ``(1/N) sum_i w_i . s_i`` over preference vectors that were measured.
 
     Args:
         preferences: ``(M, K)``.
@@ -53,7 +53,7 @@ def mean_inner_product(preferences: Tensor, means: Tensor) -> Tensor:
 
 
 def mip_parts(preferences: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """What MIP is made of: ``mean(w) . mean(s)`` and ``sum_k Cov(w_k, s_k)``, over vectors that were measured.
+    """Return what MIP is made of: ``mean(w) . mean(s)`` and ``sum_k Cov(w_k, s_k)``, over vectors that were measured.
 
     The first tells where the normalisation lies; only the second tells that the rewards follow the preferences.
 
@@ -71,7 +71,7 @@ def mip_parts(preferences: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def conditional_reward_dispersion(covariances: Tensor) -> Tensor:
-    """CRD: ``(1/|W|) sum_w det Cov(s | w)``.
+    """Return CRD: ``(1/|W|) sum_w det Cov(s | w)``.
 
     A determinant is a volume: it can shrink while one axis widens, so it is reported beside the standard deviations.
 
@@ -90,7 +90,7 @@ def conditional_reward_dispersion(covariances: Tensor) -> Tensor:
 def front_figures(
     means: Tensor, covariances: Tensor, grid: Tensor, reference_point: float
 ) -> tuple[float, float, float]:
-    """HV, MIP and CRD of mean reward vectors ``(M, K)`` and covariances ``(M, K, K)``."""
+    """Return HV, MIP and CRD of mean reward vectors ``(M, K)`` and covariances ``(M, K, K)``."""
     return (
         float(hypervolume(means, reference_point)),
         float(mean_inner_product(grid, means)),
@@ -99,7 +99,9 @@ def front_figures(
 
 
 def reward_overlap(scores: Tensor, grid_index: Tensor, grid: Tensor, bins: int = 10) -> Tensor:
-    """Overlap of the rewards under neighbouring preferences: 1 where w changes nothing, 0 where they are apart.
+    """Return the overlap of the rewards under neighbouring preferences.
+
+    1 where w changes nothing, 0 where they are apart.
 
     For every grid vector, its nearest other vector and each objective: the common mass ``sum_b min(p_b, q_b)`` of the
     two histograms over the range of these scores; the mean of all.
@@ -126,7 +128,9 @@ def reward_overlap(scores: Tensor, grid_index: Tensor, grid: Tensor, bins: int =
 
 
 def reward_moments(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean reward vectors ``(.., M, K)`` and sample covariances ``(.., M, K, K)``; NaN where responses are too few.
+    """Return mean reward vectors ``(.., M, K)`` and sample covariances ``(.., M, K, K)``.
+
+    NaN where responses are too few.
 
     Args:
         count: ``(.., M)`` responses under each preference vector.

@@ -30,11 +30,11 @@ class Front:
     before: Tensor | None = None
 
     def nearest(self, preference: Tensor) -> int:
-        """Index of the vector of the grid that is nearest to a preference ``(K,)``."""
+        """Return the index of the vector of the grid that is nearest to a preference ``(K,)``."""
         return int((self.grid - preference).norm(dim=-1).argmin())
 
     def draw(self, marks: Mapping[str, Sequence[float]] | None = None) -> Any:
-        """A matplotlib figure; ``marks`` are points ``(K,)`` to point out, by their labels."""
+        """Draw a matplotlib figure; ``marks`` are points ``(K,)`` to point out, by their labels."""
         before = None if self.before is None else self.before.tolist()
         return draw_front(self.grid, self.means, self.names, before, "measured", marks)
 
@@ -61,7 +61,7 @@ def draw_front(
     label: str,
     marks: Mapping[str, Sequence[float]] | None = None,
 ) -> Any:
-    """A matplotlib figure of the front: a projection on each pair of objectives, and, of three, a view in space.
+    """Draw a matplotlib figure of the front: a projection on each pair of objectives, and, of three, a view in space.
 
     Args:
         grid: ``(M, K)`` preference vectors; the colour of a point is the weight of the panel's horizontal objective, in

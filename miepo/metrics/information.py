@@ -13,7 +13,7 @@ from miepo.metrics.steerability import t_interval
 
 
 def pointwise_information(log_prob: Tensor, grid_index: Tensor) -> Tensor:
-    """``log pi(y | x, w_i) - log mean_j pi(y | x, w_j)`` of each response.
+    """Return ``log pi(y | x, w_i) - log mean_j pi(y | x, w_j)`` of each response.
 
     For W uniform on the grid and y sampled under w_i, its mean is an unbiased estimate of I(Y; W | X): the policy's
     likelihood is exact. No value exceeds ``log M``.
@@ -32,7 +32,7 @@ def pointwise_information(log_prob: Tensor, grid_index: Tensor) -> Tensor:
 
 
 def infonce_bound(log_prob: Tensor, counterfactual_log_prob: Tensor) -> Tensor:
-    """In-batch lower bound of I(Y; W | X): ``log pi(y|x,w+) - log mean over {w+, w-} of pi(y|x,w)``.
+    """Return the in-batch lower bound of I(Y; W | X): ``log pi(y|x,w+) - log mean over {w+, w-} of pi(y|x,w)``.
 
     Args:
         log_prob: ``(..)`` log-probability of responses under w+.
@@ -46,13 +46,16 @@ def infonce_bound(log_prob: Tensor, counterfactual_log_prob: Tensor) -> Tensor:
 
 
 def _information(own: Tensor, every: Tensor) -> Tensor:
-    """``own - log mean exp(every)`` for ``own`` ``(.., 1)`` among ``every`` ``(.., M)``; never above ``log M``."""
+    """Return ``own - log mean exp(every)`` for ``own`` ``(.., 1)`` among ``every`` ``(.., M)``.
+
+    Never above ``log M``.
+    """
     # differences first: one of them is exactly 0, so that rounding cannot lift the value over its ceiling
     return log(every.shape[-1]) - (every - own).logsumexp(-1)
 
 
 def feedback_information(alignment: Tensor, labels: Tensor) -> Tensor:
-    """Lower bound of I(Y; C_k | X, W) from Eq. 8: ``log 2 - L_YC,k`` on pairs with a label, NaN on others.
+    """Return a lower bound of I(Y; C_k | X, W) from Eq. 8: ``log 2 - L_YC,k`` on pairs with a label, NaN on others.
 
     The two responses are exchangeable, so a label has entropy ``log 2``, and the DPO loss is the cross-entropy of a
     predictor of it. On fresh pairs, before the step that trains on them, the bound is not biased by fitting.
@@ -82,12 +85,12 @@ class PreferenceInformationMetric(Metric):
         self.add_state("prompt", [], dist_reduce_fx="cat")
 
     def update(self, log_prob: Tensor, grid_index: Tensor, prompt: Tensor) -> None:
-        """Adds responses: ``(N, M)`` log-probabilities, ``(N,)`` sampling index and ``(N,)`` index of the prompt."""
+        """Add responses: ``(N, M)`` log-probabilities, ``(N,)`` sampling index and ``(N,)`` index of the prompt."""
         self.information.append(pointwise_information(log_prob.double(), grid_index))
         self.prompt.append(prompt.to(log_prob.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """``preference`` (the estimate), ``preference_low``, ``preference_high``, ``ceiling``."""
+        """Return ``preference`` (the estimate), ``preference_low``, ``preference_high``, ``ceiling``."""
         values, prompts = dim_zero_cat(self.information), dim_zero_cat(self.prompt)
         _, inverse = prompts.unique(return_inverse=True)
         sums, counts = (

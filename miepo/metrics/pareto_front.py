@@ -23,11 +23,13 @@ class ParetoFrontMetric(AnswerMetric):
         self.reference_point = reference_point
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean reward vectors ``(M, K)`` and sample covariances ``(M, K, K)``; NaN where answers are too few."""
+        """Return mean reward vectors ``(M, K)`` and sample covariances ``(M, K, K)``; NaN where answers are too few."""
         return AnswerSums.of(*self.answers(), len(self.grid)).moments()
 
     def compute(self) -> dict[str, Tensor]:
-        """``hv``, ``mip``, ``crd``, ``sd`` ``(K,)`` by axis, the front ``means`` ``(M, K)``, the number ``left_out``.
+        """Return ``hv``, ``mip``, ``crd``, ``sd`` ``(K,)`` by axis, the front ``means`` ``(M, K)``.
+
+        The number ``left_out``.
 
         Of the hypervolume also ``hv_above_chance`` with ``hv_p``, and ``hv_corrected`` with ``hv_corrected_low`` and
         ``.._high`` (:class:`~miepo.metrics.resampling.HypervolumeEstimate`); of MIP its parts ``mip_level`` and

@@ -33,7 +33,10 @@ class AnswerSums:
 
     @classmethod
     def of(cls, scores: Tensor, grid_index: Tensor, positions: Tensor, m: int) -> AnswerSums:
-        """From ``(N, K)`` rewards, ``(N,)`` preference vectors and prompts; rows that are not finite do not count."""
+        """Make one of ``(N, K)`` rewards, ``(N,)`` preference vectors and prompts.
+
+        Rows that are not finite do not count.
+        """
         _, prompt = positions.unique(return_inverse=True)  # (N,)
         p, k = int(prompt.max()) + 1 if len(prompt) else 0, scores.shape[1]
         keep = scores.isfinite().all(-1)
@@ -50,7 +53,7 @@ class AnswerSums:
         )
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean reward vectors ``(M, K)`` and covariances ``(M, K, K)``."""
+        """Return mean reward vectors ``(M, K)`` and covariances ``(M, K, K)``."""
         return reward_moments(self.count.sum(0), self.total.sum(0), self.outer.sum(0))
 
 
@@ -67,7 +70,7 @@ class HypervolumeEstimate:
 
 
 def resampled_moments(sums: AnswerSums, draws: int = DRAWS, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Means ``(draws, M, K)`` and covariances ``(draws, M, K, K)`` of resamples of the prompts.
+    """Return means ``(draws, M, K)`` and covariances ``(draws, M, K, K)`` of resamples of the prompts.
 
     Answers to one prompt stay together. Two evaluations of the same prompts get the same resamples.
     """
@@ -81,12 +84,12 @@ def resampled_moments(sums: AnswerSums, draws: int = DRAWS, seed: int = 0) -> tu
 
 
 def moments_without_each(sums: AnswerSums) -> tuple[Tensor, Tensor]:
-    """Takes means ``(P, M, K)`` and covariances ``(P, M, K, K)`` of all prompts but one, for each prompt."""
+    """Take means ``(P, M, K)`` and covariances ``(P, M, K, K)`` of all prompts but one, for each prompt."""
     return reward_moments(*(part.sum(0) - part for part in (sums.count, sums.total, sums.outer)))
 
 
 def jackknife_interval(value: Tensor | float, without_each: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Gives the limits of a figure's t interval with the jackknife's standard error (Tukey 1958).
+    """Return the limits of a figure's t interval with the jackknife's standard error (Tukey 1958).
 
     Args:
         value: ``(..)`` the figure of all P prompts.
@@ -106,7 +109,7 @@ def jackknife_interval(value: Tensor | float, without_each: Tensor, level: float
 
 
 def permuted_means(sums: AnswerSums, draws: int = PERMUTATIONS, seed: int = 0) -> Tensor:
-    """Means ``(draws, M, K)`` with the preferences permuted within every prompt, all prompts independently."""
+    """Return means ``(draws, M, K)`` with the preferences permuted within every prompt, all prompts independently."""
     p, m = sums.count.shape
     order = generator(RandomStream.BOOTSTRAP, seed, 1).random((draws, p, m)).argsort(-1)
     rows, columns = torch.arange(p)[None, :, None], torch.from_numpy(order)
@@ -115,7 +118,7 @@ def permuted_means(sums: AnswerSums, draws: int = PERMUTATIONS, seed: int = 0) -
 
 
 def estimate_hypervolume(sums: AnswerSums, reference_point: float, seed: int = 0) -> HypervolumeEstimate:
-    """The hypervolume of an evaluation and what of it is chance; NaN where fewer than two prompts tell."""
+    """Return the hypervolume of an evaluation and what of it is chance; NaN where fewer than two prompts tell."""
     value = float(hypervolume(sums.moments()[0], reference_point))
     if len(sums.count) < 2:
         return HypervolumeEstimate(value, nan, nan, nan, nan, nan)

@@ -11,7 +11,7 @@ from miepo.metrics.answers import AnswerMetric
 
 
 def preference_slopes(scores: Tensor, grid_index: Tensor, positions: Tensor, grid: Tensor) -> Tensor:
-    """Least-squares slope of every reward along every weight, prompt by prompt.
+    """Return the least-squares slope of every reward along every weight, prompt by prompt.
 
     A slope is in reward units (standard deviations of a normalised reward) from weight 0 to weight 1. The other weights
     share what is left, as they do on the grid.
@@ -38,7 +38,7 @@ def preference_slopes(scores: Tensor, grid_index: Tensor, positions: Tensor, gri
     x, used = grid.double()[grid_index], finite.double()  # (N, K) weights, (N, K)
 
     def total(values: Tensor) -> Tensor:
-        """Sums over the responses of each prompt, ``(N, K, K) -> (P, K, K)``."""
+        """Sum over the responses of each prompt, ``(N, K, K) -> (P, K, K)``."""
         return torch.zeros(count, k, k, dtype=torch.float64, device=values.device).index_add_(0, prompt, values)
 
     used, y, x = used.unsqueeze(2), y.unsqueeze(2), x.unsqueeze(1)  # (N, K, 1), (N, K, 1), (N, 1, K)
@@ -50,7 +50,9 @@ def preference_slopes(scores: Tensor, grid_index: Tensor, positions: Tensor, gri
 
 
 def t_interval(values: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over the first dimension and the limits of its t interval, ``(P, ..) -> (..)`` each; NaN does not count.
+    """Return mean over the first dimension and the limits of its t interval, ``(P, ..) -> (..)`` each.
+
+    NaN does not count.
 
     With fewer than two values there are no limits: NaN.
     """
@@ -64,7 +66,7 @@ def t_interval(values: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor, Ten
 
 
 def rank_correlation(means: Tensor, grid: Tensor) -> Tensor:
-    """Spearman's correlation of each weight and its mean reward over the grid, ``(M, K), (M, K) -> (K,)``.
+    """Return Spearman's correlation of each weight and its mean reward over the grid, ``(M, K), (M, K) -> (K,)``.
 
     1 where the mean reward rises with its weight from vector to vector. NaN where the rewards, or the weights, are all
     alike.
@@ -82,7 +84,10 @@ class SteerabilityMetric(AnswerMetric):
     """Slopes of mean normalised rewards along weights, with t intervals over prompts."""
 
     def compute(self) -> dict[str, Tensor]:
-        """``slope``, ``low`` and ``high`` ``(K, K)`` (row: reward, column: weight), ``rank`` ``(K,)``; see above."""
+        """Return ``slope``, ``low`` and ``high`` ``(K, K)`` (row: reward, column: weight), ``rank`` ``(K,)``.
+
+        See above.
+        """
         scores, grid_index, positions = self.answers()
         slope, low, high = t_interval(preference_slopes(scores, grid_index, positions, self.grid))
         means = torch.stack([scores[grid_index == i].nanmean(0) for i in range(len(self.grid))])
@@ -90,7 +95,7 @@ class SteerabilityMetric(AnswerMetric):
 
 
 def follows(name: str, slope: float, low: float, high: float) -> str:
-    """Whether an objective follows its weight, in words.
+    """Return whether an objective follows its weight, in words.
 
     >>> follows("brevity", 1.9, 1.4, 2.4)
     'brevity follows its weight: +1.9 sd [+1.4, +2.4]'

@@ -31,7 +31,7 @@ class Normalisation:
     sd: float
 
     def __post_init__(self) -> None:
-        """Raises ValueError where these are no finite numbers, or the standard deviation is not positive."""
+        """Raise ValueError where these are no finite numbers, or the standard deviation is not positive."""
         for value in (self.mean, self.sd):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
                 raise ValueError(f"not a finite number: {value!r}")
@@ -76,23 +76,23 @@ class Objective(Recorded, Callback):
     # -- what a subclass writes ----------------------------------------------------------------------------------------
 
     def load(self, device: torch.device) -> None:
-        """Loads what scoring needs, on ``device`` where it can. Called once before anything is scored."""
+        """Load what scoring needs, on ``device`` where it can. Called once before anything is scored."""
 
     def check(self) -> None:
-        """Refuses, by an ObjectiveError, what :meth:`load` loaded where its scores cannot be right."""
+        """Refuse, by an ObjectiveError, what :meth:`load` loaded where its scores cannot be right."""
 
     def unload(self) -> None:
-        """Frees what :meth:`load` loaded."""
+        """Free what :meth:`load` loaded."""
 
     @abstractmethod
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor | Sequence[float]:
-        """One number per (prompt, response), ``(N,)``; NaN where there is no score."""
+        """Return one number per (prompt, response), ``(N,)``; NaN where there is no score."""
         raise NotImplementedError(f"{type(self).__name__} must implement score(prompts, responses)")
 
     # -- what the framework calls --------------------------------------------------------------------------------------
 
     def reward(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Raw scores turned so that higher is better, ``(N,)`` float32 on the CPU; NaN where one is not finite.
+        """Return raw scores turned so that higher is better, ``(N,)`` float32 on the CPU; NaN where one is not finite.
 
         Raises:
             ObjectiveError: the objective raised, or returned something else than N numbers.
@@ -120,7 +120,7 @@ class Objective(Recorded, Callback):
         return (rewards - self.normalisation.mean) / self.normalisation.sd
 
     def calibrate(self, rewards: Tensor) -> None:
-        """Takes mean and standard deviation of ``rewards`` ``(n,)`` as the normalisation."""
+        """Take mean and standard deviation of ``rewards`` ``(n,)`` as the normalisation."""
         finite = rewards[rewards.isfinite()].double()
         if len(finite) < 2:
             raise ObjectiveError(
@@ -169,7 +169,7 @@ class Objective(Recorded, Callback):
             self.load_checked(trainer.strategy.root_device)
 
     def load_checked(self, device: torch.device) -> None:
-        """Loads the objective and lets it score two responses: a wrong shape or a crash shows before a rollout is.
+        """Load the objective and lets it score two responses: a wrong shape or a crash shows before a rollout is.
 
         Raises:
             UserError: names the objective.
@@ -188,7 +188,7 @@ class Objective(Recorded, Callback):
 
 
 def identity_of(objective: Objective) -> dict[str, Any]:
-    """What a normalisation belongs to: with another model, label or sign it would be another."""
+    """Return what a normalisation belongs to: with another model, label or sign it would be another."""
     kind = type(objective)
     named = objective.identity
     built_with = {k: v for k, v in objective.built_with.items() if k not in NO_SCORE}
@@ -201,7 +201,7 @@ def identity_of(objective: Objective) -> dict[str, Any]:
 
 
 def alike(saved: Any, now: Any) -> bool:
-    """Whether an identity that was saved is that of now, in all it tells: older files tell less."""
+    """Return whether an identity that was saved is that of now, in all it tells: older files tell less."""
     if isinstance(saved, dict) and isinstance(now, dict):
         if isinstance(saved.get("class"), str):
             saved = {**saved, "class": current_class(saved["class"])}
@@ -210,7 +210,7 @@ def alike(saved: Any, now: Any) -> bool:
 
 
 def _told(value: Any) -> Any:
-    """An argument as a file can hold it: plain values as they are, others by their name or class."""
+    """Return an argument as a file can hold it: plain values as they are, others by their name or class."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, dict):
@@ -221,7 +221,7 @@ def _told(value: Any) -> Any:
 
 
 def take_failures(objectives: Sequence[Objective]) -> dict[str, int]:
-    """``failed/NAME``: calls that objectives gave up since this was last asked, of those that may."""
+    """Return ``failed/NAME``: calls that objectives gave up since this was last asked, of those that may."""
     found = {}
     for objective in objectives:
         if hasattr(objective, "on_failure"):
@@ -230,7 +230,7 @@ def take_failures(objectives: Sequence[Objective]) -> dict[str, int]:
 
 
 def objectives_of(trainer: Trainer) -> list[Objective]:
-    """The objectives among the trainer's callbacks, in order: column k of every ``(.., K)`` tensor is the k-th.
+    """Return the objectives among the trainer's callbacks, in order: column k of every ``(.., K)`` tensor is the k-th.
 
     Raises:
         UserError: there is none, or two have one name.

@@ -1,3 +1,5 @@
+"""Short responses."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

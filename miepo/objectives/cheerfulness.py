@@ -1,3 +1,5 @@
+"""Cheerful responses, by the VADER lexicon."""
+
 from __future__ import annotations
 
 import re
@@ -14,7 +16,7 @@ SENTENCE = re.compile(r"[^.!?\n]+[.!?\n]*")
 
 
 def analyzer(name: str) -> Any:
-    """VADER, for the objective of this name."""
+    """Return VADER, for the objective of this name."""
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:

@@ -1,3 +1,5 @@
+"""Responses without offensive language."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

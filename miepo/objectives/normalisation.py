@@ -31,7 +31,7 @@ class OfflineResponses:
 
 
 def offline_responses(source: PreferenceDataset | str) -> OfflineResponses:
-    """Both responses of every training comparison of a data set, or the rows of a file."""
+    """Return both responses of every training comparison of a data set, or the rows of a file."""
     if isinstance(source, PreferenceDataset):
         pairs = [(c.prompt, response) for c in source.comparisons("train") for response in c.responses]
         name = f"{type(source).__name__} of '{source.source}'"
@@ -43,14 +43,14 @@ def offline_responses(source: PreferenceDataset | str) -> OfflineResponses:
 
 
 def calibrate(objectives: Sequence[Objective], offline: OfflineResponses) -> None:
-    """Measures the normalisation of ``objectives`` on offline responses."""
+    """Measure the normalisation of ``objectives`` on offline responses."""
     rewards = score_responses(objectives, offline.prompts, [[r] for r in offline.responses])  # (n, 1, K)
     for k, objective in enumerate(objectives):
         objective.calibrate(rewards[..., k].flatten())
 
 
 def write_normalisation(path: Path, objectives: Sequence[Objective], offline: OfflineResponses | None) -> None:
-    """Writes the normalisation of ``objectives`` and what it was measured on; whole or not at all."""
+    """Write the normalisation of ``objectives`` and what it was measured on; whole or not at all."""
     values = {
         o.name: {**asdict(o.normalisation), "of": identity_of(o)} for o in objectives if o.normalisation is not None
     }
@@ -66,7 +66,9 @@ def write_normalisation(path: Path, objectives: Sequence[Objective], offline: Of
 
 
 def normalisations_in(path: Path) -> tuple[dict[str, Normalisation], dict[str, Any], dict[str, Any] | None]:
-    """What :func:`write_normalisation` wrote: normalisations, what objectives they are of, and the data, by name.
+    """Return what :func:`write_normalisation` wrote.
+
+    Normalisations, what objectives they are of, and the data, by name.
 
     Raises:
         UserError: there is no such file, or another wrote it.
@@ -87,7 +89,7 @@ def normalisations_in(path: Path) -> tuple[dict[str, Normalisation], dict[str, A
 
 
 def read_normalisation(path: Path, objectives: Sequence[Objective], offline: OfflineResponses | None) -> None:
-    """Gives ``objectives`` without a normalisation what :func:`write_normalisation` wrote.
+    """Give ``objectives`` without a normalisation what :func:`write_normalisation` wrote.
 
     Raises:
         UserError: there is no such file, it is of other objectives, or it was measured on other data than ``offline``.

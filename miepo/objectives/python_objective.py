@@ -1,3 +1,5 @@
+"""An objective from a Python function."""
+
 from __future__ import annotations
 
 import importlib

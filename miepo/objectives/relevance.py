@@ -1,3 +1,5 @@
+"""Responses that are about the prompt, by sentence embeddings."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

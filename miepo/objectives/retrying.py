@@ -92,7 +92,7 @@ class RetryingObjective(Objective):
         return torch.full((len(prompts),), torch.nan)
 
     def _ask(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor | str:
-        """What it says, or what went wrong at the last attempt."""
+        """Return what it says, or what went wrong at the last attempt."""
         error: Exception | None = None
         for attempt in range(self.retries + 1):
             if attempt:

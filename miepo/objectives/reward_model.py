@@ -29,7 +29,7 @@ PADDING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 def positions(network: nn.Module) -> int:
-    """How many tokens a network reads at most; without a limit, very many."""
+    """Return how many tokens a network reads at most; without a limit, very many."""
     config: Any = network.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or VERY_LARGE_INTEGER
     for name, module in network.named_modules():
@@ -84,19 +84,19 @@ class ModelObjective(Objective):
 
     @abstractmethod
     def load_network(self, dtype: Any) -> tuple[nn.Module, dict[str, Any]]:
-        """The network and what loading it reported, from ``self.source``."""
+        """Return the network and what loading it reported, from ``self.source``."""
 
     @abstractmethod
     def shape(self, config: Any) -> nn.Module:
-        """The network of a configuration, without its weights: what it takes of memory shows in it."""
+        """Return the network of a configuration, without its weights: what it takes of memory shows in it."""
 
     @abstractmethod
     def tokens(self, prompt: str, response: str) -> dict[str, list[int]]:
-        """What the tokenizer makes of a prompt and a response."""
+        """Return what the tokenizer makes of a prompt and a response."""
 
     @abstractmethod
     def read(self, inputs: Any) -> Tensor:
-        """Scores ``(n,)`` of inputs ``(n, L)``, padded on the right."""
+        """Return scores ``(n,)`` of inputs ``(n, L)``, padded on the right."""
 
     # -- the life of the network ---------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class ModelObjective(Objective):
         self.model: Any = network.eval().requires_grad_(False).to("cpu" if self.offload else self.device)
 
     def _give_padding(self, embeddings: float) -> None:
-        """Makes the end token the padding where the tokenizer has none, or one that the network has no embedding of."""
+        """Make the end token the padding where the tokenizer has none, or one that the network has no embedding of."""
         found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         known = [i for i in found if i is not None and i < embeddings]
         if not known:
@@ -139,7 +139,7 @@ class ModelObjective(Objective):
         self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(known[0])
 
     def check(self) -> None:
-        """Expects a response to score alike alone and beside a longer one."""
+        """Expect a response to score alike alone and beside a longer one."""
         prompts, responses = ["Hello", "What is a garden?"], ["Hi!", "A garden is a place where people grow plants."]
         alone = torch.cat([self.reward(prompts[i : i + 1], responses[i : i + 1]) for i in range(2)])
         gap = (self.reward(prompts, responses) - alone).abs().max() / alone.abs().max().clamp(min=1)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def in_thread(function: Callable[[], T]) -> Future[T]:
-    """Calls ``function`` in a thread of its own, which does not keep the process alive: it may never end."""
+    """Call ``function`` in a thread of its own, which does not keep the process alive: it may never end."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -40,7 +40,7 @@ def start_scoring(
     responses: Sequence[Sequence[str]],
     asked: Tensor | None = None,
 ) -> Callable[[], Tensor]:
-    """Asks concurrent objectives at once, each in a thread of its own; what it returns asks the others and waits.
+    """Ask concurrent objectives at once, each in a thread of its own; what it returns asks the others and waits.
 
     Args:
         objectives: ``K`` objectives.
@@ -86,10 +86,10 @@ def score_responses(
     responses: Sequence[Sequence[str]],
     asked: Tensor | None = None,
 ) -> Tensor:
-    """Raw rewards ``(B, n, K)`` of all responses, when all have answered; see :func:`start_scoring`."""
+    """Return raw rewards ``(B, n, K)`` of all responses, when all have answered; see :func:`start_scoring`."""
     return start_scoring(objectives, prompts, responses, asked)()
 
 
 def normalise_rewards(objectives: Sequence[Objective], rewards: Tensor) -> Tensor:
-    """Each column by its objective's normalisation, ``(.., K) -> (.., K)``."""
+    """Return each column by its objective's normalisation, ``(.., K) -> (.., K)``."""
     return torch.stack([o.normalise(rewards[..., k]) for k, o in enumerate(objectives)], -1)

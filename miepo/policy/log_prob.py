@@ -23,7 +23,7 @@ def token_log_prob(
     temperature: float,
     frozen: bool = True,
 ) -> Tensor:
-    """Log-probability of tokens given the hidden states that predict them.
+    """Return the log-probability of tokens given the hidden states that predict them.
 
     The states are projected on the vocabulary in chunks. A log-probability is one number and depends on one state, so
     its gradient is known as soon as it is: a chunk leaves that gradient, ``(chunk, D)``, and no logits. Under a head

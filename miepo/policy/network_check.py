@@ -33,7 +33,7 @@ FAILURES = (
 
 
 def check_layers(policy: Policy) -> None:
-    """Refuses an adapter on layers that cannot be gated, or merged, as the equations say.
+    """Refuse an adapter on layers that cannot be gated, or merged, as the equations say.
 
     Raises:
         UserError: names the layer, and what to adapt in its place.
@@ -55,7 +55,7 @@ def check_layers(policy: Policy) -> None:
 
 
 def check_log_prob(policy: Policy) -> None:
-    """Chooses how log-probabilities are read: the fastest way that gives what the network's own logits say.
+    """Choose how log-probabilities are read: the fastest way that gives what the network's own logits say.
 
     From the last states by the product with the head where that is all that follows them, else by all that the network
     does with them; along trees where its attention allows it, else sequence by sequence.
@@ -89,7 +89,7 @@ def check_log_prob(policy: Policy) -> None:
 
 
 def check_adapter(policy: Policy) -> None:
-    """Compares a batch with a random adapter, under several gates, with each sequence alone, its gate multiplied in.
+    """Compare a batch with a random adapter, under several gates, with each sequence alone, its gate multiplied in.
 
     Raises:
         UserError: an adapted layer does not compute with its adapter, or the gate does not reach it, or reaches it in
@@ -132,7 +132,7 @@ def check_adapter(policy: Policy) -> None:
 
 
 def _sequences(policy: Policy, preferences: int) -> tuple[Prompts, Answers]:
-    """Token ids that are neither control tokens nor alike, the same under every preference."""
+    """Return token ids that are neither control tokens nor alike, the same under every preference."""
     size = policy.causal_lm.get_input_embeddings().weight.shape[0]
     avoid = {*policy.end_ids, policy.tokenizer.pad_token_id}
     ids = (i for n in range(size) if (i := (7 + 13 * n) % size) not in avoid)
@@ -146,7 +146,7 @@ def _sequences(policy: Policy, preferences: int) -> tuple[Prompts, Answers]:
 
 
 def _own(policy: Policy, prompts: Prompts, answers: Answers) -> Tensor:
-    """Log-probabilities ``(B, n, C, T)`` by the network's own logits, each sequence alone, nothing padded."""
+    """Return log-probabilities ``(B, n, C, T)`` by the network's own logits, each sequence alone, nothing padded."""
     out = torch.zeros(len(prompts), len(answers[0]), len(answers[0][0]), WIDTH)  # (B, C, n, T)
     for b, (under, each) in enumerate(zip(prompts, answers, strict=True)):
         for c, (prompt, rows) in enumerate(zip(under, each, strict=True)):
@@ -160,7 +160,7 @@ def _own(policy: Policy, prompts: Prompts, answers: Answers) -> Tensor:
 
 
 def _difference(policy: Policy, compute: Callable[[], Tensor], truth: Tensor) -> str | None:
-    """How another computation of the same differs, as the end of a sentence; None where only rounding does."""
+    """Return how another computation of the same differs, as the end of a sentence; None where only rounding does."""
     try:
         found = compute().cpu()
     except FAILURES as error:
@@ -178,7 +178,7 @@ def _set(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What to say of a failure: an attribute that is missing tells a user nothing."""
+    """Return what to say of a failure: an attribute that is missing tells a user nothing."""
     unknown = isinstance(error, AttributeError)
     return "it is put together in a way that miepo does not know" if unknown else first_line(error)
 

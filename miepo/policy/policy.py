@@ -53,7 +53,7 @@ class _Gate:
             self.value = before
 
     def apply(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """Forward hook of ``lora_A``: ``(N, L, R) -> (N, L, R)``, or ``(N L, R)`` alike."""
+        """Gate the output of ``lora_A``: ``(N, L, R) -> (N, L, R)``, or ``(N L, R)`` alike."""
         if self.value is None:
             raise RuntimeError("a gated policy ran without a preference vector")
         value = self.value if self.value.dim() == 3 else self.value.unsqueeze(1)
@@ -67,7 +67,10 @@ class _Gate:
         return gated.flatten(0, 1) if flat else gated
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """For gradient checkpointing: the recomputation sees the gate of the forward pass it repeats."""
+        """Return contexts for gradient checkpointing.
+
+        The recomputation sees the gate of the forward pass it repeats.
+        """
         return nullcontext(), self.set(self.value)
 
 
@@ -192,7 +195,7 @@ class Policy(Recorded, nn.Module):
     # -- construction --------------------------------------------------------------------------------------------------
 
     def build(self, names: Sequence[str], device: torch.device | None = None) -> Policy:
-        """Loads the base model and attaches the adapter for the objectives ``names``. Does nothing a second time.
+        """Load the base model and attaches the adapter for the objectives ``names``. Does nothing a second time.
 
         Args:
             names: Of the objectives, in column order.
@@ -222,12 +225,12 @@ class Policy(Recorded, nn.Module):
         return self
 
     def make_template(self, tokenizer: Any, dialogue: bool) -> PromptTemplate:
-        """The policy's own with another tokenizer object, or for dialogues."""
+        """Return the policy's template with another tokenizer object, or for dialogues."""
         markers = [marker for c in self.conditioning for marker in c.markers(self.names)]
         return PromptTemplate(tokenizer, self.template_spec, markers, dialogue)
 
     def adapt(self, model: PreTrainedModel, names: Sequence[str]) -> None:
-        """Attaches the adapter for the objectives ``names`` to a base model: :meth:`build` without files."""
+        """Attach the adapter for the objectives ``names`` to a base model: :meth:`build` without files."""
         self._gate_blocks = [c.blocks(len(names)) for c in self.conditioning]
         blocks = self.rank // self.lora_rank
         # peft scales by alpha / r of the whole adapter; a block of its own should be scaled by alpha / rank
@@ -277,7 +280,7 @@ class Policy(Recorded, nn.Module):
         self.names = tuple(names)
 
     def shard(self, mesh: DeviceMesh, gather_for_rollout: bool) -> None:
-        """Spreads the base over processes; all of them then take log-probabilities the same number of times."""
+        """Spread the base over processes; all of them then take log-probabilities the same number of times."""
         self.shards = Shards(self.causal_lm, mesh, self.adapter_parameters().values(), gather_for_rollout)
 
     @property
@@ -326,11 +329,11 @@ class Policy(Recorded, nn.Module):
         return dtype
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by name: exactly the adapter's."""
+        """Return the parameters that train, by name: exactly the adapter's."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def settings(self) -> dict[str, Any]:
-        """What an adapter means nothing without: a checkpoint of other settings is another policy."""
+        """Return what an adapter means nothing without: a checkpoint of other settings is another policy."""
         return {
             "lora_rank": self.lora_rank,
             "lora_alpha": self.lora_alpha,
@@ -343,14 +346,14 @@ class Policy(Recorded, nn.Module):
 
     @torch.no_grad()
     def scale_blocks(self, factor: Tensor) -> None:
-        """Multiplies the rank blocks of the adapter for good: ``(R,)``, columns of every B."""
+        """Multiply the rank blocks of the adapter for good: ``(R,)``, columns of every B."""
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 module.lora_B[ADAPTER].weight.mul_(factor)  # type: ignore[operator]
 
     @torch.no_grad()
     def save_adapter(self, folder: Path, gate: Tensor | None = None) -> None:
-        """The adapter in PEFT's format, as it is under one gate ``(1, R)``: plain LoRA, which any server loads."""
+        """Save the adapter in PEFT's format, as it is under one gate ``(1, R)``: plain LoRA, which any server loads."""
         state = {}
         for name, value in get_peft_model_state_dict(self.model, adapter_name=ADAPTER).items():
             if gate is not None and "lora_B" in name:
@@ -361,7 +364,7 @@ class Policy(Recorded, nn.Module):
 
     @torch.no_grad()
     def save_merged(self, folder: Path) -> float:
-        """Saves a complete Hugging Face model: base weights plus the adapter's update, tokenizer, generation settings.
+        """Save a complete Hugging Face model: base weights plus the adapter's update, tokenizer, generation settings.
 
         The update is that of all rank blocks as they are: of a gated policy, after :meth:`scale_blocks`.
 
@@ -412,15 +415,15 @@ class Policy(Recorded, nn.Module):
             self._silent = before
 
     def encode(self, prompts: Sequence[str], preference: Tensor) -> Tokens:
-        """``G(x, w)`` as left-padded tokens ``(N, P)`` for ``N`` prompts and their preferences ``(N, K)``."""
+        """Return ``G(x, w)`` as left-padded tokens ``(N, P)`` for ``N`` prompts and their preferences ``(N, K)``."""
         return self.encode_text(prompts, [self.preference_text(w) for w in preference.tolist()])
 
     def encode_text(self, prompts: Sequence[str], texts: Sequence[str]) -> Tokens:
-        """Prompts, each with the text that conditions it, as left-padded tokens ``(N, P)``."""
+        """Return prompts, each with the text that conditions it, as left-padded tokens ``(N, P)``."""
         return self.padded([self.template.encode(prompt, text) for prompt, text in zip(prompts, texts, strict=True)])
 
     def padded(self, rows: Sequence[Sequence[int]]) -> Tokens:
-        """Inputs as token ids, padded on the left, ``(N, P)``."""
+        """Return inputs as token ids, padded on the left, ``(N, P)``."""
         width = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=self.device)
@@ -434,20 +437,20 @@ class Policy(Recorded, nn.Module):
             yield
 
     def gate_of(self, preference: Tensor) -> Tensor | None:
-        """The factor of every rank, ``(N, K) -> (N, R)``; None where the adapter is not gated."""
+        """Return the factor of every rank, ``(N, K) -> (N, R)``; None where the adapter is not gated."""
         gates = [
             c.gate(preference.to(self.device)) for c, n in zip(self.conditioning, self._gate_blocks, strict=True) if n
         ]
         return torch.cat(gates, -1).repeat_interleave(self.lora_rank, -1) if gates else None
 
     def autocast(self) -> AbstractContextManager:
-        """Computation in the type of the base weights, the same wherever the policy runs."""
+        """Return a context that computes in the type of the base weights, wherever the policy runs."""
         dtype = self.weight_dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32 and dtype != torch.float64)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Without dropout and without gradient, whatever mode training left the policy in."""
+        """Compute without dropout and without gradient, whatever mode training left the policy in."""
         was_training = self.training
         self.eval()
         try:
@@ -457,7 +460,7 @@ class Policy(Recorded, nn.Module):
             self.train(was_training)
 
     def log_prob(self, prompts: Tokens, preference: Tensor, responses: Tokens) -> Tensor:
-        """``log pi_theta(y_t | x, w, y_<t)`` of every response token.
+        """Return ``log pi_theta(y_t | x, w, y_<t)`` of every response token.
 
         Args:
             prompts: ``(N, P)`` from :meth:`encode` with the same preferences.
@@ -471,7 +474,7 @@ class Policy(Recorded, nn.Module):
             return self._token_log_prob(prompts, responses)
 
     def reference_log_prob(self, prompts: Tokens, responses: Tokens) -> Tensor:
-        """``log pi_ref`` of every response token, adapter off, no gradient: shapes as :meth:`log_prob`."""
+        """Return ``log pi_ref`` of every response token, adapter off, no gradient: shapes as :meth:`log_prob`."""
         with self.evaluating(), self.model.disable_adapter(), self.autocast():
             return self._token_log_prob(prompts, responses)
 
@@ -498,7 +501,10 @@ class Policy(Recorded, nn.Module):
     def micro_batches(
         self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
     ) -> list[slice]:
-        """Which prompts go through the network at one time (``max_tokens_per_micro_batch``); arguments as below."""
+        """Return which prompts go through the network at one time (``max_tokens_per_micro_batch``).
+
+        Arguments as below.
+        """
         rows = _rows(responses, preferences.shape[1], wanted)
         return self._micro_batches(self._encoded(prompts, preferences), rows, share=not self.gated)
 
@@ -520,7 +526,7 @@ class Policy(Recorded, nn.Module):
     def response_log_prob(
         self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
     ) -> Tensor:
-        """Token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
+        """Return token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
 
         What the sequences have in common is computed once, with gradient (:mod:`miepo.policy.prefix_tree`).
 
@@ -541,7 +547,7 @@ class Policy(Recorded, nn.Module):
     def reference_response_log_prob(
         self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
     ) -> Tensor:
-        """The same under the reference, adapter off, no gradient: only preferences written in prompts matter."""
+        """Return the same under the reference, adapter off, no gradient: only preferences written in prompts matter."""
         encoded, rows = self._encoded(prompts, preferences), _rows(responses, preferences.shape[1], wanted)
         with self.evaluating(), self.model.disable_adapter():
             return self.trees_log_prob(encoded, None, rows, responses.ids.shape[-1])
@@ -553,7 +559,7 @@ class Policy(Recorded, nn.Module):
         responses: Answers,
         width: int,
     ) -> Tensor:
-        """As :meth:`response_log_prob`, of token ids without padding.
+        """Do as :meth:`response_log_prob`, for token ids without padding.
 
         Args:
             prompts: ``B`` prompts under ``C`` preferences each.
@@ -581,7 +587,7 @@ class Policy(Recorded, nn.Module):
         responses: Answers,
         width: int,
     ) -> Tensor:
-        """As :meth:`trees_log_prob`, under gates ``(B C, R)``, in one pass, the way that fits the network."""
+        """Do as :meth:`trees_log_prob`, under gates ``(B C, R)``, in one pass, the way that fits the network."""
         shape = (len(prompts), len(responses[0][0]), len(prompts[0]), width)  # B, n, C, T
         if not any(answer for under in responses for answers in under for answer in answers):
             # nothing is read: zeros, of which the adapter has a gradient where it trains, and it is zero
@@ -596,7 +602,7 @@ class Policy(Recorded, nn.Module):
         responses: Answers,
         width: int,
     ) -> Tensor:
-        """Of token ids as :meth:`trees_log_prob` takes them, under gates ``(B C, R)``, in one pass, as trees."""
+        """Read token ids as :meth:`trees_log_prob` takes them, under gates ``(B C, R)``, in one pass, as trees."""
         shape = (len(prompts), len(responses[0][0]), len(prompts[0]), width)  # B, n, C, T
         packed = pack(prompts, responses, width, gate is None, self.weight_dtype, self.device)
         unused = torch.ones(1, 1, 1, 0, dtype=torch.bool, device=self.device)  # that no network makes a mask of its own
@@ -616,7 +622,7 @@ class Policy(Recorded, nn.Module):
         responses: Answers,
         width: int,
     ) -> Tensor:
-        """The same, sequence by sequence: for networks that a tree cannot pass through."""
+        """Return the same, sequence by sequence: for networks that a tree cannot pass through."""
         b, n, c, t = len(prompts), len(responses[0][0]), len(prompts[0]), width
         rows = [answer for under in responses for answers in under for answer in answers]  # B C n
         read = [i for i, row in enumerate(rows) if row]
@@ -637,7 +643,7 @@ class Policy(Recorded, nn.Module):
         return bool(self.causal_lm.config._attn_implementation == BRANCHES)
 
     def leave_trees(self) -> None:
-        """Reads sequences one by one from now on, with the network's own attention."""
+        """Read sequences one by one from now on, with the network's own attention."""
         self.causal_lm.set_attn_implementation(self._plain)
 
     def _encoded(self, prompts: Sequence[str], preferences: Tensor) -> list[list[list[int]]]:
@@ -647,7 +653,7 @@ class Policy(Recorded, nn.Module):
         ]
 
     def project(self, states: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Logits of states ``(n, D) -> (n, V)``; ``head`` may stand for the network's own product."""
+        """Return logits of states ``(n, D) -> (n, V)``; ``head`` may stand for the network's own product."""
         if self.own_head:
             return self._network_logits(states)
         config = self.causal_lm.config.get_text_config()
@@ -659,7 +665,10 @@ class Policy(Recorded, nn.Module):
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def _network_logits(self, states: Tensor) -> Tensor:
-        """All that the network does with its last states ``(n, D) -> (n, V)``: its forward pass without its body."""
+        """Return all that the network does with its last states ``(n, D) -> (n, V)``.
+
+        Its forward pass without its body.
+        """
         network, name = self.causal_lm, self.causal_lm.base_model_prefix
         body = network._modules[name]
         network._modules[name] = _Given(states.unsqueeze(0))
@@ -672,7 +681,7 @@ class Policy(Recorded, nn.Module):
 
 
 def _plain_name(name: str) -> str:
-    """Of a module or weight as the network calls it without an adapter."""
+    """Return the name of a module or weight as the network calls it without an adapter."""
     return name.replace(".base_layer", "")
 
 
@@ -695,7 +704,7 @@ def _tied_if_alike(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Itera
 
 
 def lower_layers(model: Any, upper: int) -> str | None:
-    """A pattern of the names of modules below the last ``upper`` transformer layers; None where there are none.
+    """Return a pattern of the names of modules below the last ``upper`` transformer layers; None where there are none.
 
     Raises:
         UserError: the model has fewer layers, or keeps them in no list.
@@ -728,7 +737,7 @@ def _attends_to_all(model: Any) -> bool:
 
 
 def _rows(responses: Tokens, preferences: int, wanted: Tensor | None) -> list[list[list[list[int]]]]:
-    """``(B, n, T)`` as token ids without padding under each of ``C`` preferences, empty where not wanted."""
+    """Return ``(B, n, T)`` as token ids without padding under each of ``C`` preferences, empty where not wanted."""
     lengths = responses.mask.sum(-1, keepdim=True).expand(-1, -1, preferences)  # (B, n, C)
     if wanted is not None:
         lengths = torch.where(wanted.to(lengths.device), lengths, 0)
@@ -739,7 +748,10 @@ def _rows(responses: Tokens, preferences: int, wanted: Tensor | None) -> list[li
 
 
 def rounding_note(kept: float) -> str | None:
-    """What is to be said of a merged model where rounding has taken, or added, more than a tenth of the update."""
+    """Return what is to be said of a merged model where rounding has taken, or added.
+
+    More than a tenth of the update.
+    """
     if abs(kept - 1) > 0.1:
         return f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights"
     return None

@@ -14,7 +14,7 @@ EMULATED = "about 15 times slower than float32 (a step of the quickstart on AVX2
 
 
 def native_bfloat16(device: torch.device) -> tuple[bool, str]:
-    """Whether a device computes bfloat16 natively, and why.
+    """Return whether a device computes bfloat16 natively, and why.
 
     CUDA devices do from compute capability 8.0 on, x86 CPUs with AVX512-BF16 or AMX-BF16, Arm CPUs with their BF16
     extension. What keeps PyTorch's libraries from using it counts, too (``ATEN_CPU_CAPABILITY``,
@@ -45,7 +45,7 @@ def native_bfloat16(device: torch.device) -> tuple[bool, str]:
 
 
 def chosen_dtype(dtype: str, device: torch.device) -> str:
-    """``float32`` or ``bfloat16`` for ``auto``, said in one line; what is asked for otherwise.
+    """Return ``float32`` or ``bfloat16`` for ``auto``, said in one line; what is asked for otherwise.
 
     Warns where bfloat16 is asked for and the device emulates it.
     """

@@ -36,7 +36,7 @@ class Packed:
 
 
 def tree_size(under: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], share: bool) -> int:
-    """Places that a prompt under its preferences, and its responses under each, take in :func:`pack`."""
+    """Return places that a prompt under its preferences, and its responses under each, take in :func:`pack`."""
     under = [prompt for prompt, each in zip(under, answers, strict=True) if any(each)]
     common = len(_common(under)) if share else 0
     prompts = common + sum(len(prompt) - common for prompt in under)
@@ -44,7 +44,7 @@ def tree_size(under: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequenc
 
 
 def micro_batches(sizes: Sequence[int], limit: int, count: int = 1) -> list[slice]:
-    """Trees of these sizes, in this order, in groups of at most ``limit`` places, or of one tree that is larger.
+    """Return trees of these sizes, in this order, in groups of at most ``limit`` places, or of one tree that is larger.
 
     Args:
         sizes: In places.
@@ -68,7 +68,7 @@ def micro_batches(sizes: Sequence[int], limit: int, count: int = 1) -> list[slic
 
 
 def _common(rows: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that all rows begin with."""
+    """Return the tokens that all rows begin with."""
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))]
 
 
@@ -85,7 +85,7 @@ class _Trees:
     where: list[int] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], path: list[int], owner: int) -> list[int]:
-        """Continues ``path`` with ``ids``."""
+        """Continue ``path`` with ``ids``."""
         start = len(self.ids)
         self.ids += ids
         self.positions += range(len(path), len(path) + len(ids))
@@ -104,7 +104,7 @@ def pack(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Packed:
-    """Prompts under preferences and their responses as trees.
+    """Return prompts under preferences and their responses as trees.
 
     Args:
         prompts: ``B`` prompts as token ids, each under ``C`` preferences.

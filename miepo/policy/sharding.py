@@ -64,7 +64,7 @@ class Shards:
                 layer.reshard()
 
     def most(self, number: int) -> int:
-        """The largest ``number`` that any process has."""
+        """Return the largest ``number`` that any process has."""
         largest = torch.tensor(number, device=self._mesh.device_type)
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._mesh.get_group())
         return int(largest)

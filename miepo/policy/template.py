@@ -85,12 +85,12 @@ class PromptTemplate:
         self.encode = lru_cache(maxsize=4096)(self.encode_once)
 
     def text(self, prompt: str, preference: str = "") -> str:
-        """The whole input as text."""
+        """Return the whole input as text."""
         frames, contents = self._parts(prompt, preference)
         return frames[0] + "".join(content + frame for content, frame in zip(contents, frames[1:], strict=True))
 
     def encode_once(self, prompt: str, preference: str = "") -> list[int]:
-        """The whole input as token ids; ``encode`` keeps them."""
+        """Return the whole input as token ids; ``encode`` keeps them."""
         if not self.has_control_tokens:  # one piece, so that words at the seams are tokenised as in running text
             return self.start + self._plain_ids(self.text(prompt, preference))
         frames, contents = self._parts(prompt, preference)
@@ -100,7 +100,10 @@ class PromptTemplate:
         return ids
 
     def encode_response(self, prompt: str, preference: str, response: str) -> list[int]:
-        """A given response as token ids, as the policy would have sampled it after this input, without an end token."""
+        """Return a given response as token ids, as the policy would have sampled it after this input.
+
+        Without an end token.
+        """
         if self.has_control_tokens:
             return self._plain_ids(self.lead + response)
         given = self.encode(prompt, preference)
@@ -110,7 +113,10 @@ class PromptTemplate:
         return self._plain_ids(self.lead + response)  # a token spans the seam, which sampling cannot make
 
     def _parts(self, prompt: str, preference: str) -> tuple[Sequence[str], list[str]]:
-        """The template's own text around each piece of the user's, and these pieces; the last states the preference."""
+        """Return the template's own text around each piece of the user's, and these pieces.
+
+        The last states the preference.
+        """
         if not self.dialogue:
             return (self.prefix, self.suffix), [self._user_text(prompt) + preference]
         turns = split_turns(prompt)
@@ -127,7 +133,7 @@ class PromptTemplate:
         return (self.prefix, self.suffix), [text + preference]
 
     def _make_frame(self, roles: tuple[str, ...]) -> tuple[str, ...]:
-        """What the chat template writes around messages of these roles."""
+        """Return what the chat template writes around messages of these roles."""
         messages = [{"role": role, "content": f"{_SENTINEL}-{i}-"} for i, role in enumerate(roles)]
         try:
             text = self.tokenizer.apply_chat_template(
@@ -171,7 +177,7 @@ class PromptTemplate:
         return ids
 
     def _start_ids(self, frame: Sequence[int]) -> list[int]:
-        """The begin-of-text token where the tokenizer adds one by itself and the template does not."""
+        """Return the begin-of-text token where the tokenizer adds one by itself and the template does not."""
         bos = self.tokenizer.bos_token_id
         added = self.tokenizer("a")["input_ids"][:1] == [bos]
         return [bos] if bos is not None and added and list(frame[:1]) != [bos] else []

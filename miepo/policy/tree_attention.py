@@ -42,7 +42,10 @@ class Branches:
 
     @classmethod
     def of(cls, paths: Sequence[tuple[list[int], int]], dtype: torch.dtype, device: torch.device | str) -> Branches:
-        """From paths, each with the number of its last places whose tokens the run holds; every place is in one run."""
+        """Make one of paths, each with the number of its last places whose tokens the run holds.
+
+        Every place is in one run.
+        """
         groups: dict[tuple[int, int], list[tuple[list[int], int]]] = defaultdict(list)
         for path, new in paths:
             groups[new.bit_length(), len(path).bit_length()].append((path, new))  # so that padding is less than half
@@ -80,7 +83,10 @@ def branch_attention(
     branches: Branches | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention along ``branches``: ``(1, heads, L, size) -> (1, L, heads, size)``; without them PyTorch's own."""
+    """Return attention along ``branches``: ``(1, heads, L, size) -> (1, L, heads, size)``.
+
+    Without them PyTorch's own.
+    """
     if branches is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
@@ -98,7 +104,7 @@ def branch_attention(
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:
-    """``(n, Q, heads, size)``, ``(n, S, groups, size)`` twice ``-> (n, Q, heads, size)``."""
+    """Return ``(n, Q, heads, size)``, ``(n, S, groups, size)`` twice ``-> (n, Q, heads, size)``."""
     n, tokens, heads, _ = q.shape
     keys, groups = k.shape[1:3]
     each = heads // groups  # heads that read the same keys are rows of one product
@@ -111,7 +117,7 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float, 
 
 
 def _by_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:
-    """As :func:`_by_products`, by PyTorch's kernel."""
+    """Do as :func:`_by_products`, by PyTorch's kernel."""
     each = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(each, 2).transpose(1, 2) for x in (k, v))  # (n, heads, S, size)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias, dropout_p=dropout, scale=scaling)

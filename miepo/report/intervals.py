@@ -32,17 +32,21 @@ KEYS = ("front/hv", "front/mip", "front/crd")
 
 
 def sums_of(evaluation: Evaluation) -> AnswerSums:
+    """Sum the rewards of an evaluation, for each prompt and preference vector."""
     return AnswerSums.of(evaluation.scores, evaluation.grid_index, evaluation.positions, len(evaluation.grid))
 
 
 def point_estimates(evaluation: Evaluation, reference_point: float) -> dict[str, float]:
-    """HV, MIP and CRD by their logged names."""
+    """Return HV, MIP and CRD by their logged names."""
     moments = sums_of(evaluation).moments()
     return dict(zip(KEYS, front_figures(*moments, evaluation.grid, reference_point), strict=True))
 
 
 def chance_of(evaluation: Evaluation, reference_point: float) -> dict[str, float]:
-    """What of HV is above chance, and of MIP follows the preference, by their logged names; what is NaN is left out."""
+    """Return what of HV is above chance, and of MIP follows the preference, by their logged names.
+
+    What is NaN is left out.
+    """
     sums = sums_of(evaluation)
     estimate = estimate_hypervolume(sums, reference_point)
     level, covariance = mip_parts(evaluation.grid, sums.moments()[0])
@@ -52,7 +56,7 @@ def chance_of(evaluation: Evaluation, reference_point: float) -> dict[str, float
 
 
 def slopes_of(evaluation: Evaluation, before: Evaluation | None = None) -> dict[str, float]:
-    """The slope of every objective along its own weight with its t interval over prompts, by logged names.
+    """Return the slope of every objective along its own weight with its t interval over prompts, by logged names.
 
     With ``before``, an evaluation of the same prompts, the change since then.
     """
@@ -73,7 +77,7 @@ def slopes_of(evaluation: Evaluation, before: Evaluation | None = None) -> dict[
 def front_of(
     evaluation: Evaluation, reference_point: float, before: Evaluation | None = None, draws: int = DRAWS
 ) -> dict[str, float]:
-    """Gives HV, MIP and CRD with their 95 % intervals over prompts, by logged names; what is NaN is left out.
+    """Return HV, MIP and CRD with their 95 % intervals over prompts, by logged names; what is NaN is left out.
 
     HV is flattered by noise, and a resample's even more: it has no interval, but ``front/hv_corrected``, from which the
     bias is taken that resampling the prompts shows, has a basic one. MIP and CRD have t intervals with the jackknife's
@@ -114,11 +118,12 @@ def front_of(
 
 
 def overlap(evaluation: Evaluation) -> float:
-    """Of the rewards under neighbouring preferences; NaN where it cannot be told."""
+    """Return the overlap of rewards under neighbouring preferences; NaN where it cannot be told."""
     if len(evaluation.grid) < 2 or not evaluation.scores.isfinite().all(-1).any():
         return float("nan")
     return float(reward_overlap(evaluation.scores, evaluation.grid_index, evaluation.grid))
 
 
 def same_prompts(one: Evaluation, other: Evaluation) -> bool:
+    """Return whether two evaluations have the same prompts and preference vectors."""
     return one.positions.unique().equal(other.positions.unique()) and one.grid.equal(other.grid)

@@ -31,7 +31,7 @@ class Report:
     html: str
 
     def save(self, path: str | Path) -> Path:
-        """Writes the page; a file of that name is replaced once the new one is whole.
+        """Write the page; a file of that name is replaced once the new one is whole.
 
         Raises:
             UserError: it cannot be written there.
@@ -58,13 +58,13 @@ class Report:
         return target
 
     def _repr_html_(self) -> str:
-        """A frame, in which the page keeps its styles to itself; nothing in it may run."""
+        """Return a frame, in which the page keeps its styles to itself; nothing in it may run."""
         style = "width: 100%; height: 800px; border: 1px solid #ddd"
         return f'<iframe srcdoc="{escape(self.html)}" style="{style}" sandbox title="Report"></iframe>'
 
 
 def report(runs: str | Path | Sequence[str | Path], prompts: int = 4) -> Report:
-    """A report about one or several runs.
+    """Return a report about one or several runs.
 
     Args:
         runs: The folders of the runs.
@@ -82,7 +82,7 @@ def report(runs: str | Path | Sequence[str | Path], prompts: int = 4) -> Report:
 
 
 def page_of(runs: Sequence[RunRecord], prompts: int) -> dict[str, Any]:
-    """What the template shows."""
+    """Return what the template shows."""
     main, others, zero = pictures.curves(runs)
     measured = [before_and_after(run) for run in runs]
     answered = [run for run in runs if run.latest]
@@ -114,7 +114,10 @@ def page_of(runs: Sequence[RunRecord], prompts: int) -> dict[str, Any]:
 
 
 def before_and_after(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
-    """Columns of the table, each with a title and figures by their logged names, and what is to be said about them."""
+    """Return columns of the table, each with a title and figures by their logged names.
+
+    And what is to be said about them.
+    """
     evaluations = [e for e in (run.first, run.last) if e]
     if not evaluations:
         logged = [*run.figures[:1], *run.figures[1:][-1:]]
@@ -142,7 +145,7 @@ def before_and_after(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
 def latest(
     runs: Sequence[RunRecord], measured: Sequence[tuple[list[dict[str, Any]], str]]
 ) -> list[tuple[RunRecord, dict[str, float]]]:
-    """Each run that was evaluated with the figures of its last evaluation."""
+    """Return each run that was evaluated with the figures of its last evaluation."""
     found = []
     for run, (columns, _) in zip(runs, measured, strict=True):
         of_runs = [column["metrics"] for column in columns if column["title"] != "change"]
@@ -158,14 +161,14 @@ def _column(title: str, figures: Mapping[str, float]) -> dict[str, Any]:
 
 
 def logged_figures(run: RunRecord, evaluation: Evaluation) -> dict[str, float]:
-    """What the log has of an evaluation."""
+    """Return what the log has of an evaluation."""
     if evaluation.step is None:
         return dict(run.figures[-1][1]) if run.figures else {}
     return next((dict(values) for step, values in reversed(run.figures) if step == evaluation.step), {})
 
 
 def agree(points: Mapping[str, float], logged: Mapping[str, float]) -> bool:
-    """Whether the figures of the answers that were kept are those of the log, up to its single precision."""
+    """Return whether the figures of the answers that were kept are those of the log, up to its single precision."""
     return all(
         isclose(points[key], logged[key], rel_tol=1e-3, abs_tol=1e-5)
         for key in points
@@ -174,20 +177,20 @@ def agree(points: Mapping[str, float], logged: Mapping[str, float]) -> bool:
 
 
 def overlaps(run: RunRecord) -> list[tuple[str, str, int]]:
-    """Title, overlap and prompts of the first and the last evaluation."""
+    """Return title, overlap and prompts of the first and the last evaluation."""
     evaluations = [e for e in (run.first, run.last) if e]
     values = [(e, intervals.overlap(e)) for e in evaluations]
     return [(e.title, f"{v:.3f}" if isfinite(v) else "–", len(e.positions.unique())) for e, v in values]
 
 
 def kept_front(run: RunRecord) -> str | None:
-    """The last picture that the run itself drew."""
+    """Return the last picture that the run itself drew."""
     found = sorted((run.folder / "fronts").glob("step_*.png"))
     return "data:image/png;base64," + base64.b64encode(found[-1].read_bytes()).decode() if found else None
 
 
 def samples(runs: Sequence[RunRecord], prompts: int) -> list[dict[str, Any]]:
-    """The first prompts of the first run's evaluation, with every run's answers in the order of the grid."""
+    """Return the first prompts of the first run's evaluation, with every run's answers in the order of the grid."""
     if not runs or not runs[0].latest:
         return []
     latest = runs[0].latest
@@ -199,7 +202,7 @@ def samples(runs: Sequence[RunRecord], prompts: int) -> list[dict[str, Any]]:
 
 
 def answers(run: RunRecord, prompt: str) -> list[dict[str, Any]]:
-    """The answers to one prompt, with preference and rewards as text."""
+    """Return the answers to one prompt, with preference and rewards as text."""
     latest = run.latest
     assert latest is not None
     rows = [i for i, text in enumerate(latest.prompts) if text == prompt]

@@ -26,17 +26,17 @@ SMOOTHED = 100  # points from which a curve is drawn as a running mean over its 
 
 
 def style(run: int) -> dict[str, Any]:
-    """Colour and line of the run of that number."""
+    """Return colour and line of the run of that number."""
     return {"color": COLOURS[run % len(COLOURS)], "ls": LINES[run // len(COLOURS) % len(LINES)]}
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
+    """Return text that matplotlib does not read as mathematics."""
     return visible(text).replace("$", r"\$").replace("\n", " ")
 
 
 def data_uri(figure: Figure) -> str:
-    """The picture as SVG that an ``<img>`` takes; there it cannot run anything, nor share names with another."""
+    """Return the picture as SVG that an ``<img>`` takes; there it cannot run anything, nor share names with another."""
     file = BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "miepo"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the browser has fonts of its own
@@ -45,7 +45,7 @@ def data_uri(figure: Figure) -> str:
 
 
 def draw_curve(key: str, runs: Sequence[RunRecord]) -> Figure:
-    """One metric of all runs over steps; with its interval and its ceiling where they are logged."""
+    """Draw one metric of all runs over steps; with its interval and its ceiling where they are logged."""
     figure = Figure(figsize=(4.2, 2.7), layout="constrained")
     axis = figure.subplots()
     for i, run in enumerate(runs):
@@ -72,7 +72,7 @@ def draw_curve(key: str, runs: Sequence[RunRecord]) -> Figure:
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean over ``width`` values around each, fewer at the ends.
+    """Return the mean over ``width`` values around each, fewer at the ends.
 
     >>> running_mean(np.array([0.0, 3.0, 6.0]), 3)
     array([1.5, 3. , 4.5])
@@ -82,7 +82,7 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def mean_rewards(evaluation: Evaluation) -> Tensor:
-    """``(M, K)``; a response that some objective gave no score does not count, as in the figures."""
+    """Return ``(M, K)``; a response that some objective gave no score does not count, as in the figures."""
     keep = evaluation.scores.isfinite().all(-1)
     rows, index = evaluation.scores[keep], evaluation.grid_index[keep]
     count = torch.bincount(index, minlength=len(evaluation.grid)).unsqueeze(-1)
@@ -90,7 +90,7 @@ def mean_rewards(evaluation: Evaluation) -> Tensor:
 
 
 def draw_fronts(runs: Sequence[RunRecord]) -> list[Figure]:
-    """The fronts before and after: a picture for each pair of objectives, all runs in it."""
+    """Draw the fronts before and after: a picture for each pair of objectives, all runs in it."""
     with_answers = [(i, run, run.latest) for i, run in enumerate(runs) if run.latest]
     if not with_answers:
         return []
@@ -124,7 +124,7 @@ def draw_fronts(runs: Sequence[RunRecord]) -> list[Figure]:
 
 
 def draw_rewards(run: RunRecord, objective: int) -> Figure:
-    """Boxes of one objective's rewards under each preference vector, before beside after.
+    """Draw boxes of one objective's rewards under each preference vector, before beside after.
 
     The vectors stand in the order of this objective's weight.
     """
@@ -166,7 +166,7 @@ def draw_rewards(run: RunRecord, objective: int) -> Figure:
 
 
 def reward_columns(evaluation: Evaluation, grid: Tensor, objective: int) -> list[np.ndarray]:
-    """The finite rewards under each vector of ``grid``, found by its weights."""
+    """Return the finite rewards under each vector of ``grid``, found by its weights."""
     scores = evaluation.scores[:, objective]
     found = []
     for vector in grid:
@@ -177,7 +177,7 @@ def reward_columns(evaluation: Evaluation, grid: Tensor, objective: int) -> list
 
 
 def curves(runs: Sequence[RunRecord]) -> tuple[list[str], list[str], list[str]]:
-    """Which metrics have a curve: the main ones, the others, and those that are 0 throughout, which have none.
+    """Return which metrics have a curve: the main ones, the others, and those that are 0 throughout, which have none.
 
     A metric with fewer than two points has none, nor the limits and the ceiling that are drawn with another.
     """

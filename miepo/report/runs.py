@@ -86,7 +86,7 @@ class RunRecord:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
-    """Reads runs that are to be shown together.
+    """Read runs that are to be shown together.
 
     Raises:
         UserError: a folder is none of a run, a file in it is malformed, or the runs have different objectives.
@@ -116,7 +116,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """Short names that tell absolute folders apart: without the parts that all begin or end with.
+    """Return short names that tell absolute folders apart: without the parts that all begin or end with.
 
     >>> labels([Path("/runs/a/version_0"), Path("/runs/b/version_0")])
     ['a', 'b']
@@ -134,13 +134,13 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 
 def ordered(evaluation: Evaluation, names: tuple[str, ...]) -> Evaluation:
-    """The same with its columns in the order of ``names``."""
+    """Return the same with its columns in the order of ``names``."""
     columns = [evaluation.names.index(name) for name in names]
     return replace(evaluation, names=names, grid=evaluation.grid[:, columns], scores=evaluation.scores[:, columns])
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses what is no run's folder."""
+    """Refuse what is no run's folder."""
     if not is_folder(folder):
         raise UserError(
             f"expected the folder of a run, got '{folder}', which "
@@ -153,7 +153,7 @@ def check_folder(folder: Path) -> None:
 
 
 def read_run(folder: Path, label: str | None = None) -> RunRecord:
-    """Reads the folder of a run, finished or not.
+    """Read the folder of a run, finished or not.
 
     Raises:
         UserError: it is none, or a file in it is malformed.
@@ -177,7 +177,7 @@ def read_run(folder: Path, label: str | None = None) -> RunRecord:
 
 
 def incomparable(runs: Sequence[RunRecord]) -> list[str]:
-    """Why figures of these runs do not stand on one scale; none where they do."""
+    """Return why figures of these runs do not stand on one scale; none where they do."""
     reasons = []
     for name in runs[0].names:
         known = [(run.label, run.normalisation[name]) for run in runs if name in run.normalisation]
@@ -199,6 +199,11 @@ def incomparable(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def read_text(file: Path) -> str:
+    """Read a text file of a run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -206,6 +211,11 @@ def read_text(file: Path) -> str:
 
 
 def read_config(file: Path, text: str) -> Mapping[str, Any]:
+    """Parse the configuration of a run, ``text`` of ``file``.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -216,7 +226,7 @@ def read_config(file: Path, text: str) -> Mapping[str, Any]:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted path; the entries of a list of objects by their class, or by number.
+    """Return settings by dotted path; the entries of a list of objects by their class, or by number.
 
     >>> flat({"a": {"b": 1}, "c": [{"class_path": "x.Y", "init_args": {"d": 2}}, 3], "e": [4, 5]})
     {'a.b': 1, 'c.Y.class_path': 'x.Y', 'c.Y.init_args.d': 2, 'c.1': 3, 'e': [4, 5]}
@@ -238,7 +248,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """The settings in which configurations differ, with the value of each; ``–`` where one has no such setting.
+    """Return the settings in which configurations differ, with the value of each; ``–`` where one has no such setting.
 
     Raises:
         UserError: a configuration contains itself.
@@ -258,7 +268,7 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
 
 
 def read_metrics(file: Path) -> list[tuple[int, dict[str, float]]]:
-    """Rows of the log: a step and the finite numbers of that row."""
+    """Return rows of the log: a step and the finite numbers of that row."""
     try:
         header, *lines = [*csv.reader(StringIO(read_text(file)))] or [[]]
     except csv.Error as error:
@@ -282,12 +292,13 @@ def read_metrics(file: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def series_of(rows: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Return the steps and values of every metric, from the rows of a log."""
     keys = sorted({key for _, row in rows for key in row} - {"epoch"})
     return {key: tuple((step, row[key]) for step, row in rows if key in row) for key in keys}
 
 
 def of_evaluation(key: str) -> bool:
-    """Whether a metric is logged at evaluations, and not at steps."""
+    """Return whether a metric is logged at evaluations, and not at steps."""
     return key.startswith(
         (
             "front/",
@@ -301,7 +312,7 @@ def of_evaluation(key: str) -> bool:
 
 
 def figures_of(rows: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[tuple[int, dict[str, float]], ...]:
-    """What was logged at every evaluation, with the steps that had been taken.
+    """Return what was logged at every evaluation, with the steps that had been taken.
 
     Callbacks log the evaluation before training each in a row of its own, and Lightning names later ones, in rows with
     an epoch, by the last step: an evaluation after 16 steps is logged at step 15.
@@ -323,7 +334,7 @@ def figures_of(rows: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[tuple[i
 
 
 def evaluation_files(folder: Path) -> list[Path]:
-    """The evaluations of training in their order; where there is none, one of a checkpoint."""
+    """Return the evaluations of training in their order; where there is none, one of a checkpoint."""
     files = [p for p in (folder / FOLDER).glob("step_*.jsonl") if p.stem.removeprefix("step_").isdecimal()]
     if files:
         return sorted(files, key=lambda path: int(path.stem.removeprefix("step_")))
@@ -331,7 +342,7 @@ def evaluation_files(folder: Path) -> list[Path]:
 
 
 def read_evaluation(file: Path) -> Evaluation:
-    """Reads what :class:`~miepo.callbacks.EvaluationRecord` wrote.
+    """Read what :class:`~miepo.callbacks.EvaluationRecord` wrote.
 
     Raises:
         UserError: a line is malformed; the message names it.
@@ -369,7 +380,7 @@ def read_evaluation(file: Path) -> Evaluation:
 
 
 def _checked(line: bytes, where: str) -> dict[str, Any]:
-    """One line as a row of which every value has its type; NaN for a reward that is null."""
+    """Return one line as a row of which every value has its type; NaN for a reward that is null."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ _CONTROLS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n"} | {0x7F: 
 
 
 def visible(text: str) -> str:
-    r"""The same text with control characters as pictures, and halves of characters as escapes.
+    r"""Return the same text with control characters as pictures, and halves of characters as escapes.
 
     >>> visible("a\0b\ud800c\n")
     'a␀b\\ud800c\n'
@@ -18,7 +18,7 @@ def visible(text: str) -> str:
 
 
 def finished(value: object) -> object:
-    """What a template writes for a value; jinja escapes it afterwards."""
+    """Return what a template writes for a value; jinja escapes it afterwards."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 

@@ -41,7 +41,9 @@ class RolloutEngine(Recorded, ABC):
         max_new_tokens: int,
         seed: int | Sequence[int],
     ) -> Responses:
-        """``count`` responses per prompt, drawn from ``pi_theta(. | x, w)`` itself: nothing truncated or penalised.
+        """Return ``count`` responses per prompt, drawn from ``pi_theta(. | x, w)`` itself.
+
+        Nothing truncated or penalised.
 
         Args:
             policy: The policy to sample from.
@@ -64,11 +66,11 @@ class RolloutEngine(Recorded, ABC):
         max_new_tokens: int,
         seeds: Sequence[int],
     ) -> Responses:
-        """What :meth:`sample` promises, with a seed for each prompt: what an engine of its own brings."""
+        """Sample as :meth:`sample` promises, with a seed for each prompt: what an engine of its own brings."""
 
 
 def response_mask(ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which sampled tokens count: all up to and with the first end token.
+    """Return which sampled tokens count: all up to and with the first end token.
 
     Args:
         ids: ``(.., T)``.
@@ -83,7 +85,10 @@ def response_mask(ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def make_responses(policy: Policy, ids: Tensor, stop: Sequence[str] = ()) -> Responses:
-    """Sampled ids ``(N, n, T)`` as a record: mask, texts, and only as many columns as the longest response needs."""
+    """Return sampled ids ``(N, n, T)`` as a record.
+
+    Mask, texts, and only as many columns as the longest response needs.
+    """
     mask, finished = (x.cpu() for x in response_mask(ids, policy.end_ids))
     texts = []
     for n, rows in enumerate(ids.cpu()):
@@ -99,7 +104,7 @@ def make_responses(policy: Policy, ids: Tensor, stop: Sequence[str] = ()) -> Res
 
 
 def _cut_tokens(tokenizer: Any, row: Tensor, stop: Sequence[str]) -> tuple[str, int | None]:
-    """The text of tokens ``(t,)`` up to a stop text, and how many tokens spell it; None where there is none."""
+    """Return the text of tokens ``(t,)`` up to a stop text, and how many tokens spell it; None where there is none."""
 
     def stopped(length: int) -> bool:
         text = tokenizer.decode(row[:length], skip_special_tokens=True)

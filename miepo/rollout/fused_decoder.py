@@ -33,7 +33,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def orders_weights(weight: Tensor) -> bool:
-    """Whether products with this weight are faster in an order of oneDNN's own."""
+    """Return whether products with this weight are faster in an order of oneDNN's own."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (
@@ -42,7 +42,7 @@ def orders_weights(weight: Tensor) -> bool:
 
 
 def fits(policy: Policy) -> bool:
-    """Whether the policy's network is one that :class:`FusedDecoder` computes."""
+    """Return whether the policy's network is one that :class:`FusedDecoder` computes."""
     config: Any = policy.causal_lm.config
     return (
         config.model_type in ARCHITECTURES
@@ -62,7 +62,7 @@ class _Projection:
 
     @classmethod
     def of(cls, layers: list[Any], rows: int, lasting: bool) -> _Projection:
-        """For ``rows`` states at a time, of weights that last or of such as are gathered for a rollout."""
+        """Return for ``rows`` states at a time, of weights that last or of such as are gathered for a rollout."""
         adapted = [isinstance(layer, LoraLayer) for layer in layers]
         plain: list[Any] = [layer.base_layer if a else layer for layer, a in zip(layers, adapted, strict=True)]
         weights: list[nn.Parameter] = [layer.weight for layer in plain]
@@ -87,7 +87,7 @@ class _Projection:
         return cls(product, torch.block_diag(*second) if first else None, bias)
 
     def __call__(self, states: Tensor, gate: Tensor | None) -> Tensor:
-        """``(N, D), (N, R) -> (N, O)``."""
+        """Return ``(N, D), (N, R) -> (N, O)``."""
         out = self.product(states)
         if self.second is not None:
             size = self.second.shape[1]
@@ -115,13 +115,16 @@ class Layout:
 
 
 def _packed(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """oneDNN's own order. Left to itself it orders a weight at every call, which costs as much as the product."""
+    """Lay a weight out in oneDNN's own order.
+
+    Left to itself it orders a weight at every call, which costs as much as the product.
+    """
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     return lambda states: torch.ops.mkldnn._linear_pointwise(states, ordered, None, "none", [], "")
 
 
 def _laid_out(weights: Sequence[nn.Parameter], first: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """The weights become parts of one tensor, if they are not yet; the first factors are written below them."""
+    """Make the weights parts of one tensor, if they are not yet; the first factors are written below them."""
     total, rank = sum(map(len, weights)), sum(map(len, first))
     one = weights[0].data
     storage = one.untyped_storage()
@@ -143,7 +146,10 @@ def _laid_out(weights: Sequence[nn.Parameter], first: Sequence[Tensor]) -> Calla
 
 
 def recorded(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """``function`` as a CUDA graph: it may change tensors in place, must do so alike each time, and never waits."""
+    """Return ``function`` as a CUDA graph.
+
+    It may change tensors in place, must do so alike each time, and never waits.
+    """
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -234,11 +240,11 @@ class FusedDecoder:
         self.end = width  # places that are written
 
     def start(self) -> Tensor:
-        """Logits of the first token of every row, ``(N, V)``."""
+        """Return logits of the first token of every row, ``(N, V)``."""
         return self._logits(self.first)
 
     def next(self, tokens: Tensor) -> Tensor:
-        """Logits of the token after ``tokens`` ``(N,)``, ``(N, V)``; valid until the next call."""
+        """Return logits of the token after ``tokens`` ``(N,)``, ``(N, V)``; valid until the next call."""
         self.tokens.copy_(tokens)
         self.end += 1
         if self.records:
@@ -282,14 +288,14 @@ class FusedDecoder:
         return self._logits(F.rms_norm(states, states.shape[-1:], self.norm, self.eps))
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows ``(n,)`` alone."""
+        """Go on with these rows ``(n,)`` alone."""
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
         self.cos, self.sin, self.bias = self.cos[rows], self.sin[rows], self.bias[rows]
         self.tokens, self.replay = self.tokens[rows], None  # a recording is of the memory that was
         self.gate = None if self.gate is None else self.gate[rows]
 
     def join(self, other: FusedDecoder) -> None:
-        """Goes on with the rows of ``other``, too, which may be at another length; both have the same layout.
+        """Go on with the rows of ``other``, too, which may be at another length; both have the same layout.
 
         The caches are moved so that what was written ends at the same place, and places that no row reads are let go.
         """
@@ -308,7 +314,7 @@ class FusedDecoder:
             return torch.cat(found)
 
         def coming(tensors: Sequence[Tensor]) -> Tensor:
-            """Of tokens that may come, along dimension 1."""
+            """Return tensors of tokens that may come, along dimension 1."""
             found = [x[:, x.shape[1] - d._left :] for d, x in zip(both, tensors, strict=True)]
             return torch.cat([F.pad(x, (0, 0, 0, 0, 0, left - x.shape[1])) for x in found])
 

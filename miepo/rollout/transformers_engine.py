@@ -110,7 +110,7 @@ class TransformersEngine(RolloutEngine):
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens by inversion of the distribution function: ``(N, V)`` float32, ``(N,)`` float64 ``-> (N,)``.
+    """Return tokens by inversion of the distribution function: ``(N, V)`` float32, ``(N,)`` float64 ``-> (N,)``.
 
     In two levels, blocks and then the tokens of one block: sums of all tokens in float64 would cost as much as a third
     of the network.
@@ -125,7 +125,7 @@ def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _invert(cumulative: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
-    """Where ``height`` ``(N, 1)`` falls in ``cumulative`` ``(N, n)``, and how far above what comes before."""
+    """Return where ``height`` ``(N, 1)`` falls in ``cumulative`` ``(N, n)``, and how far above what comes before."""
     height = torch.minimum(height, cumulative[:, -1:].nextafter(torch.zeros_like(height)))  # never beyond the end
     index = torch.searchsorted(cumulative, height, right=True).clamp(max=cumulative.shape[1] - 1)  # of NaN, beyond all
     before = F.pad(cumulative, (1, 0)).gather(1, index)

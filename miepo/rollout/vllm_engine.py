@@ -119,7 +119,7 @@ class VLLMEngine(RolloutEngine):
             ) from error
 
     def _adapter(self, policy: Policy, preference: Tensor) -> tuple[int, Path]:
-        """Number and folder of the adapter under ``preference`` ``(1, K)``, written if it has changed."""
+        """Return number and folder of the adapter under ``preference`` ``(1, K)``, written if it has changed."""
         version = tuple(p._version for p in policy.adapter_parameters().values())
         if version != self.version:
             for _, folder in self.known.values():

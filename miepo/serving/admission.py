@@ -77,7 +77,7 @@ class Admission:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """All that is sent; None where who sends it has gone."""
+    """Return all that is sent; None where who sends it has gone."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -89,7 +89,7 @@ async def _body(receive: Receive) -> bytes | None:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """As if nobody had read it."""
+    """Return it as if nobody had read it."""
     left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def read() -> Message:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def failure(error: Exception) -> HTTPRejection:
-    """What a client is told of an error in the batcher."""
+    """Return what a client is told of an error in the batcher."""
     if isinstance(error, TimeoutError):
         return HTTPRejection(504, str(error), "timeout_error")
     if isinstance(error, UserError):
@@ -90,7 +90,7 @@ def make_app(
     timeout: float = 120.0,
     max_tokens: int | None = None,
 ) -> FastAPI:
-    """The application.
+    """Return the application.
 
     Args:
         trained: What answers.
@@ -217,7 +217,7 @@ async def _whole(responses: Responses) -> tuple[list[str], list[str], list[int]]
 async def _events(
     responses: Responses, head: dict[str, Any], weights: dict[str, float], given: int | None
 ) -> AsyncIterator[str]:
-    """Server-sent events: one for each piece, the usage if it is asked for, an error where there is one."""
+    """Yield server-sent events: one for each piece, the usage if it is asked for, an error where there is one."""
     head = head | {"object": "chat.completion.chunk"}
 
     def event(value: Any) -> str:

@@ -70,7 +70,7 @@ class Batcher:
         return len(self._tickets)
 
     def submit(self, tickets: Sequence[PendingRequest]) -> None:
-        """Takes all of them or none; after :meth:`stop` they end at once.
+        """Take all of them or none; after :meth:`stop` they end at once.
 
         Raises:
             QueueFull: too many wait already.
@@ -87,7 +87,7 @@ class Batcher:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Ends all requests at once, and the thread after the token that it is at; signal handlers may call it."""
+        """End all requests at once, and the thread after the token that it is at; signal handlers may call it."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -95,7 +95,7 @@ class Batcher:
                 self._end(ticket, Stopped())
 
     def close(self) -> None:
-        """Stops, and waits for the thread, though not for long: nobody can stop the network at a long prompt."""
+        """Stop, and wait for the thread, though not for long: nobody can stop the network at a long prompt."""
         self.stop()
         self._thread.join(timeout=2)
 
@@ -112,7 +112,7 @@ class Batcher:
         self.stop()  # what came to be answered meanwhile
 
     def _next(self) -> list[PendingRequest]:
-        """Who is answered from now on."""
+        """Return who is answered from now on."""
         come: list[PendingRequest] = []
         longest = 0
         while self._tickets and self._responder.joins and len(self._answered) + len(come) < self.most:
@@ -152,7 +152,7 @@ class Batcher:
             self._end(self._answered.pop(piece.row), late or piece)
 
     def _fail(self, error: Exception, tickets: list[PendingRequest]) -> None:
-        """Ends these requests, and those that the error took with it; who comes after them is answered."""
+        """End these requests, and those that the error took with it; who comes after them is answered."""
         if not len(self._responder):
             tickets = [*tickets, *self._answered.values()]
             self._answered.clear()

@@ -25,7 +25,7 @@ LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Return whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -33,7 +33,7 @@ def is_loopback(host: str) -> bool:
 
 
 def key_for(options: Namespace) -> str | None:
-    """The key that clients must give, None where none is needed."""
+    """Return the key that clients must give, None where none is needed."""
     if options.key is None and not is_loopback(options.host):
         return secrets.token_urlsafe(24)
     key: str | None = options.key
@@ -41,7 +41,7 @@ def key_for(options: Namespace) -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address; taken before a model is loaded, so that a mistake shows at once."""
+    """Open a socket at an address; taken before a model is loaded, so that a mistake shows at once."""
     found = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -57,18 +57,25 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_of(host: str, listening: socket.socket) -> str:
+    """Return the address of a socket as a browser takes it."""
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{listening.getsockname()[1]}"
 
 
 def hosts_of(host: str) -> list[str] | None:
-    """Names under which a server that only this machine can reach may be addressed: no web page's own; else any."""
+    """Return names under which a server that only this machine can reach may be addressed: no web page's own.
+
+    Else any.
+    """
     return [*LOCAL, host] if is_loopback(host) else None
 
 
 @contextmanager
 def opened(options: Namespace) -> Iterator[tuple[socket.socket, TrainedPolicy]]:
-    """The socket to listen at and the policy to show there, as the options say; SIGINT and SIGTERM end it quietly."""
+    """Yield the socket to listen at and the policy to show there, as the options say.
+
+    SIGINT and SIGTERM end it quietly.
+    """
     # what a shell starts in its background was told to ignore SIGINT
     before = {number: signal.signal(number, _leave) for number in SIGNALS}
     try:
@@ -80,7 +87,7 @@ def opened(options: Namespace) -> Iterator[tuple[socket.socket, TrainedPolicy]]:
 
 
 def serve_app(app: Any, listening: socket.socket, batcher: Batcher) -> None:
-    """Serves until SIGINT or SIGTERM comes; the exit status says which, and clients who wait are told."""
+    """Serve until SIGINT or SIGTERM comes; the exit status says which, and clients who wait are told."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -108,7 +115,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def serve(options: Namespace) -> None:
-    """Answers requests until a signal comes; the options are those of ``miepo serve``."""
+    """Answer requests until a signal comes; the options are those of ``miepo serve``."""
     try:
         import uvicorn  # noqa: F401
 

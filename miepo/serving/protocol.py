@@ -79,7 +79,7 @@ class ChatRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_null(cls, fields: Any) -> Any:
-        """A field that says nothing is not there."""
+        """Drop fields that say nothing."""
         return (
             {key: value for key, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
         )

@@ -32,7 +32,7 @@ POSTS = ("/login", "/login/", *(f"/gradio_api/{name}" for name in ("queue/join",
 
 
 def on_simplex(moved: int, weights: Sequence[float]) -> list[float]:
-    """Weights that sum to 1 and leave the one that was moved as it is; the others keep their ratios.
+    """Return weights that sum to 1 and leave the one that was moved as it is; the others keep their ratios.
 
     >>> on_simplex(0, [0.5, 0.25, 0.75])
     [0.5, 0.125, 0.375]
@@ -47,7 +47,7 @@ def on_simplex(moved: int, weights: Sequence[float]) -> list[float]:
 
 
 def answers(batcher: Batcher, questions: Sequence[GenerationRequest], timeout: float) -> Iterator[list[str]]:
-    """What the responses have got so far, whenever one of them gets more.
+    """Yield what the responses have got so far, whenever one of them gets more.
 
     Raises:
         UserError: too many wait, or it takes too long.
@@ -95,7 +95,7 @@ class SteerPage:
         self._scoring = Lock()  # beside the policy's own, which waits for ever: behind an objective that hangs none do
 
     def answer(self, prompt: str, tokens: float, temperature: float, seed: float, *weights: Any) -> Iterator[Any]:
-        """Two answers as they are written, then their scores and the front: values of the page's outputs."""
+        """Yield two answers as they are written, then their scores and the front: values of the page's outputs."""
         import gradio as gr
 
         count, deadline = len(self.trained.names), time.monotonic() + self.timeout
@@ -126,7 +126,7 @@ class SteerPage:
     def scores(
         self, prompt: str, texts: Sequence[str], vectors: Sequence[Sequence[float]], deadline: float
     ) -> tuple[list[list[Any]], str, list[list[float]]]:
-        """Rows of the table, what is to be said of it, and the reward vector of each answer."""
+        """Return rows of the table, what is to be said of it, and the reward vector of each answer."""
 
         def score() -> dict[str, list[float]]:
             if not self._scoring.acquire(timeout=max(deadline - time.monotonic(), 0)):
@@ -149,7 +149,10 @@ class SteerPage:
         return rows, "", [[found[name][side] for name in self.trained.names] for side in range(len(texts))]
 
     def front(self, a: Sequence[float], b: Sequence[float], points: Sequence[Sequence[float]] = ()) -> Any:
-        """The measured front with what was reached nearest to both preferences, and the scores of two answers."""
+        """Return the measured front with what was reached nearest to both preferences.
+
+        And the scores of two answers.
+        """
         import gradio as gr
 
         front = self.trained.front
@@ -164,7 +167,7 @@ class SteerPage:
         return front.draw(marks)
 
     def blocks(self) -> Any:
-        """The Gradio page."""
+        """Return the Gradio page."""
         import gradio as gr
 
         names = self.trained.names
@@ -232,19 +235,19 @@ class SteerPage:
 
 
 def _others(moved: int, *weights: float | None) -> Any:
-    """Where the other sliders stand when one has moved; a box that was emptied stands at 0."""
+    """Return where the other sliders stand when one has moved; a box that was emptied stands at 0."""
     found = [round(weight, 4) for k, weight in enumerate(on_simplex(moved, [w or 0 for w in weights])) if k != moved]
     return found if len(found) > 1 else found[0]
 
 
 def normalised(weights: dict[str, float]) -> dict[str, float]:
-    """Weights whose sum is 1 up to the sliders' steps, made to sum to 1."""
+    """Return weights whose sum is 1 up to the sliders' steps, made to sum to 1."""
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()} if total > 0 else weights
 
 
 def make_app(page: SteerPage, key: str | None, hosts: list[str] | None) -> Any:
-    """The page as an ASGI application; with a key behind a login of the user ``miepo``."""
+    """Return the page as an ASGI application; with a key behind a login of the user ``miepo``."""
     import gradio as gr
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -267,7 +270,7 @@ def make_app(page: SteerPage, key: str | None, hosts: list[str] | None) -> Any:
 
 
 def steer(options: Namespace) -> None:
-    """Shows the page until a signal comes; the options are those of ``miepo steer``."""
+    """Show the page until a signal comes; the options are those of ``miepo steer``."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio  # noqa: F401

@@ -22,7 +22,7 @@ from miepo.training.checkpoint_io import check_adapter, check_base
 def build_policy(
     saved: Saved, changes: Mapping[str, Any], trust: bool = False, device: torch.device | None = None
 ) -> Policy:
-    """The network with the saved adapter, on the CPU, for ``device``."""
+    """Return the network with the saved adapter, on the CPU, for ``device``."""
     if saved.policy is None:
         raise UserError(f"'{saved.source}' keeps no configuration: expected one written by miepo fit")
     spec = json.loads(json.dumps(saved.policy))
@@ -47,7 +47,7 @@ def build_policy(
 
 
 def build_objectives(saved: Saved, trust: bool = False) -> list[Objective]:
-    """The objectives as they were in training, without their models."""
+    """Return the objectives as they were in training, without their models."""
     if not saved.objectives:
         raise UserError(f"'{saved.source}' does not say how its objectives are made: give load(.., objectives=[..])")
     found: list[Objective] = [_build(spec, Objective, saved.source, trust) for spec in saved.objectives]
@@ -57,7 +57,7 @@ def build_objectives(saved: Saved, trust: bool = False) -> list[Objective]:
 
 
 def _build(spec: Any, kind: type, source: str, trust: bool) -> Any:
-    """An object from ``class_path`` and ``init_args``; code of others than miepo only where it is trusted.
+    """Return an object from ``class_path`` and ``init_args``; code of others than miepo only where it is trusted.
 
     Not by the parser of configurations: it takes any text for the name of a class or of a file where that would fit.
     """

@@ -39,7 +39,7 @@ WEIGHTS = """\
 
 
 def chat_template(policy: Policy, text: str, free: bool = False) -> str:
-    """A Jinja chat template that writes what the policy reads.
+    """Return a Jinja chat template that writes what the policy reads.
 
     Args:
         policy: Whose prompt template it is.
@@ -81,12 +81,14 @@ def chat_template(policy: Policy, text: str, free: bool = False) -> str:
 
 
 def _literal(text: str) -> str:
-    """A Jinja string."""
+    """Return a Jinja string."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\r", "\\r").replace("\n", "\\n") + "'"
 
 
 def preference_expression(policy: Policy) -> str:
-    """The text of any preference as a Jinja expression of ``preference``, weights by name; equal weights without it.
+    """Return the text of any preference as a Jinja expression of ``preference``, weights by name.
+
+    Equal weights without it.
 
     Raises:
         UserError: a conditioning writes in a way of its own.

@@ -29,7 +29,7 @@ from miepo.trained.saved import CARD, Saved
 
 
 def block_owners(policy: Policy) -> list[str | None]:
-    """The objective of each rank block, None for one that every preference uses."""
+    """Return the objective of each rank block, None for one that every preference uses."""
     corners = torch.eye(len(policy.names))
     owners: list[str | None] = []
     for conditioning in policy.conditioning:
@@ -54,7 +54,7 @@ def export(
     trust: bool = False,
     base: str | None = None,
 ) -> Path:
-    """Writes a trained policy into a new folder.
+    """Write a trained policy into a new folder.
 
     Args:
         saved: From :meth:`Saved.read`.
@@ -93,7 +93,7 @@ def export(
 
 
 def _write(saved: Saved, vector: Tensor | None, merged: bool, policy: Policy, folder: Path) -> None:
-    """Writes all files of an export into a folder that is not there yet."""
+    """Write all files of an export into a folder that is not there yet."""
     owners: list[str | None] = []
     if vector is None:
         text, owners = preference_expression(policy), block_owners(policy)
@@ -127,7 +127,7 @@ def _write(saved: Saved, vector: Tensor | None, merged: bool, policy: Policy, fo
 
 
 def block_factors(owners: Sequence[str | None], objectives: int) -> Tensor:
-    """What the blocks are multiplied by under equal weights, ``(blocks,)``."""
+    """Return what the blocks are multiplied by under equal weights, ``(blocks,)``."""
     return torch.tensor([1.0 if owner is None else 1 / objectives for owner in owners])
 
 

@@ -18,7 +18,7 @@ from miepo.trained.saved import CARD, Saved
 
 
 def method_of(settings: Mapping[str, Any]) -> str:
-    """The method in words, from what a run keeps of its settings."""
+    """Return the method in words, from what a run keeps of its settings."""
     if str(settings.get("method")).endswith("RewardsInContext"):
         return "Rewards-in-Context (arXiv 2402.10207)"
     term = (settings.get("model") or {}).get("exploration")
@@ -31,7 +31,7 @@ def method_of(settings: Mapping[str, Any]) -> str:
 
 
 def model_card(saved: Saved, preference: Tensor | None, merged: bool, kept: float = 1.0) -> ModelCard:
-    """What the model is, how it is used, what was measured and how it was trained."""
+    """Return what the model is, how it is used, what was measured and how it was trained."""
     names = ", ".join(saved.names)
     local = re.match(r"[.~/]|pypi:|package:", saved.base) is not None or Path(saved.base).exists()
     data = ModelCardData(

@@ -29,16 +29,16 @@ class PlainDecoder:
         self.cache = DynamicCache(config=policy.causal_lm.config)
 
     def start(self) -> Tensor:
-        """Logits of the first token of every row, ``(N, V)``."""
+        """Return logits of the first token of every row, ``(N, V)``."""
         return self._logits(self.prompts.ids, (self.mask.cumsum(1) - 1).clamp(min=0))
 
     def next(self, tokens: Tensor) -> Tensor:
-        """Logits of the token after ``tokens`` ``(N,)``, ``(N, V)``."""
+        """Return logits of the token after ``tokens`` ``(N,)``, ``(N, V)``."""
         self.mask = F.pad(self.mask, (0, 1), value=1)
         return self._logits(tokens.unsqueeze(1), self.mask.sum(1, keepdim=True) - 1)
 
     def keep(self, rows: Tensor) -> None:
-        """Goes on with these rows ``(n,)`` alone."""
+        """Go on with these rows ``(n,)`` alone."""
         self.mask, self.preference = self.mask[rows], self.preference[rows.to(self.preference.device)]
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]
 
@@ -48,7 +48,7 @@ class PlainDecoder:
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def join(self, other: PlainDecoder) -> None:
-        """Goes on with the rows of ``other``, too, as the fused decoder does."""
+        """Go on with the rows of ``other``, too, as the fused decoder does."""
         begins = [int(d.mask.any(0).long().argmax()) for d in (self, other)]  # the first place that is read
         end = max(d.mask.shape[1] - begin for d, begin in zip((self, other), begins, strict=True))
 

@@ -62,7 +62,7 @@ class TrainedPolicy:
         self._encoding, self._scoring = threading.Lock(), threading.Lock()
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]], preference: str) -> list[int]:
-        """A prompt, or messages with ``role`` and ``content``, as token ids.
+        """Return a prompt, or messages with ``role`` and ``content``, as token ids.
 
         One message is a prompt. Several are a dialogue, which a policy with a chat template can read, too, and others
         where they were trained on dialogues.
@@ -93,7 +93,7 @@ class TrainedPolicy:
             return template.encode_once(prompt, preference)
 
     def _as_trained(self, prompt: str) -> str:
-        """A prompt alone as the dialogue that it begins, where the policy was trained on dialogues."""
+        """Return a prompt alone as the dialogue that it begins, where the policy was trained on dialogues."""
         if self._template.dialogue and split_turns(prompt) is None:
             return dialogue_of([("user", prompt)]) + REPLY
         return prompt
@@ -108,7 +108,9 @@ class TrainedPolicy:
         stop: str | Sequence[str] = (),
         seed: int = 0,
     ) -> GenerationRequest:
-        """A prompt, or messages, under a preference by name, checked, for :func:`~miepo.trained.streaming.stream`.
+        """Return a prompt, or messages, under a preference by name, checked.
+
+        For :func:`~miepo.trained.streaming.stream`.
 
         Raises:
             UserError: names the setting that cannot be used.
@@ -143,7 +145,7 @@ class TrainedPolicy:
         seed: int = 0,
         **settings: Any,
     ) -> Any:
-        """Answers prompts under a preference, or each under its own.
+        """Return answers prompts under a preference, or each under its own.
 
         Args:
             prompts: One or several.
@@ -179,12 +181,12 @@ class TrainedPolicy:
         return responses[0] if one else responses
 
     def stream(self, prompt: str, preference: Mapping[str, float], **settings: Any) -> Iterator[str]:
-        """The response to one prompt piece by piece; arguments as for :meth:`generate`."""
+        """Yield the response to one prompt piece by piece; arguments as for :meth:`generate`."""
         settings["seed"] = prompt_seeds(settings.get("seed", 0), 1)[0]
         return (piece.text for piece in stream(self.policy, [self.question(prompt, preference, **settings)]))
 
     def score(self, prompts: str | Sequence[str], responses: str | Sequence[str]) -> dict[str, Any]:
-        """What every objective says of responses, normalised as in training: higher is better, 0 its mean there.
+        """Return what every objective says of responses, normalised as in training: higher is better, 0 its mean there.
 
         Of a policy that was trained on dialogues a prompt is one, too, as in :meth:`encode`.
 
@@ -239,7 +241,7 @@ def load(
     device: str | None = None,
     trust: bool = False,
 ) -> TrainedPolicy:
-    """A trained policy from a run's folder, a checkpoint or a folder of ``miepo export``.
+    """Load a trained policy from a run's folder, a checkpoint or a folder of ``miepo export``.
 
     Args:
         path: One of them.

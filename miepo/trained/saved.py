@@ -44,7 +44,7 @@ class Saved:
 
     @classmethod
     def read(cls, path: str | Path) -> Saved:
-        """Reads a run's folder, a checkpoint or an exported folder; nothing in it is executed.
+        """Read a run's folder, a checkpoint or an exported folder; nothing in it is executed.
 
         Raises:
             UserError: there is none of them at ``path``.
@@ -64,7 +64,7 @@ class Saved:
 
 
 def _newest(run: Path) -> Path:
-    """The checkpoint that a run goes on from; of a run without one, the newest that Lightning wrote."""
+    """Return the checkpoint that a run goes on from; of a run without one, the newest that Lightning wrote."""
     last, folder = run / "checkpoints" / "last.ckpt", run / "checkpoints"
     if last.is_file() or not folder.is_dir():
         return last
@@ -105,7 +105,7 @@ def _saved(path: Path, checkpoint: dict[str, Any]) -> Saved:
 
 
 def _settings(config: Mapping[str, Any], steps: Any) -> dict[str, Any]:
-    """What of a configuration says how a policy was trained; the policy and what it was measured on apart."""
+    """Return what of a configuration says how a policy was trained; the policy and what it was measured on apart."""
     model, data = (config.get(key) or {} for key in ("model", "data"))
     kept = {key: value for key, value in (model.get("init_args") or {}).items() if key != "policy"}
     if "exploration" in kept:

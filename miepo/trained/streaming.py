@@ -69,7 +69,7 @@ class ResponseText:
         self._text = self._shown = ""
 
     def add(self, token: int) -> str:
-        """What has become certain with this token."""
+        """Return what has become certain with this token."""
         self.ids.append(token)
         try:
             if self._stream is not None:
@@ -83,11 +83,11 @@ class ResponseText:
         return self._show(cut if self.stopped else self._certain())
 
     def end(self) -> str:
-        """What was held back."""
+        """Return what was held back."""
         return self._show(cut_at(self.tokenizer.decode(self.ids, skip_special_tokens=True), self.stop))
 
     def _certain(self) -> str:
-        """All but what may be the beginning of a stop text."""
+        """Return all but what may be the beginning of a stop text."""
         most = len(self._text) + 1
         held = [n for text in self.stop for n in range(1, min(len(text), most)) if self._text.endswith(text[:n])]
         return self._text[: len(self._text) - max(held, default=0)]
@@ -100,7 +100,7 @@ class ResponseText:
 
 
 def check_length(policy: Policy, question: GenerationRequest) -> None:
-    """Refuses a question that does not fit the model's context together with its response."""
+    """Refuse a question that does not fit the model's context together with its response."""
     limit, given, tokens = policy.context_length, len(question.ids), question.max_new_tokens
     if limit is not None and given + tokens > limit:
         raise UserError(
@@ -153,7 +153,7 @@ class ContinuousDecoder:
         return self._decoder is None or isinstance(self._decoder, FusedDecoder) or self._decoder.joins
 
     def join(self, questions: Sequence[GenerationRequest]) -> list[int]:
-        """Computes these questions; their responses are written from the next :meth:`step` on.
+        """Compute these questions; their responses are written from the next :meth:`step` on.
 
         Returns:
             The numbers of their rows.
@@ -202,7 +202,7 @@ class ContinuousDecoder:
         self._logits = torch.cat([self._logits, logits])
 
     def step(self, cancelled: Callable[[int], bool] = lambda row: False) -> list[Chunk]:
-        """The next token of every response.
+        """Return the next token of every response.
 
         Args:
             cancelled: Whether nobody waits for the response of this row any more.
@@ -243,14 +243,14 @@ class ContinuousDecoder:
         return pieces
 
     def clear(self) -> None:
-        """Ends all responses where they are."""
+        """End all responses where they are."""
         self._rows, self._decoder, self._logits, self._chosen = [], None, None, None
 
 
 def stream(
     policy: Policy, questions: Sequence[GenerationRequest], cancelled: Callable[[int], bool] = lambda row: False
 ) -> Iterator[Chunk]:
-    """Answers questions together, and yields what each response has got with every token.
+    """Answer requests together, and yield what each response has got with every token.
 
     Args:
         policy: In evaluation mode.
@@ -267,7 +267,7 @@ def stream(
 
 
 def choose(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
-    """The next token of every row.
+    """Return the next token of every row.
 
     Args:
         logits: ``(N, V)`` float32.

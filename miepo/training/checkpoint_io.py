@@ -54,7 +54,7 @@ IF_THERE = {"config": (dict, type(None)), "fingerprint": (str, type(None))}
 
 
 def read_checkpoint(path: Path, device: str = "cpu", resume: bool = False) -> dict[str, Any]:
-    """A checkpoint as data: nothing in it is executed, and what is read of it has its type.
+    """Return a checkpoint as data: nothing in it is executed, and what is read of it has its type.
 
     Args:
         path: The file.
@@ -95,7 +95,7 @@ def _check_kinds(path: Path, found: Mapping[str, Any], kinds: Mapping[str, Any],
 
 
 def _check_progress(path: Path, loops: Mapping[str, Any]) -> None:
-    """Refuses loops without the counts of what was done."""
+    """Refuse loops without the counts of what was done."""
     where = "loops.fit_loop."
     _check_kinds(path, loops, {"fit_loop": dict}, "loops.")
     for name in ("epoch_progress", "epoch_loop.batch_progress"):
@@ -109,7 +109,7 @@ def _check_progress(path: Path, loops: Mapping[str, Any]) -> None:
 
 
 def check_adapter(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:
-    """Refuses an adapter in which a weight is missing, unknown or of another shape."""
+    """Refuse an adapter in which a weight is missing, unknown or of another shape."""
     shapes = {name: (_shape(expected, name), _shape(came, name)) for name in sorted(expected.keys() | came.keys())}
     if wrong := [name for name, (wanted, got) in shapes.items() if wanted != got]:
         wanted, got = shapes[wrong[0]]
@@ -124,7 +124,7 @@ def _shape(weights: Mapping[str, Tensor], name: str) -> str:
 
 
 def check_base(policy: Policy, base: str, fingerprint: str | None) -> None:
-    """Refuses an adapter of another base model; one that does not know its base's weights is taken by name."""
+    """Refuse an adapter of another base model; one that does not know its base's weights is taken by name."""
     if fingerprint is not None and fingerprint != policy.fingerprint:
         raise UserError(
             f"the adapter was trained on another base model: expected the weights of '{base}', "
@@ -135,7 +135,7 @@ def check_base(policy: Policy, base: str, fingerprint: str | None) -> None:
 
 
 def config_changes(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, by their dotted names: what was and what is; None where there is none."""
+    """Return settings that differ, by their dotted names: what was and what is; None where there is none."""
     changes: dict[str, tuple[Any, Any]] = {}
     for key in {**before, **now}:
         old, new = before.get(key), now.get(key)

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def gathered(trainer: Trainer, value: Any) -> list[Any]:
-    """What every process has, in the order of their ranks; to be called by all of them."""
+    """Return what every process has, in the order of their ranks; to be called by all of them."""
     if trainer.world_size == 1:
         return [value]
     values: list[Any] = [None] * trainer.world_size
@@ -24,12 +24,12 @@ def gathered(trainer: Trainer, value: Any) -> list[Any]:
 
 
 def gathered_rows(trainer: Trainer, rows: Sequence[T]) -> list[T]:
-    """The rows of all processes, one after the other."""
+    """Return the rows of all processes, one after the other."""
     return [row for part in gathered(trainer, rows) for row in part]
 
 
 def together(trainer: Trainer, function: Callable[[], T]) -> T:
-    """Calls ``function`` on every process; what one raises all raise, so that none waits for the others."""
+    """Call ``function`` on every process; what one raises all raise, so that none waits for the others."""
     error: Exception | None = None
     try:
         value = function()
@@ -46,7 +46,9 @@ def together(trainer: Trainer, function: Callable[[], T]) -> T:
 def over_processes(
     strategy: Any, values: Mapping[str, Tensor], counts: Mapping[str, float]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Means of what all processes have seen together, NaN left out, and sums of their counts; one exchange for all.
+    """Return means of what all processes have seen together, NaN left out, and sums of their counts.
+
+    One exchange for all.
 
     Args:
         strategy: Of the trainer.

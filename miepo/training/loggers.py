@@ -32,7 +32,7 @@ class CSVLogger(LightningCSVLogger):
         return self._experiment
 
     def forget_from(self, step: int) -> None:
-        """Drops rows of ``step`` and later: what was logged after the checkpoint comes again."""
+        """Drop rows of ``step`` and later: what was logged after the checkpoint comes again."""
         writer = self.experiment
         if isinstance(writer, _Writer):  # on the process that logs
             writer.forget_from(step)

@@ -9,7 +9,10 @@ from lightning.pytorch import Trainer
 
 
 def place_in_run(trainer: Trainer) -> tuple[int, int]:
-    """Epoch with which training goes on, and how many of its batches are done: of a run that was resumed, too."""
+    """Return the epoch with which training goes on, and how many of its batches are done.
+
+    Of a run that was resumed, too.
+    """
     loop = trainer.fit_loop
     epoch: Any = loop.epoch_progress.current
     batches: Any = loop.epoch_loop.batch_progress
@@ -21,7 +24,7 @@ def place_in_run(trainer: Trainer) -> tuple[int, int]:
 
 
 def place_in_steps(trainer: Trainer) -> int:
-    """Optimiser steps of the run, as it is configured now, that lie before its place; at the start of training.
+    """Return optimiser steps of the run, as it is configured now, that lie before its place; at the start of training.
 
     Those that it took, unless batches or steps had another size before: then as many as have the same share of all.
     """

@@ -13,7 +13,7 @@ from miepo.errors import UserError
 
 
 def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) -> None:
-    """Logs the figures of one evaluation by Lightning's own way, and to the loggers directly before training.
+    """Log the figures of one evaluation by Lightning's own way, and to the loggers directly before training.
 
     Lightning keeps what is logged in its sanity check from the loggers. Here the sanity check over the whole
     validation set is the evaluation before training, which is half of every comparison.
@@ -25,21 +25,21 @@ def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) ->
 
 
 def log_image(trainer: Trainer, key: str, path: Path) -> None:
-    """Gives a picture to every logger that takes pictures."""
+    """Give a picture to every logger that takes pictures."""
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(key, [str(path)], step=trainer.global_step)
 
 
 def log_table(trainer: Trainer, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Gives a table to every logger that takes tables."""
+    """Give a table to every logger that takes tables."""
     for logger in trainer.loggers:
         if hasattr(logger, "log_table"):
             logger.log_table(key, columns=list(columns), data=[list(row) for row in rows], step=trainer.global_step)
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of the run's files, as the first process knows it; no process waits for another here."""
+    """Return the folder of the run's files, as the first process knows it; no process waits for another here."""
     logger: Any = trainer.logger
     if logger is None or logger.save_dir is None:
         return Path(trainer.default_root_dir)
@@ -49,7 +49,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def grid_of(trainer: Any, user: object) -> Tensor:
-    """The preference vectors ``(M, K)`` of the run's evaluations.
+    """Return the preference vectors ``(M, K)`` of the run's evaluations.
 
     Raises:
         UserError: names ``user``, which measures answers along them; the data has none.
@@ -64,5 +64,5 @@ def grid_of(trainer: Any, user: object) -> Tensor:
 
 
 def log_versions(trainer: Trainer) -> list[dict[str, Any]]:
-    """Class and version of every logger, by which a resumed run logs on where it was."""
+    """Return class and version of every logger, by which a resumed run logs on where it was."""
     return [{"class": type(logger).__name__, "version": logger.version} for logger in trainer.loggers]

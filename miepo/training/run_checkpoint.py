@@ -59,7 +59,7 @@ class RunCheckpoint(Recorded, Checkpoint):
             self.path = Path(trainer.strategy.broadcast(str(_last(trainer))))
 
     def expect_no_run(self, trainer: Trainer) -> None:
-        """Refuses to begin a run in the folder of another: without a logger, no run has a folder to itself.
+        """Refuse to begin a run in the folder of another: without a logger, no run has a folder to itself.
 
         Raises:
             UserError: there is a checkpoint.
@@ -137,7 +137,7 @@ class RunCheckpoint(Recorded, Checkpoint):
     # -- moments -------------------------------------------------------------------------------------------------------
 
     def between_steps(self, trainer: Trainer) -> None:
-        """The next step is about to begin, and nothing of it has."""
+        """Save or stop where either is due: the next step is about to begin, and nothing of it has."""
         if self._resumed:
             count_steps_as_logged(trainer)
             self._resumed = False
@@ -182,7 +182,7 @@ class RunCheckpoint(Recorded, Checkpoint):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Writes the checkpoint; what was logged before it is on the disk by then."""
+        """Write the checkpoint; what was logged before it is on the disk by then."""
         for logger in trainer.loggers:
             logger.save()
         trainer.save_checkpoint(self.path, weights_only=False)  # optimiser and places, too
@@ -204,7 +204,7 @@ class RunCheckpoint(Recorded, Checkpoint):
         rank_zero_info(f"\n{signal.Signals(number).name}: this step is finished and kept, then the run stops")
 
     def _asked(self, trainer: Trainer) -> bool:
-        """Whether any process was asked to stop; all of them learn it at the same moment."""
+        """Return whether any process was asked to stop; all of them learn it at the same moment."""
         return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
 
     def _stop(self, trainer: Trainer) -> None:
@@ -230,13 +230,16 @@ def _has_stopped(callback: Any) -> bool:
 
 
 def _rows_per_batch(trainer: Any) -> int | None:
-    """Prompts or examples in a batch of all processes; None where the data module does not say."""
+    """Return prompts or examples in a batch of all processes; None where the data module does not say."""
     size = getattr(trainer.datamodule, "batch_size", None)
     return None if size is None else size * trainer.world_size
 
 
 def _rows_before(checkpoint: Mapping[str, Any], trainer: Any) -> int | None:
-    """The same, of the run that wrote a checkpoint; an older one tells its batch, and not of how many processes."""
+    """Return the same, of the run that wrote a checkpoint.
+
+    An older one tells its batch, and not of how many processes.
+    """
     kept = _state_in(checkpoint).get("rows_per_batch")
     size = ((_config_in(checkpoint).get("data") or {}).get("init_args") or {}).get("batch_size")
     of_processes = size * trainer.world_size if isinstance(size, int) else None
@@ -244,7 +247,7 @@ def _rows_before(checkpoint: Mapping[str, Any], trainer: Any) -> int | None:
 
 
 def _regroup(checkpoint: Mapping[str, Any], before: int, now: int, accumulated: int, limit: float) -> None:
-    """Counts what an epoch has done in batches of the size they have now, so that it goes on at the row it reached.
+    """Count what an epoch has done in batches of the size they have now, so that it goes on at the row it reached.
 
     What does not fill a batch, or a step of ``accumulated`` batches, is done again; and where it has no batch left up
     to the ``limit``, its last, after which it ends as epochs do.
@@ -274,7 +277,7 @@ def begin_step(trainer: Any) -> None:
 
 
 def loggers_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Class and version of the loggers of the run that wrote a checkpoint."""
+    """Return class and version of the loggers of the run that wrote a checkpoint."""
     return _state_in(checkpoint).get("loggers", [])
 
 

@@ -43,7 +43,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.world_size
 
     def shard(self, policy: Policy) -> None:
-        """To be called when the policy is built."""
+        """Shard a policy that has just been built."""
         policy.shard(self.device_mesh["data_parallel"], self.gather_for_rollout)
 
     def setup(self, trainer: Trainer) -> None:
@@ -52,7 +52,7 @@ class ShardedStrategy(ModelParallelStrategy):
             torch.distributed.broadcast(parameter.data, 0)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """The mean gradient over all processes; of accumulated ones what was averaged before stays as it is."""
+        """Average the gradient over all processes; of accumulated ones what was averaged before stays as it is."""
         super().post_backward(closure_loss)
         gradients = [p.grad for p in self._trained() if p.grad is not None]
         mean = torch.cat([g.flatten() for g in gradients])  # one exchange for all

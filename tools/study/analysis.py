@@ -41,7 +41,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value per seed; NaN does not count."""
+    """Return the mean of one value per seed; NaN does not count."""
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[np.isfinite(numbers)]
     if len(numbers) == 0:
@@ -53,7 +53,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def tidy(found: Rows) -> pd.DataFrame:
-    """Makes a table of all rows, without the front, the grid and the objectives' names."""
+    """Make a table of all rows, without the front, the grid and the objectives' names."""
     dropped = ("front", "grid", "names")
     return pd.DataFrame(
         {key: value for key, value in row.items() if key not in dropped} for rows in found.values() for row in rows
@@ -61,7 +61,7 @@ def tidy(found: Rows) -> pd.DataFrame:
 
 
 def final(table: pd.DataFrame) -> pd.DataFrame:
-    """The last evaluation of every run.
+    """Return the last evaluation of every run.
 
     Raises:
         UserError: two runs had different budgets, so that a difference between them would say nothing.
@@ -76,7 +76,7 @@ def final(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def columns(study: Study, table: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """Column of the table -> (title, better when), as the study's ``metrics`` ask."""
+    """Return column of the table -> (title, better when), as the study's ``metrics`` ask."""
     result = {}
     for name in study.metrics:
         key, title, better = METRICS[name]
@@ -90,7 +90,7 @@ def columns(study: Study, table: pd.DataFrame) -> dict[str, tuple[str, str]]:
 
 
 def summary(study: Study, last: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
-    """Mean over seeds of every metric of every method that has a finished run."""
+    """Return mean over seeds of every metric of every method that has a finished run."""
     return {
         name: {column: estimate(last.loc[last.method == name, column]) for column in columns(study, last)}
         for name in study.methods
@@ -99,7 +99,7 @@ def summary(study: Study, last: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
 
 
 def pairs(last: pd.DataFrame, method: str, other: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Finds the runs of two methods that share a seed and a precision, in one order."""
+    """Find the runs of two methods that share a seed and a precision, in one order."""
     keys = [key for key in ("seed", "precision") if key in last]
     a, b = (last[last.method == name].set_index(keys).sort_index() for name in (method, other))
     both = a.index.intersection(b.index)
@@ -107,13 +107,13 @@ def pairs(last: pd.DataFrame, method: str, other: str) -> tuple[pd.DataFrame, pd
 
 
 def paired(study: Study, last: pd.DataFrame, method: str, other: str) -> dict[str, Estimate]:
-    """Mean difference ``method - other`` over the seeds that both have in the same precision."""
+    """Return mean difference ``method - other`` over the seeds that both have in the same precision."""
     a, b = pairs(last, method, other)
     return {column: estimate(a[column] - b[column]) for column in columns(study, last)}
 
 
 def relative(last: pd.DataFrame, method: str, other: str, column: str, ceiling: float = 0.0) -> Estimate:
-    """Compares the means over seeds: ``(method - other) / |ceiling - other|``, with a jackknife t interval over seeds.
+    """Compare the means over seeds: ``(method - other) / |ceiling - other|``, with a jackknife t interval over seeds.
 
     With ``ceiling`` 0 it is the relative change; with what the true front has, the share of the gap that is closed.
     There is no interval where the denominator changes its sign with a seed, so that the ratio is of no size.
@@ -135,7 +135,7 @@ def relative(last: pd.DataFrame, method: str, other: str, column: str, ceiling: 
 
 
 def hull_points(vertices: np.ndarray, steps: int = 2000) -> np.ndarray:
-    """Points on the segments between successive vertices of a concave front, ``(n, 2)``.
+    """Return points on the segments between successive vertices of a concave front, ``(n, 2)``.
 
     Mean rewards of a policy that mixes two answers lie on the segment between theirs.
     """
@@ -144,28 +144,28 @@ def hull_points(vertices: np.ndarray, steps: int = 2000) -> np.ndarray:
 
 
 def true_hypervolume(vertices: np.ndarray, reference_point: float) -> float:
-    """Hypervolume below a concave front given by its vertices ``(V, 2)``."""
+    """Return the hypervolume below a concave front given by its vertices ``(V, 2)``."""
     return float(hypervolume(torch.from_numpy(hull_points(vertices)), reference_point))
 
 
 def true_mip(vertices: np.ndarray, grid: np.ndarray) -> float:
-    """Largest MIP on a ``grid`` ``(M, K)`` of preferences: the mean over them of the best inner product."""
+    """Return the largest MIP on a ``grid`` ``(M, K)`` of preferences: the mean over them of the best inner product."""
     return float((grid @ vertices.T).max(1).mean())
 
 
 def grid_of(found: Rows) -> np.ndarray:
-    """The preferences ``(M, K)`` that the runs of a study are evaluated under."""
+    """Return the preferences ``(M, K)`` that the runs of a study are evaluated under."""
     return np.array(next(iter(found.values()))[-1]["grid"])
 
 
 def fronts(found: Rows, method: str) -> list[np.ndarray]:
-    """The last front ``(M, K)`` of every finished run of a method, without vectors that were not measured."""
+    """Return the last front ``(M, K)`` of every finished run of a method, without vectors that were not measured."""
     last = [np.array(rows[-1]["front"]) for (name, _), rows in found.items() if name == method]
     return [front[np.isfinite(front).all(1)] for front in last]
 
 
 def attainment(sets: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
-    """Empirical attainment surfaces for two objectives: what 25, 50 and 75 % of the runs reach (moocore).
+    """Return empirical attainment surfaces for two objectives: what 25, 50 and 75 % of the runs reach (moocore).
 
     Args:
         sets: One front ``(M, 2)`` per run, higher is better.
@@ -179,5 +179,5 @@ def attainment(sets: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
 
 
 def work(last: pd.DataFrame) -> dict[str, Any]:
-    """The budget that all runs of a study share."""
+    """Return the budget that all runs of a study share."""
     return {key: int(last[key].iloc[0]) for key in BUDGET}

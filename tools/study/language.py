@@ -47,7 +47,7 @@ NORMALISATION = (0.398, 0.320)
 
 
 def coverage(prompt: str, response: str, ending: str) -> float:
-    """``1 - (1 - c / 6)^2`` where the first six words of a response name ``c`` of the prompt's concepts so."""
+    """Return ``1 - (1 - c / 6)^2`` where the first six words of a response name ``c`` of the prompt's concepts so."""
     wanted = {concept + ending for concept in prompt.split()}
     named = wanted & set(response.split()[:MAX_WORDS])
     return 1 - (1 - len(named) / len(wanted)) ** 2
@@ -66,13 +66,13 @@ class Register(Objective):
 
 
 def scores(prompt: str, response: str) -> list[float]:
-    """The normalised rewards of a response, as in ``NAMES``."""
+    """Return the normalised rewards of a response, as in ``NAMES``."""
     mean, sd = NORMALISATION
     return [(coverage(prompt, response, ENDINGS[name]) - mean) / sd for name in NAMES]
 
 
 def true_front() -> np.ndarray:
-    """Vertices of the true Pareto front in normalised rewards, ``(7, 2)``: columns as in ``NAMES``."""
+    """Return vertices of the true Pareto front in normalised rewards, ``(7, 2)``: columns as in ``NAMES``."""
     concepts = CONCEPTS[:PROMPT_CONCEPTS]
     answers = [
         " ".join(concept + ENDINGS[NAMES[int(i >= formal)]] for i, concept in enumerate(concepts))
@@ -89,7 +89,7 @@ def make_prompt(rng: np.random.Generator) -> str:
 
 
 def answer(rng: np.random.Generator, prompt: str, weight: float | None = None) -> str:
-    """An answer of 1 to 6 words: the first concepts of the prompt, a word in seven of any concept instead.
+    """Return an answer of 1 to 6 words: the first concepts of the prompt, a word in seven of any concept instead.
 
     Words are formal with a probability that is drawn for each answer, or, in half of the answers whose prompt states
     the ``weight`` of formality, with that probability.
@@ -106,7 +106,7 @@ def answer(rng: np.random.Generator, prompt: str, weight: float | None = None) -
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, per objective's marker and per digit."""
+    """Make a tokenizer with one token per word, per objective's marker and per digit."""
     vocabulary = ["<pad>", "<end>", "<unk>", "Human", "Assistant", *":.-0123456789", "less", "more", "same"]
     vocabulary += [*(f"<{name}{kind}>" for kind in ("", "_score") for name in NAMES), *CONCEPTS]
     vocabulary += [concept + ending for ending in ENDINGS.values() for concept in CONCEPTS]
@@ -116,7 +116,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_text(rng: np.random.Generator) -> tuple[str, str]:
-    """One training text in two parts: what is read, and what is predicted."""
+    """Return one training text in two parts: what is read, and what is predicted."""
     kind = rng.random()
     if kind < 0.25:
         a, b = rng.integers(0, 101, 2)
@@ -134,7 +134,7 @@ def make_text(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def make_batch(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Token ids ``(N, L)`` and labels, -100 where nothing is predicted."""
+    """Return token ids ``(N, L)`` and labels, -100 where nothing is predicted."""
     rows, labels = [], []
     for read, predicted in texts:
         given, wanted = tokenizer(read)["input_ids"], [*tokenizer(predicted)["input_ids"], tokenizer.eos_token_id]
@@ -146,7 +146,7 @@ def make_batch(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[Tensor
 
 
 def train_base(folder: Path, seed: int, steps: int = 3000, batch_size: int = 64) -> float:
-    """Trains the base model from scratch, saves it as a Hugging Face folder; returns its last loss, nats a token."""
+    """Train the base model from scratch, saves it as a Hugging Face folder; returns its last loss, nats a token."""
     rng = np.random.default_rng([1, seed])
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
@@ -176,7 +176,7 @@ def train_base(folder: Path, seed: int, steps: int = 3000, batch_size: int = 64)
 
 
 def prepare(folder: Path, seed: int = 0) -> None:
-    """What all runs of a study on this language share: ``base/``, ``train.jsonl``, ``validation.jsonl``."""
+    """Make what all runs of a study on this language share: ``base/``, ``train.jsonl``, ``validation.jsonl``."""
     rng = np.random.default_rng([2, seed])
     prompts = list(dict.fromkeys(make_prompt(rng) for _ in range(8_000)))
     for name, part in (("validation", prompts[:64]), ("train", prompts[64:])):

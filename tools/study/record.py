@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def divergence(policy: Policy, batch: EvaluationBatch, grid: Tensor) -> Tensor:
-    """Estimates the KL divergence of the policy under each response's preference to the base on the plain prompt.
+    """Estimate the KL divergence of the policy under each response's preference to the base on the plain prompt.
 
     Returns:
         ``(N,)`` the log-ratio of each response, in nats.

@@ -22,7 +22,7 @@ PAGE = Path(__file__).with_name("report.html.jinja")
 
 
 def write_report(study: Study, found: Rows, notes: Sequence[str], runs: Sequence[Run], folder: Path) -> Path:
-    """Writes ``results.csv``, ``summary.md``, the pictures and ``report.html`` into ``folder``; returns the page.
+    """Write ``results.csv``, ``summary.md``, the pictures and ``report.html`` into ``folder``; returns the page.
 
     Args:
         study: What is reported.
@@ -72,9 +72,13 @@ def write_report(study: Study, found: Rows, notes: Sequence[str], runs: Sequence
 
 
 def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) -> list[dict[str, Any]]:
-    """The tables of the report: means, differences to the baseline, differences to each control, relative margins.
+    """Return the tables of the report.
+
+    Means, differences to the baseline, differences to each control, relative margins.
 
     Args:
+        study: What is reported.
+        last: The last evaluation of every run.
         ceilings: What the true front has, for each column where that is known.
     """
     titles = {column: title + _arrow(better) for column, (title, better) in analysis.columns(study, last).items()}
@@ -123,7 +127,7 @@ def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) ->
 
 
 def chance(seeds: Mapping[str, int], methods: Sequence[str], figures: int) -> str:
-    """Says how many of the intervals exclude zero by chance; of few seeds none is called clear of it."""
+    """Say how many of the intervals exclude zero by chance; of few seeds none is called clear of it."""
     comparisons = figures * sum(seeds[name] >= analysis.CLEAR_SEEDS for name in methods)
     if not comparisons:
         return f"With fewer than {analysis.CLEAR_SEEDS} seeds no interval is called clear of zero."
@@ -151,7 +155,7 @@ def _arrow(better: str) -> str:
 
 
 def format_estimate(value: Estimate, signed: bool = False) -> str:
-    """``1.23 [1.10, 1.35]``, without a bracket where there is one seed."""
+    """Return ``1.23 [1.10, 1.35]``, without a bracket where there is one seed."""
     if value.seeds == 0:
         return "–"
     digits = 1 if abs(value.mean) >= 10 else 3 if abs(value.mean) >= 0.1 else 4
@@ -166,7 +170,7 @@ def markdown(
     failures: dict[str, str | None],
     unfinished: Sequence[str],
 ) -> str:
-    """The tables as Markdown."""
+    """Return the tables as Markdown."""
     lines = []
 
     def line(cells: Sequence[str]) -> str:
@@ -192,7 +196,7 @@ def markdown(
 
 
 def draw_fronts(study: Study, found: Rows, vertices: np.ndarray | None) -> Figure:
-    """One panel per method: attainment surfaces over seeds, with the baseline's median for comparison."""
+    """Draw one panel per method: attainment surfaces over seeds, with the baseline's median for comparison."""
     sets = {name: each for name in study.methods if (each := analysis.fronts(found, name))}
     surfaces = {name: analysis.attainment(each) for name, each in sets.items()}
     names = _objective_names(found)
@@ -232,7 +236,7 @@ def _objective_names(found: Rows) -> list[str]:
 
 
 def _staircase(points: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """The boundary of what ``points`` ``(n, 2)`` dominate, from left to right."""
+    """Return the boundary of what ``points`` ``(n, 2)`` dominate, from left to right."""
     ordered = points[np.argsort(points[:, 0])]
     path = [(low[0], ordered[0, 1])]
     for i, (x, y) in enumerate(ordered):
@@ -241,7 +245,7 @@ def _staircase(points: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 
 def draw_information(study: Study, table: pd.DataFrame) -> Figure:
-    """I(Y;W|X) against the optimiser step, a line per method."""
+    """Draw I(Y;W|X) against the optimiser step, a line per method."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for i, (name, method) in enumerate(study.methods.items()):

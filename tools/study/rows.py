@@ -26,7 +26,7 @@ EVALUATION = {
 
 
 def origin(precision: torch.dtype, device: torch.device, project: Path) -> dict[str, Any]:
-    """Says with what arithmetic, libraries and commit this process computes."""
+    """Say with what arithmetic, libraries and commit this process computes."""
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
@@ -41,7 +41,10 @@ def origin(precision: torch.dtype, device: torch.device, project: Path) -> dict[
 
 
 def commit(project: Path) -> str | None:
-    """Names the commit of a folder, with a plus where files other than rows have changed; None outside of git."""
+    """Return names the commit of a folder, with a plus where files other than rows have changed.
+
+    None outside of git.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", project, *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -54,7 +57,7 @@ def commit(project: Path) -> str | None:
 
 
 def check_writable(file: Path) -> None:
-    """Refuses a file that runs could not be added to, before any has begun.
+    """Refuse a file that runs could not be added to, before any has begun.
 
     Raises:
         UserError: says why.
@@ -66,7 +69,7 @@ def check_writable(file: Path) -> None:
 
 
 def append(file: Path, run: Mapping[str, Any]) -> None:
-    """Adds a run that has ended well: what :data:`RUN` names, and its origin.
+    """Add a run that has ended well: what :data:`RUN` names, and its origin.
 
     Raises:
         UserError: the file cannot be written.
@@ -86,7 +89,7 @@ def append(file: Path, run: Mapping[str, Any]) -> None:
 
 
 def read(file: Path, wanted: Mapping[tuple[str, int], str]) -> tuple[Rows, list[str]]:
-    """Reads the rows of finished runs, and says in sentences what was left out.
+    """Read the rows of finished runs, and say in sentences what was left out.
 
     Args:
         file: It need not exist.
@@ -123,7 +126,7 @@ def read(file: Path, wanted: Mapping[tuple[str, int], str]) -> tuple[Rows, list[
 
 
 def mixtures(found: Rows) -> list[str]:
-    """Says where the runs differ in arithmetic, libraries, commit or prepared parts."""
+    """Say where the runs differ in arithmetic, libraries, commit or prepared parts."""
     notes = []
     for key in ORIGIN:
         runs: dict[Any, dict[str, list[str]]] = {}
@@ -164,5 +167,5 @@ def _rows(run: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _figures(run: Mapping[str, Any]) -> str:
-    """What two runs alike bit by bit share."""
+    """Return what two runs alike bit by bit share."""
     return json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in run["evaluations"]], sort_keys=True)

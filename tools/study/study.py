@@ -112,7 +112,7 @@ class Run:
 
 
 def read_study(path: Path) -> Study:
-    """Reads a study file.
+    """Read a study file.
 
     Raises:
         UserError: names the key or method that cannot be used.
@@ -189,12 +189,12 @@ def _file(path: Path, name: Any) -> Path:
 
 
 def runs_of(study: Study, folder: Path) -> list[Run]:
-    """All runs, seed by seed, so that a study that is cut short has whole comparisons."""
+    """Return all runs, seed by seed, so that a study that is cut short has whole comparisons."""
     return [Run(m, seed, folder / m.name / f"seed_{seed}") for seed in study.seeds for m in study.methods.values()]
 
 
 def arguments(study: Study, run: Run, folder: Path) -> list[str]:
-    """What follows ``miepo`` in the command of a run."""
+    """Return what follows ``miepo`` in the command of a run."""
     result = ["fit", "--config", str(study.config)]
     for file in run.method.config:
         result += ["--config", str(file)]
@@ -208,7 +208,7 @@ def arguments(study: Study, run: Run, folder: Path) -> list[str]:
 
 
 def prepare(study: Study, folder: Path) -> None:
-    """Makes what all runs share, once."""
+    """Make what all runs share, once."""
     parts = folder / "parts"
     if study.prepare is None or (parts / READY).exists():
         return
@@ -218,7 +218,7 @@ def prepare(study: Study, folder: Path) -> None:
 
 
 def named(path: str) -> Any:
-    """The object at an import path ``module.name``."""
+    """Return the object at an import path ``module.name``."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -227,7 +227,7 @@ def named(path: str) -> Any:
 
 
 def parts_hash(folder: Path) -> str:
-    """Hashes what all runs share, a base model and its data; the same for all studies that prepare nothing."""
+    """Hash what all runs share, a base model and its data; the same for all studies that prepare nothing."""
     digest = hashlib.sha256()
     for part in sorted(p for p in (folder / "parts").rglob("*") if p.is_file()):
         digest.update(part.read_bytes())
@@ -235,19 +235,19 @@ def parts_hash(folder: Path) -> str:
 
 
 def fingerprint(study: Study, run: Run) -> str:
-    """Hashes the settings of a run and the configurations that they name, wherever its folder is."""
+    """Hash the settings of a run and the configurations that they name, wherever its folder is."""
     given = arguments(study, replace(run, folder=Path(run.method.name, str(run.seed))), Path())
     values = [(f, _yaml(Path(a)) if f == "--config" else a) for f, a in zip(given[1::2], given[2::2], strict=True)]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprints(study: Study, folder: Path) -> dict[tuple[str, int], str]:
-    """Gives the fingerprint that each run has now."""
+    """Return the fingerprint that each run has now."""
     return {run.key: fingerprint(study, run) for run in runs_of(study, folder)}
 
 
 def execute(study: Study, folder: Path) -> tuple[Rows, list[str]]:
-    """Runs what has no rows yet, ``processes`` at a time, and reads the rows of all finished runs.
+    """Run what has no rows yet, ``processes`` at a time, and read the rows of all finished runs.
 
     Each run is a process of its own, forked from one that has imported everything, which saves it ten seconds. A
     crashed run does not stop the others.
@@ -343,7 +343,7 @@ def _run_all(study: Study, folder: Path, missing: Sequence[tuple[Run, str]], par
 
 
 def keep(study: Study, run: Run, now: str, parts: str) -> None:
-    """Adds a run that has ended to the study's rows.
+    """Add a run that has ended to the study's rows.
 
     Raises:
         UserError: what it wrote cannot be read.
@@ -360,7 +360,7 @@ def keep(study: Study, run: Run, now: str, parts: str) -> None:
 
 
 def fit(command: Sequence[str], log: Path) -> None:
-    """``miepo`` with these arguments, in this process, with everything it prints in a file."""
+    """Run ``miepo`` with these arguments, in this process, with everything it prints in a file."""
     if sys.platform == "linux":  # a study that is killed takes its runs with it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     with log.open("w") as file:

@@ -56,16 +56,16 @@ class PreferenceDataset(Recorded, ABC):
 
     @abstractmethod
     def read(self, row: Mapping[str, Any]) -> Comparison | str:
-        """What a row means, or, in two or three words, why it is left out."""
+        """Return what a row means, or, in two or three words, why it is left out."""
 
     # -- what others read ----------------------------------------------------------------------------------------------
 
     def comparisons(self, split: Split) -> list[Comparison]:
-        """The comparisons of one part, prompt by prompt in a seeded order."""
+        """Return the comparisons of one part, prompt by prompt in a seeded order."""
         return self._parts[split]
 
     def prompts(self, split: Split) -> list[str]:
-        """The prompts of one part, each once."""
+        """Return the prompts of one part, each once."""
         return list(dict.fromkeys(c.prompt for c in self._parts[split]))
 
     # -- how they are made ---------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class PreferenceDataset(Recorded, ABC):
 
 
 def fingerprint_of(rows: Iterable[Any]) -> str:
-    """A hash of rows of text: what was measured on them holds for these only."""
+    """Return a hash of rows of text: what was measured on them holds for these only."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(row).encode())
@@ -117,7 +117,7 @@ def _by_prompt(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]]
 
 
 def _sizes(train: int, test: int, available: int) -> tuple[int, int]:
-    """Both sizes, shrunk alike to what is available; either part keeps a prompt."""
+    """Return both sizes, shrunk alike to what is available; either part keeps a prompt."""
     if available < 2:
         raise UserError(f"a split into two parts needs at least 2 prompts, got {available}")
     if available >= train + test:

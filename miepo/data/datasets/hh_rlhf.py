@@ -66,7 +66,7 @@ class HHRLHF(PreferenceDataset):
 
 
 def split_dialogue(text: str) -> tuple[str, str] | None:
-    """Prompt, up to and with the last ``\\n\\nAssistant:``, and response; None where that is no dialogue."""
+    """Return prompt, up to and with the last ``\\n\\nAssistant:``, and response; None where that is no dialogue."""
     head, mark, response = text.rpartition(REPLY)
     prompt = head + mark
     return (prompt, cut_at(response, STOPS).strip()) if mark and split_turns(prompt) else None

@@ -14,13 +14,13 @@ from miepo.seeding import RandomStream, generator
 
 @cache
 def score_range(draws: int = 5000) -> tuple[float, float]:
-    """The smallest and the largest of so many standard normal draws: where targets of z-scores begin and end."""
+    """Return the smallest and the largest of so many standard normal draws: where targets of z-scores begin and end."""
     values = generator(RandomStream.CALIBRATION, draws).standard_normal(draws)
     return float(values.min()), float(values.max())
 
 
 def preference_to_target(preference: Sequence[float], low: float, high: float) -> list[float]:
-    """Target scores ``w_i / ||w||_2 (high - low) + low``: weight 1 asks for the top, weight 0 for the bottom."""
+    """Return target scores ``w_i / ||w||_2 (high - low) + low``: weight 1 asks for the top, weight 0 for the bottom."""
     norm = float(np.linalg.norm(preference))
     return [w / norm * (high - low) + low for w in preference]
 

@@ -29,7 +29,7 @@ Selection = Literal["quantile", "non_dominated"]
 
 
 def good_at_something(scores: Tensor, quantile: float) -> Tensor:
-    """Rows ``(n,)`` of ``scores`` ``(n, K)`` in which any score is at or above its quantile; NaN is not."""
+    """Return rows ``(n,)`` of ``scores`` ``(n, K)`` in which any score is at or above its quantile; NaN is not."""
     if not len(scores):
         return torch.zeros(0, dtype=torch.bool)
     thresholds = scores.nanquantile(quantile, 0)  # (K,)
@@ -37,7 +37,9 @@ def good_at_something(scores: Tensor, quantile: float) -> Tensor:
 
 
 def non_dominated(scores: Tensor) -> Tensor:
-    """Rows ``(n,)`` of ``scores`` ``(n, K)`` than which no row is better in one score and not worse in any; NaN is not.
+    """Return rows ``(n,)`` of ``scores`` ``(n, K)`` than which no row is better in one score and not worse in any.
+
+    A row with NaN is none.
 
     >>> non_dominated(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.5], [1.0, 0.0]]))
     tensor([ True,  True, False,  True])
@@ -74,6 +76,7 @@ class Pool:
 
 
 def join(pools: Sequence[Pool], pad: int) -> Pool:
+    """Join pools into one, responses padded with the token ``pad``."""
     width = max(pool.responses.ids.shape[1] for pool in pools)
 
     def padded(x: Tensor, value: Any) -> Tensor:
@@ -149,7 +152,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             self.given = offline_responses(source)  # type: ignore[arg-type]
 
     def plan(self, steps: int) -> list[int]:
-        """Steps (or batches) of so many at which the stages end: the offline stage, then each round."""
+        """Return steps (or batches) of so many at which the stages end: the offline stage, then each round."""
         first = steps if self.rounds == 0 else max(1, round(self.offline * steps))
         return [first, *(first + round((steps - first) * (r + 1) / self.rounds) for r in range(self.rounds))]
 
@@ -160,7 +163,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The pools: a resume in the middle of a stage goes on with its rows."""
+        """Return the pools: a resume in the middle of a stage goes on with its rows."""
         pools = {"pool": self.pool, "offline_pool": self.offline_pool}
         return (
             super().state_dict()
@@ -176,7 +179,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             setattr(self, key, Pool(saved["prompts"], Tokens(**saved["responses"]), saved["scores"]))
 
     def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> Any:
-        """The rows that a step imitates, or an evaluation."""
+        """Return the rows that a step imitates, or an evaluation."""
         if not self._trainer.training:
             return self.evaluation(batch)
         self.ensure_normalised()
@@ -206,7 +209,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         return SupervisedBatch(rows.prompts, rows.responses.to(device), rows.scores.to(device), tokens)
 
     def _begin(self, stage: int, batches: range, per_epoch: int) -> None:
-        """Samples, scores and filters what a stage trains on."""
+        """Sample, score and filter what a stage trains on."""
         fresh = self._read() if stage == 0 and self.offline_file else self._sample(stage, batches, per_epoch)
         if stage == 0:
             self.pool = self.offline_pool = fresh
@@ -220,7 +223,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         rank_zero_info(f"RiC stage {stage}: {len(fresh)} responses scored, {len(self.pool)} to imitate")
 
     def _sample(self, stage: int, batches: range, per_epoch: int) -> Pool:
-        """``n`` responses for each prompt of the stage; under drawn preferences in an online round."""
+        """Return ``n`` responses for each prompt of the stage; under drawn preferences in an online round."""
         module, policy, prompts = self._module, self._policy, self._train_prompts
         pools, places = [], []
         for index in batches:
@@ -250,13 +253,13 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         return self._of_all(join(pools, policy.tokenizer.pad_token_id), places)
 
     def _of_all(self, pool: Pool, places: Sequence[Any]) -> Pool:
-        """The rows of all processes, in the order of their places: as if one had made them."""
+        """Return the rows of all processes, in the order of their places: as if one had made them."""
         pools = join(gathered(self._trainer, pool), self._policy.tokenizer.pad_token_id)
         order = gathered_rows(self._trainer, places)
         return pools.rows(sorted(range(len(order)), key=order.__getitem__))
 
     def _read(self) -> Pool:
-        """The offline file, tokenised and scored."""
+        """Return the offline file, tokenised and scored."""
         module, policy = self._module, self._policy
         fitting = set(self._fitting(list(dict.fromkeys(self.given.prompts)), "offline"))
         pairs = [(p, r) for p, r in zip(self.given.prompts, self.given.responses, strict=True) if p in fitting]

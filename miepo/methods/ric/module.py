@@ -58,7 +58,7 @@ class RewardsInContext(PolicyModule):
         return {"loss": supervised_loss(log_prob, batch.responses.mask, batch.tokens)}
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
-        """A warm-up and a constant rate offline; a constant lower rate online."""
+        """Return a warm-up and a constant rate offline; a constant lower rate online."""
         warm, offline = round(self.warmup * steps), self.trainer.datamodule.plan(steps)[0]  # type: ignore[attr-defined]
         ratio = self.online_learning_rate / self.learning_rate if self.learning_rate else 0.0
         return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warm + 1)) if step < offline else ratio)

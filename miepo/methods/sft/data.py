@@ -31,7 +31,7 @@ VALIDATION = 0.05  # share of a file of examples that is held out
 def length_batches(
     lengths: Sequence[int], batch_size: int, rng: np.random.Generator, window: int = 50
 ) -> list[list[int]]:
-    """Shuffled batches of rows of like length: ``window`` batches at a time are sorted and dealt out.
+    """Return shuffled batches of rows of like length: ``window`` batches at a time are sorted and dealt out.
 
     Args:
         lengths: Of the rows, in tokens.
@@ -89,7 +89,7 @@ class SupervisedDataModule(Recorded, LightningDataModule):
         self.max_response_tokens, self.max_tokens = max_response_tokens, max_tokens
 
     def setup(self, stage: str) -> None:
-        """Reads everything, so that a mistake shows before a model is loaded."""
+        """Read everything, so that a mistake shows before a model is loaded."""
         self.train_set = self._read(self.examples, "train")
         if self.validation_examples is not None:
             held_out = self._read(self.validation_examples, "test")
@@ -140,7 +140,7 @@ class SupervisedDataModule(Recorded, LightningDataModule):
         return self.val_dataloader()
 
     def _tokenised(self, pairs: Sequence[tuple[str, str]], use: str) -> list[tuple[str, list[int], int]]:
-        """Prompt, tokens of the response, number of tokens of the prompt."""
+        """Return prompt, tokens of the response, number of tokens of the prompt."""
         policy = self._policy
         limit = min(self.max_tokens or 10**9, policy.context_length or 10**9)
         rows = []
