@@ -25,6 +25,7 @@ from miepo.cli.command import COMMANDS, main
 from miepo.methods import RewardsInContextDataModule
 from miepo.serving.app import make_app
 from miepo.serving.batcher import Batcher
+from tests.helpers.fit import tiny_run
 from tests.helpers.serving import running
 from tests.integration.test_cli import config, run
 
@@ -36,6 +37,7 @@ README = TEXTS["README.md"]
 GENERATED = ("tools/mutation.md", "tools/architectures.md", "tools/interval_coverage.md")  # by the commands they name
 YOURS = (
     "exclamations.py",
+    "questions.py",
     "excitement.yaml",
     "NAME.yaml",
     "config.yaml",
@@ -168,8 +170,17 @@ def test_ask_the_server(quickstart_run: Path, capsys: pytest.CaptureFixture[str]
     assert "{'cheerfulness': 0.2, 'brevity': 0.8}" in capsys.readouterr().out
 
 
+def test_a_figure_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
+    (python,) = [b for b in blocks("python") if "EvaluationCallback" in b]
+    found: dict[str, Any] = {}
+    exec(compile(python, "miepo/README.md", "exec"), found)
+    run = tiny_run(tiny_model, tmp_path, trainer={"callbacks": [found["Questions"]()], "limit_val_batches": 1.0})
+    run[0].validate(run[1], run[2], verbose=False)
+    assert 0 <= run[0].callback_metrics["answers/questions"].item() <= 1
+
+
 def test_every_python_example_is_one_that_is_run() -> None:
-    assert len(blocks("python")) == 4  # of the tests above
+    assert len(blocks("python")) == 5  # of the tests above
 
 
 def test_export_and_report(quickstart_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
