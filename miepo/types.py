@@ -21,9 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,16 @@ class Tokens:
     mask: Tensor
 
     @classmethod
-    def of_rows(cls, rows: Sequence[Sequence[int]], pad: int) -> Tokens:
-        """Return rows of token ids, padded on the right: ``(N, L)``."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-        return cls(ids, torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows]))
+    def of_rows(
+        cls, rows: Sequence[Sequence[int]], pad: int, side: Literal["left", "right"] = "right", width: int = 0
+    ) -> Tokens:
+        """Pad rows of token ids on one side, to the longest or to ``width``: ``(N, L)``."""
+        longest = max([width, *map(len, rows)])
+        each = [torch.tensor(row, dtype=torch.long) for row in [*rows, [pad] * longest]]  # the last sets the length
+        ids = pad_sequence(each, batch_first=True, padding_value=pad, padding_side=side)[:-1]
+        place = torch.arange(longest).expand(len(rows), -1)
+        lengths = torch.tensor([[len(row)] for row in rows])
+        return cls(ids, place < lengths if side == "right" else place >= longest - lengths)
 
     def to(self, device: torch.device | str) -> Tokens:
         return Tokens(self.ids.to(device), self.mask.to(device))

@@ -424,11 +424,7 @@ class Policy(Recorded, nn.Module):
 
     def padded(self, rows: Sequence[Sequence[int]]) -> Tokens:
         """Return inputs as token ids, padded on the left, ``(N, P)``."""
-        width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=self.device)
-        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
-        return Tokens(ids, mask)
+        return Tokens.of_rows(rows, self.tokenizer.pad_token_id, "left").to(self.device)
 
     @contextmanager
     def conditioned(self, preference: Tensor) -> Iterator[None]:
@@ -628,9 +624,7 @@ class Policy(Recorded, nn.Module):
         read = [i for i, row in enumerate(rows) if row]
         flat = [prompt for under in prompts for prompt in under]  # B C
         each = self.padded([flat[i // n] for i in read])  # (N, P)
-        pad = [[*rows[i], *[0] * (t - len(rows[i]))] for i in read]
-        mask = torch.arange(t) < torch.tensor([[len(rows[i])] for i in read])
-        answers = Tokens(torch.tensor(pad), mask).to(self.device)  # (N, T)
+        answers = Tokens.of_rows([rows[i] for i in read], 0, width=t).to(self.device)  # (N, T)
         places = torch.tensor(read, device=self.device)
         with self.gate.set(None if gate is None else gate[places // n]), self.autocast():
             log_prob = self._token_log_prob(each, answers)

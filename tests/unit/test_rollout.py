@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from miepo.policy import GatedConditioning, PromptConditioning
 from miepo.rollout import RolloutEngine, TransformersEngine, VLLMEngine
 from miepo.rollout.engine import make_responses, response_mask
 from miepo.text import cut_at
+from miepo.types import Tokens
 from tests.helpers.tiny import randomise_adapter, tiny_policy
 
 ENGINES = [engine for engine in RolloutEngine.__subclasses__() if engine is not VLLMEngine]  # integration/test_vllm.py
@@ -123,3 +125,14 @@ def test_rows_do_not_depend_on_their_neighbours_padding(tiny_model: Path) -> Non
         type(y)(y.ids.repeat(2, 1), y.mask.repeat(2, 1)),
     )
     torch.testing.assert_close(both[:1], alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "width"), [("left", 0), ("right", 0), ("left", 5), ("right", 2)])
+def test_rows_of_tokens_are_padded_on_one_side(side: Any, width: int) -> None:
+    rows, long = [[4, 5, 6], [7], []], max(3, width)
+    tokens = Tokens.of_rows(rows, 9, side, width)
+    for row, ids, mask in zip(rows, tokens.ids.tolist(), tokens.mask.tolist(), strict=True):
+        gap = [9] * (long - len(row))
+        assert ids == ([*gap, *row] if side == "left" else [*row, *gap])
+        assert [i for i, counts in zip(ids, mask, strict=True) if counts] == row
+        assert mask == sorted(mask, reverse=side == "right")
