@@ -81,10 +81,10 @@ class PolicyModule(Recorded, LightningModule):
             return self.config
         trainer: Any = self.trainer
         data = specification(trainer.datamodule)
-        if isinstance(data, dict):
-            for key, value in data["init_args"].items():
-                if key.endswith("prompts") and isinstance(value, list):  # given as a list, and perhaps very many
-                    data["init_args"][key] = f"{len(value)} prompts"
+        data = data if isinstance(data, dict) else {"class_path": data, "init_args": {}}  # a user's own, or none
+        for key, value in data["init_args"].items():
+            if key.endswith("prompts") and isinstance(value, list):  # given as a list, and perhaps very many
+                data["init_args"][key] = f"{len(value)} prompts"
         limits = ("max_epochs", "max_steps", "limit_train_batches")
         others = [c for c in trainer.callbacks if isinstance(c, Recorded) and not isinstance(c, Objective)]
         callbacks = [specification(callback) for callback in others]
@@ -92,7 +92,7 @@ class PolicyModule(Recorded, LightningModule):
             "seed_everything": getattr(trainer.datamodule, "seed", None),
             "trainer": {name: getattr(trainer, name) for name in limits} | {"callbacks": callbacks},
             "model": specification(self),
-            "data": data if isinstance(data, dict) else {"class_path": data},
+            "data": data,
             "objectives": [specification(objective) for objective in self.objectives],
         }
 
@@ -270,7 +270,7 @@ class PolicyModule(Recorded, LightningModule):
             rank_zero_info(
                 f"The checkpoint was trained in {saved['precision']}; the policy computes in {precision} here"
             )
-        now = self.configuration()
-        if self.trainer.state.fn == "fit" and (saved.get("config") or {}).keys() == now.keys():
-            for key, (before, after) in sorted(config_changes(saved["config"], now).items()):
+        config = self.configuration() if self.trainer.state.fn == "fit" else {}
+        if config and (saved.get("config") or {}).keys() == config.keys():  # of the command both, or of Python
+            for key, (before, after) in sorted(config_changes(saved["config"], config).items()):
                 rank_zero_info(f"{key}: {before} in the checkpoint, {after} now, which counts")

@@ -59,6 +59,7 @@ def test_figures_are_those_that_the_run_logged(runs: list[Path], pages: dict[str
         assert all(said in rows for said in ("learning_rate", "0.01", "0.02")) is differ
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("which", ["one", "both"])
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
 def test_the_page_in_a_browser(which: str, width: int, height: int, pages: dict[str, Path], tmp_path: Path) -> None:
@@ -80,6 +81,7 @@ def test_the_page_in_a_browser(which: str, width: int, height: int, pages: dict[
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("closed", "open"))
 
 
+@pytest.mark.browser
 def test_the_frame_of_a_notebook(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "notebook.html").write_text(
         f"<!doctype html><title>notebook</title><h1 style='color: red'>Cell</h1>{report(runs)._repr_html_()}"

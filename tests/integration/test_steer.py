@@ -84,6 +84,7 @@ def asks(page: Any, a: str, b: str) -> None:
     eventually(lambda: [page.input_value(f"#answer-{side} textarea") for side in "AB"] == [a, b])
 
 
+@pytest.mark.browser
 def test_a_slider_moves_the_answer(trained: TrainedPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[list[float]]] = []
 
@@ -123,6 +124,7 @@ def test_a_slider_moves_the_answer(trained: TrainedPolicy, tmp_path: Path, monke
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("before.png", "after.png"))
 
 
+@pytest.mark.browser
 def test_who_asks_while_the_last_answers_are_scored_is_answered(
     trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +145,7 @@ def test_who_asks_while_the_last_answers_are_scored_is_answered(
         assert page.complaints == []
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("seconds", [0.0, 0.15])
 def test_a_slider_stays_where_it_is_dragged(
     trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch, seconds: float
@@ -181,6 +184,7 @@ def test_nothing_large_is_taken(trained: TrainedPolicy) -> None:
         assert httpx.post(join, content=(b"{}" for _ in range(2))).status_code == 413
 
 
+@pytest.mark.browser
 def test_it_fits_a_phone(trained: TrainedPolicy, tmp_path: Path) -> None:
     with shown(trained) as address, open_page(address, 390, 844) as page:
         page.wait_for_selector("#ask")
@@ -188,6 +192,7 @@ def test_it_fits_a_phone(trained: TrainedPolicy, tmp_path: Path) -> None:
         page.screenshot(path=tmp_path / "phone.png", full_page=True)
 
 
+@pytest.mark.browser
 def test_a_mistake_is_told(trained: TrainedPolicy) -> None:
     with shown(trained) as address, open_page(address) as page:
         page.wait_for_selector("#ask")
@@ -197,6 +202,7 @@ def test_a_mistake_is_told(trained: TrainedPolicy) -> None:
         asks(page, expected(trained, (1.0, 0.0)), expected(trained, (0.0, 1.0)))  # and the page goes on
 
 
+@pytest.mark.browser
 def test_the_key(trained: TrainedPolicy) -> None:
     with shown(trained, key="correct horse") as address, open_page(address) as page:
         page.wait_for_selector("input[type=password]")

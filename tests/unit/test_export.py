@@ -87,6 +87,7 @@ def assert_same(found: dict, policy: Policy, weights: dict[str, float]) -> None:
     torch.testing.assert_close(found["logits"], logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_an_adapter_for_a_preference(way: str, tiny_model: Path, tmp_path: Path) -> None:
     saved, policy = saved_policy(tiny_model, WAYS[way])
@@ -99,6 +100,7 @@ def test_an_adapter_for_a_preference(way: str, tiny_model: Path, tmp_path: Path)
         Saved.read(tmp_path / "out")  # it follows one preference, and is no policy of the simplex
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["auto", "paper", "hh", "Q: {prompt}{preference}\n<|im_end|>A: {response}"])
 def test_a_merged_model(template: str, tiny_model: Path, tiny_base_model: Path, tmp_path: Path) -> None:
     base = tiny_model if template == "auto" else tiny_base_model
@@ -116,6 +118,7 @@ def test_a_merged_model(template: str, tiny_model: Path, tiny_base_model: Path, 
     assert (kept["temperature"], kept["top_p"], kept["do_sample"]) == (0.8, 1.0, True)  # the measured distribution
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_whole_simplex(way: str, tiny_model: Path, tmp_path: Path) -> None:
     saved, policy = saved_policy(tiny_model, WAYS[way], THREE)

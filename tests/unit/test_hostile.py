@@ -546,6 +546,7 @@ def changed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 @trying(250)
 @given(key=st.sampled_from(KEYS), value=config_values)
 def test_a_wrong_setting_ends_the_command_with_one_sentence(
@@ -617,6 +618,7 @@ def test_a_name_can_be_drawn(name: str) -> None:
         figure.savefig(io.BytesIO(), format="png", dpi=20)
 
 
+@pytest.mark.slow
 @trying(25)
 @given(name=hostile_names, key=st.sampled_from(["objectives.0.init_args.name", "objectives.1.init_args.name"]))
 def test_a_name_in_a_configuration_leaves_no_file(

@@ -54,6 +54,7 @@ def test_the_plan_is_what_is_alive(model: Path, monkeypatch: pytest.MonkeyPatch,
     assert plan.phases["sampling"] == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_plan_follows_the_settings(model: Path) -> None:
     plain = plan_of(module_of(model)).phases["training step"]
     assert plan_of(module_of(model, beta_w=0)).phases["training step"] < 0.7 * plain

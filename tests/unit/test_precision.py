@@ -105,7 +105,8 @@ def test_a_resume_in_another_precision_is_told(tiny_model: Path, caplog: pytest.
 
     module = MIEPO(Policy(str(tiny_model), [GatedConditioning()], lora_rank=2, dtype="float32"))
     module.policy.build([])
-    module._trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"))
+    limits = {"max_epochs": 1, "max_steps": -1, "limit_train_batches": 1.0}
+    module._trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"), datamodule=None, callbacks=[], **limits)
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     assert checkpoint["miepo"]["precision"] == "float32"

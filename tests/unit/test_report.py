@@ -374,6 +374,7 @@ def test_which_metrics_have_a_curve(tmp_path: Path) -> None:
     assert zero == ["count/ties"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_a_picture_for_each_pair_of_objectives(count: int, tmp_path: Path) -> None:
     names = ["a", "$b$", "_c", "\u540d"][:count]

@@ -89,6 +89,7 @@ def test_what_the_objective_keeps_is_kept() -> None:
     assert again.normalisation == objective.normalisation
 
 
+@pytest.mark.slow
 def test_a_thread_that_hangs_keeps_no_process() -> None:
     code = (
         "import time, torch; from miepo.objectives import Objective; from miepo.objectives.scoring import start_scoring\n"

@@ -52,6 +52,7 @@ def test_every_study_can_be_read_and_has_a_header(file: Path) -> None:
     assert any(f"configs/studies/{file.name}" in line for line in header)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.stem)
 def test_every_method_of_a_study_is_a_configuration(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

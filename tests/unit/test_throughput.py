@@ -9,6 +9,7 @@ import torch
 from miepo.callbacks.throughput import peak_memory
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not tell them apart")
 def test_peak_memory_is_that_of_this_process_and_not_of_the_one_that_started_it() -> None:
     large = torch.ones(4 * 10**8)  # 1.6 GB
