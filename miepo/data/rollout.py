@@ -103,12 +103,7 @@ def roll_out(
         settings: How to sample and judge.
         together: Calls the scoring on all processes of a run.
     """
-    policy, device, objectives, exploration = (
-        learner.policy,
-        learner.policy.device,
-        learner.objectives,
-        learner.exploration,
-    )
+    policy, objectives, exploration = learner.policy, learner.objectives, learner.exploration
     device, seed, places = policy.device, settings.seed, (prompts.epochs, prompts.positions)
     preference, counterfactual = draw_preferences(
         settings.preferences, seed, *places,
