@@ -133,7 +133,7 @@ def pairwise_feedback(
 
 
 def own_pair(values: Tensor) -> Tensor:
-    """Return each objective on its own pair: ``(B, Q, K) -> (B, K)``, where Q is 1 or K."""
+    """Return what each objective has on its own pair: ``(B, Q, K) -> (B, K)``, where Q is 1 or K."""
     return values[:, 0] if values.shape[1] == 1 else values.diagonal(dim1=1, dim2=2)
 
 

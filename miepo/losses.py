@@ -22,7 +22,7 @@ def implicit_reward(log_prob: Tensor, reference_log_prob: Tensor, response_mask:
 
 
 def mean_distance(log_prob: Tensor, other: Tensor, response_mask: Tensor) -> Tensor:
-    """Return mean distance of two engines' log-probabilities of the same tokens.
+    """Return the mean distance of two engines' log-probabilities of the same tokens.
 
     ``(.., T) -> (..)`` in nats per token.
     """

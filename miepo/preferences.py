@@ -179,7 +179,7 @@ def parse_preference(
 
 
 def _short(value: object) -> str:
-    """Return for a message: a number of thousands of digits, too."""
+    """Return a value as a message shows it, a number of thousands of digits, too."""
     try:
         text = repr(value)
     except ValueError:
@@ -188,5 +188,5 @@ def _short(value: object) -> str:
 
 
 def format_preference(preference: Tensor, names: Sequence[str]) -> str:
-    """Return for people: ``'cheerful 0.25, brief 0.75'``."""
+    """Return a preference vector as people read it: ``'cheerful 0.25, brief 0.75'``."""
     return ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, preference.tolist(), strict=True))

@@ -36,6 +36,14 @@ def import_path(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def without_prompts(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with lists of prompts, which may be very many, as ``'8 prompts'``."""
+    return {
+        name: f"{len(value)} prompts" if isinstance(value, list) and "prompts" in name else value
+        for name, value in arguments.items()
+    }
+
+
 def specification(value: Any) -> Any:
     """State a value as a configuration does: ``class_path`` and ``init_args`` of what records its constructor.
 

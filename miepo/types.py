@@ -51,14 +51,14 @@ class Tokens:
         return Tokens(self.ids.to(device), self.mask.to(device))
 
     def repeat(self, times: int) -> Tokens:
-        """Return each row ``times`` times in succession: ``(N, L) -> (N * times, L)``."""
+        """Repeat each row ``times`` times in succession: ``(N, L) -> (N * times, L)``."""
         return Tokens(self.ids.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
 
     def __getitem__(self, rows: slice) -> Tokens:
         return Tokens(self.ids[rows], self.mask[rows])
 
     def flat(self) -> Tokens:
-        """Return all leading dimensions in one: ``(B, n, T) -> (n B, T)``."""
+        """Join all leading dimensions into one: ``(B, n, T) -> (n B, T)``."""
         return Tokens(self.ids.flatten(0, -2), self.mask.flatten(0, -2))
 
 

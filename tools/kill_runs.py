@@ -25,6 +25,7 @@ from lightning.pytorch import Callback
 
 import miepo.training.checkpoint_io
 from miepo.rollout import TransformersEngine
+from tests.helpers.fit import MEASURES
 from tests.helpers.interruption import kept, logged, same
 from tests.helpers.tiny import Letters, save_tiny_model
 
@@ -113,15 +114,6 @@ class Killer(Callback):
 
 
 def configuration(model: Path, root: Path, seed: int) -> Path:
-    names = (
-        "Steerability",
-        "ParetoFront",
-        "PreferenceInformation",
-        "EvaluationTable",
-        "SampleTable",
-        "Throughput",
-        "CollapseGuard",
-    )
     values = {
         "seed_everything": seed,
         "trainer": {
@@ -132,7 +124,7 @@ def configuration(model: Path, root: Path, seed: int) -> Path:
                 {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(root), "name": "r"}}
             ],
             "callbacks": [
-                {"class_path": "tools.kill_runs.Killer"}, *({"class_path": f"miepo.callbacks.{n}"} for n in names)
+                {"class_path": "tools.kill_runs.Killer"}, *({"class_path": f"miepo.callbacks.{n}"} for n in MEASURES)
             ],
         },
         "objectives": [

@@ -399,7 +399,7 @@ class Watch(Callback):
 
 
 def measure(cli: MiepoCLI) -> tuple[float, Watch]:
-    """Return two steps of the run: the growth of the process, or what the card held, in GB."""
+    """Run two steps, and return the growth of the process, or what the card held, in GB."""
     watch = Watch()
     cli.trainer.callbacks.insert(0, watch)  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)

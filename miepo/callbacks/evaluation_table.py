@@ -73,7 +73,7 @@ class EvaluationTable(EvaluationCallback):
 
 
 def obedience(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
-    """Return for each objective whose slope was measured, a sentence that says whether it follows its weight."""
+    """Return a sentence for each objective whose slope was measured: whether it follows its weight."""
     found = []
     for name in names:
         key = f"steerability/{name}"

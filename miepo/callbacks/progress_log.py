@@ -14,7 +14,7 @@ from miepo.types import PreferenceBatch
 
 
 def duration(seconds: float) -> str:
-    """Return for people.
+    """Return a duration as people read it.
 
     >>> duration(7.4), duration(432), duration(7300)
     ('7 s', '7 min 12 s', '2 h 1 min')

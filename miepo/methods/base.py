@@ -28,7 +28,7 @@ from miepo.errors import UserError, first_line
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of, take_failures
 from miepo.policy import Policy
-from miepo.recorded import Recorded, specification
+from miepo.recorded import Recorded, import_path, specification, without_prompts
 from miepo.seeding import RandomStream, torch_seed
 from miepo.training.checkpoint_io import DurableCheckpointIO, check_adapter, check_base, config_changes
 from miepo.training.distributed import over_processes
@@ -80,19 +80,19 @@ class PolicyModule(Recorded, LightningModule):
         if self.config:
             return self.config
         trainer: Any = self.trainer
-        data = specification(trainer.datamodule)
-        data = data if isinstance(data, dict) else {"class_path": data, "init_args": {}}  # a user's own, or none
-        for key, value in data["init_args"].items():
-            if key.endswith("prompts") and isinstance(value, list):  # given as a list, and perhaps very many
-                data["init_args"][key] = f"{len(value)} prompts"
+        data = trainer.datamodule
+        given = without_prompts(data.built_with) if isinstance(data, Recorded) else {}  # none of a user's own
         limits = ("max_epochs", "max_steps", "limit_train_batches")
         others = [c for c in trainer.callbacks if isinstance(c, Recorded) and not isinstance(c, Objective)]
         callbacks = [specification(callback) for callback in others]
         return {
-            "seed_everything": getattr(trainer.datamodule, "seed", None),
+            "seed_everything": getattr(data, "seed", None),
             "trainer": {name: getattr(trainer, name) for name in limits} | {"callbacks": callbacks},
             "model": specification(self),
-            "data": data,
+            "data": {
+                "class_path": None if data is None else import_path(type(data)),
+                "init_args": specification(given),
+            },
             "objectives": [specification(objective) for objective in self.objectives],
         }
 

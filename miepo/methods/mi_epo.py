@@ -111,7 +111,7 @@ class MIEPO(PolicyModule):
             grid_of(self.trainer, self)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> STEP_OUTPUT:
-        """Return one rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""
+        """Learn from one rollout: :meth:`terms` of a few prompts at a time, each with its gradient."""
         if not isinstance(batch, PreferenceBatch):
             raise UserError(f"MIEPO learns from rollouts: expected batches PreferenceBatch, got {type(batch).__name__}")
         groups = self.policy.micro_batches(batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under)

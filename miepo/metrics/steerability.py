@@ -50,7 +50,7 @@ def preference_slopes(scores: Tensor, grid_index: Tensor, positions: Tensor, gri
 
 
 def t_interval(values: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean over the first dimension and the limits of its t interval, ``(P, ..) -> (..)`` each.
+    """Return the mean over the first dimension and the limits of its t interval, ``(P, ..) -> (..)`` each.
 
     NaN does not count.
 

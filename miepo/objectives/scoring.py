@@ -91,5 +91,5 @@ def score_responses(
 
 
 def normalise_rewards(objectives: Sequence[Objective], rewards: Tensor) -> Tensor:
-    """Return each column by its objective's normalisation, ``(.., K) -> (.., K)``."""
+    """Normalise each column by its objective's normalisation, ``(.., K) -> (.., K)``."""
     return torch.stack([o.normalise(rewards[..., k]) for k, o in enumerate(objectives)], -1)

@@ -44,7 +44,7 @@ def tree_size(under: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequenc
 
 
 def micro_batches(sizes: Sequence[int], limit: int, count: int = 1) -> list[slice]:
-    """Return trees of these sizes, in this order, in groups of at most ``limit`` places, or of one tree that is larger.
+    """Divide trees, in this order, into groups of at most ``limit`` places, or of one tree that is larger.
 
     Args:
         sizes: In places.
@@ -104,7 +104,7 @@ def pack(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Packed:
-    """Return prompts under preferences and their responses as trees.
+    """Lay prompts under preferences and their responses out as trees.
 
     Args:
         prompts: ``B`` prompts as token ids, each under ``C`` preferences.

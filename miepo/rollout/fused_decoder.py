@@ -62,7 +62,7 @@ class _Projection:
 
     @classmethod
     def of(cls, layers: list[Any], rows: int, lasting: bool) -> _Projection:
-        """Return for ``rows`` states at a time, of weights that last or of such as are gathered for a rollout."""
+        """Lay layers out for ``rows`` states at a time; their weights last, or are gathered for a rollout."""
         adapted = [isinstance(layer, LoraLayer) for layer in layers]
         plain: list[Any] = [layer.base_layer if a else layer for layer, a in zip(layers, adapted, strict=True)]
         weights: list[nn.Parameter] = [layer.weight for layer in plain]

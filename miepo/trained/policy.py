@@ -145,7 +145,7 @@ class TrainedPolicy:
         seed: int = 0,
         **settings: Any,
     ) -> Any:
-        """Return answers prompts under a preference, or each under its own.
+        """Answer prompts under a preference, or each under its own.
 
         Args:
             prompts: One or several.

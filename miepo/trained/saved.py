@@ -17,6 +17,7 @@ from miepo.errors import UserError, first_line
 from miepo.exploration import InfoNCE
 from miepo.metrics.front_plot import Front
 from miepo.policy.policy import ADAPTER
+from miepo.recorded import without_prompts
 from miepo.training.checkpoint_io import read_checkpoint
 
 PAPERS_TERM = {"class_path": "miepo.exploration.InfoNCE", "init_args": {"beta_w": InfoNCE().beta_w}}  # MIEPO's default
@@ -110,11 +111,8 @@ def _settings(config: Mapping[str, Any], steps: Any) -> dict[str, Any]:
     kept = {key: value for key, value in (model.get("init_args") or {}).items() if key != "policy"}
     if "exploration" in kept:
         kept["exploration"] = kept["exploration"] or PAPERS_TERM
-    rollouts = {
-        key: f"{len(value)} prompts" if isinstance(value, list) and "prompts" in key else value
-        for key, value in (data.get("init_args") or {}).items()
-        if not key.startswith("predict")
-    }
+    rollouts = without_prompts(data.get("init_args") or {})
+    rollouts = {key: value for key, value in rollouts.items() if not key.startswith("predict")}
     found = {"method": model.get("class_path"), "steps": steps, "seed": config.get("seed_everything")}
     found |= {"model": _stated(kept), "data": _stated(rollouts), "objectives": config.get("objectives")}
     return {key: value for key, value in found.items() if value not in (None, {}, [])}

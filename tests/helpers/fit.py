@@ -15,6 +15,9 @@ from miepo.policy import Conditioning, GatedConditioning, Policy
 from miepo.types import PreferenceBatch
 from tests.helpers.tiny import Length, Letters
 
+MEASURES = (
+    "Steerability", "ParetoFront", "PreferenceInformation", "EvaluationTable", "SampleTable", "Throughput", "CollapseGuard",
+)  # fmt: skip
 PROMPTS = [
     "the garden", "people like rain", "food", "in spring", "a good place", "when rain comes", "grow food", "it is good",
 ]  # fmt: skip

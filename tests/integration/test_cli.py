@@ -14,21 +14,12 @@ import yaml
 
 from miepo.cli.command import main
 from miepo.objectives import Objective
-from tests.helpers.fit import PROMPTS
+from tests.helpers.fit import MEASURES, PROMPTS
 from tests.helpers.tiny import save_tiny_model
 
 
 def callbacks(*extra: dict) -> list[dict]:
-    names = [
-        "Steerability",
-        "ParetoFront",
-        "PreferenceInformation",
-        "EvaluationTable",
-        "SampleTable",
-        "Throughput",
-        "CollapseGuard",
-    ]
-    return [*({"class_path": f"miepo.callbacks.{name}"} for name in names), *extra]
+    return [*({"class_path": f"miepo.callbacks.{name}"} for name in MEASURES), *extra]
 
 
 def config(model: Path, root: Path, **changes: Any) -> dict:

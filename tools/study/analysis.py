@@ -76,7 +76,7 @@ def final(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def columns(study: Study, table: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """Return column of the table -> (title, better when), as the study's ``metrics`` ask."""
+    """Map columns of the table to (title, better when), as the study's ``metrics`` ask."""
     result = {}
     for name in study.metrics:
         key, title, better = METRICS[name]
@@ -90,7 +90,7 @@ def columns(study: Study, table: pd.DataFrame) -> dict[str, tuple[str, str]]:
 
 
 def summary(study: Study, last: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
-    """Return mean over seeds of every metric of every method that has a finished run."""
+    """Return the mean over seeds of every metric of every method that has a finished run."""
     return {
         name: {column: estimate(last.loc[last.method == name, column]) for column in columns(study, last)}
         for name in study.methods
@@ -107,7 +107,7 @@ def pairs(last: pd.DataFrame, method: str, other: str) -> tuple[pd.DataFrame, pd
 
 
 def paired(study: Study, last: pd.DataFrame, method: str, other: str) -> dict[str, Estimate]:
-    """Return mean difference ``method - other`` over the seeds that both have in the same precision."""
+    """Return the mean difference ``method - other`` over the seeds that both have in the same precision."""
     a, b = pairs(last, method, other)
     return {column: estimate(a[column] - b[column]) for column in columns(study, last)}
 

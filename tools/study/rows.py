@@ -41,7 +41,7 @@ def origin(precision: torch.dtype, device: torch.device, project: Path) -> dict[
 
 
 def commit(project: Path) -> str | None:
-    """Return names the commit of a folder, with a plus where files other than rows have changed.
+    """Name the commit of a folder, with a plus where files other than rows have changed.
 
     None outside of git.
     """
