@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """Something the user gave cannot be used: the message says what was expected and what came."""
@@ -26,6 +28,27 @@ def load_reason(error: BaseException) -> str:
         return "it brings code of its own, which miepo does not execute"
     kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
     return kind + first_line(error)
+
+
+def invalid(error: Any) -> str:
+    """Say in one sentence what pydantic found first: ``expected position to be a valid integer, got 'three'``."""
+    if not hasattr(error, "errors"):
+        return first_line(error)
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "it"
+    if first["type"] == "missing":
+        return f"expected {where}, got none"
+    wanted = first["msg"].removeprefix("Input should ")
+    return f"expected {where} {'to ' if wanted != first['msg'] else ''}{wanted}, got {short(first['input'])}"
+
+
+def short(value: object) -> str:
+    """Return a value as a message shows it, a number of thousands of digits, too."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of very many digits"
+    return text if len(text) <= 80 else f"{text[:80]}.."
 
 
 def first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miepo.errors import UserError
+from miepo.errors import UserError, short
 from miepo.recorded import Recorded
 from miepo.seeding import RandomStream, generator
 
@@ -139,7 +139,7 @@ def simplex_rows(rows: Sequence[Sequence[float]], objectives: int, where: str) -
         raise UserError(f"{where}: expected at least one preference vector, got none")
     for row in rows:
         if not isinstance(row, (list, tuple)):
-            raise UserError(f"{where}: a preference vector is a list of {objectives} weights, got {_short(row)}")
+            raise UserError(f"{where}: a preference vector is a list of {objectives} weights, got {short(row)}")
         if len(row) != objectives:
             raise UserError(f"{where}: a preference vector needs {objectives} weights, got {list(row)}")
     return torch.stack([parse_preference(dict(zip(names, row, strict=True)), names, where) for row in rows])
@@ -163,7 +163,7 @@ def parse_preference(
     for name, weight in weights.items():
         number = isinstance(weight, Real) and not isinstance(weight, bool)
         if not number or not -1e9 <= weight <= 1e9:  # NaN lies between nothing
-            raise UserError(f"{where}: the weight of {name} must be a number, got {_short(weight)}")
+            raise UserError(f"{where}: the weight of {name} must be a number, got {short(weight)}")
         if weight < 0:
             raise UserError(f"{where}: the weight of {name} must not be negative, got {weight}")
     weights = {name: float(weight) for name, weight in weights.items()}
@@ -176,15 +176,6 @@ def parse_preference(
         warnings.warn(f"{where}: the weights sum to {total:g}, not 1; they are normalised", stacklevel=2)
     shares = [weights.get(name, 0.0) / total + 0.0 for name in names]  # without a minus before a zero
     return torch.tensor(shares, dtype=torch.float32)
-
-
-def _short(value: object) -> str:
-    """Return a value as a message shows it, a number of thousands of digits, too."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a number of very many digits"
-    return text if len(text) <= 80 else f"{text[:80]}.."
 
 
 def format_preference(preference: Tensor, names: Sequence[str]) -> str:

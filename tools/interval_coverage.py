@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miepo.evaluation import Answers
 from miepo.metrics import estimate_hypervolume, hypervolume, mean_inner_product, preference_slopes, t_interval
 from miepo.metrics.resampling import AnswerSums
 from miepo.preferences import evaluation_grid
 from miepo.report.intervals import front_of
-from miepo.report.runs import Evaluation
 
 REFERENCE_POINT = -1.0
 PROMPT_SD, RESPONSE_SD = 0.6, 0.8  # of what all answers to a prompt share, and of each; together a variance of 1
@@ -39,13 +39,13 @@ def fronts(grid: Tensor) -> dict[str, Tensor]:
     }
 
 
-def simulated(means: Tensor, prompts: int, seed: int) -> Evaluation:
+def simulated(means: Tensor, prompts: int, seed: int) -> Answers:
     """Return one answer to each of so many prompts under each preference vector."""
     m, rng = len(means), np.random.default_rng([11, seed, prompts, len(means)])
     shared = rng.normal(size=(prompts, 1, 2)) * PROMPT_SD
     scores = means.numpy() + shared + rng.normal(size=(prompts, m, 2)) * RESPONSE_SD
-    return Evaluation(
-        "", 1, ("a", "b"), evaluation_grid(2, m).double(), torch.arange(m).repeat(prompts),
+    return Answers(
+        ("a", "b"), evaluation_grid(2, m).double(), torch.arange(m).repeat(prompts),
         torch.arange(prompts).repeat_interleave(m), torch.tensor(scores).flatten(0, 1), (), (),
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from miepo.recorded import Recorded
-from miepo.training.reporting import grid_of, log_evaluation
+from miepo.training.reporting import grid_of, log_evaluation, whole_evaluation
 from miepo.types import EvaluationBatch
 
 
@@ -42,31 +42,26 @@ class EvaluationCallback(Recorded, Callback):
         """Take in some of the answers of an evaluation, with their scores."""
 
     def on_evaluation_end(self, trainer: Trainer, module: Any) -> Mapping[str, Any] | None:
-        """Return the figures of the evaluation; they are logged."""
+        """Return the figures of the evaluation by name: numbers are logged, what has dimensions is kept with them."""
         return None
 
     def after_evaluation(self, trainer: Trainer, module: Any) -> None:
-        """Act when all callbacks have logged their figures: they are in ``trainer.callback_metrics``."""
+        """Act when all callbacks have returned their figures: ``module.evaluation`` has them."""
 
     # -- what Lightning calls ------------------------------------------------------------------------------------------
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *others: Any) -> None:
-        if _whole(trainer):
+        if whole_evaluation(trainer):
             self.on_evaluation_batch(trainer, pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if _whole(trainer) and (figures := self.on_evaluation_end(trainer, pl_module)):
+        if whole_evaluation(trainer) and (figures := self.on_evaluation_end(trainer, pl_module)):
             log_evaluation(trainer, pl_module, figures)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if _whole(trainer):
+        if whole_evaluation(trainer):
             self.after_evaluation(trainer, pl_module)
 
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
     on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
-
-
-def _whole(trainer: Trainer) -> bool:
-    """Return whether the evaluation covers the whole set: Lightning's sanity check may take a part of it."""
-    return not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")

@@ -1,27 +1,27 @@
-"""Every answer of every evaluation, kept with the run: what reports, model cards and second looks are made of."""
+"""Every evaluation with its answers, kept with the run."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.errors import UserError
+from miepo.evaluation import FOLDER, write_evaluation
 from miepo.training.distributed import gathered_rows
 from miepo.training.reporting import run_folder
 from miepo.types import EvaluationBatch
 
-FOLDER = "evaluations"
-
 
 class EvaluationRecord(EvaluationCallback):
-    """Writes ``evaluations/step_000016.jsonl`` into the run's folder, a line for each prompt and preference vector.
+    """Writes ``evaluations/step_000016.jsonl`` into the run's folder, with what was measured and what was answered.
 
-    A line has ``prompt``, ``position`` (of the prompt in the evaluation set), ``grid_index``, ``preference`` by
-    objective name, ``response``, whether it ``finished`` before the token limit, and ``rewards`` by name, normalised,
-    null where there is none. An evaluation outside of training is ``validate.jsonl`` or ``test.jsonl``.
+    The first line is :meth:`~miepo.evaluation.Evaluation.state`: step, objectives, grid and every figure. Then there
+    is a line for each prompt and preference vector, with ``prompt``, ``position`` (of the prompt in the evaluation
+    set), ``grid_index``, ``preference`` by objective name, ``response``, whether it ``finished`` before the token
+    limit, and ``rewards`` by name, normalised, null where there is none. An evaluation outside of training is
+    ``validate.jsonl`` or ``test.jsonl``.
 
     Args:
         prompts: Keep the answers to this many prompts at most; all by default, none with 0.
@@ -58,14 +58,9 @@ class EvaluationRecord(EvaluationCallback):
 
     def on_evaluation_end(self, trainer: Trainer, module: Any) -> None:
         rows = gathered_rows(trainer, self.rows)
+        self.rows = sorted(rows, key=lambda row: (row["position"], row["grid_index"]))
+
+    def after_evaluation(self, trainer: Trainer, module: Any) -> None:
+        if trainer.is_global_zero and module.evaluation is not None:
+            write_evaluation(run_folder(trainer) / FOLDER, module.evaluation, self.rows)
         self.rows = []
-        if not trainer.is_global_zero or not rows:
-            return
-        rows.sort(key=lambda row: (row["position"], row["grid_index"]))
-        command = trainer.state.fn.value  # type: ignore[union-attr]
-        name = f"step_{trainer.global_step:06d}" if command == "fit" else command
-        target = run_folder(trainer) / FOLDER / f"{name}.jsonl"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(target)  # a file of this name is whole

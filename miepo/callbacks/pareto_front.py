@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from miepo.callbacks.evaluation_callback import EvaluationCallback
+from miepo.evaluation import DEFAULT_REFERENCE_POINT, MEANS, REFERENCE_POINT
 from miepo.metrics import ParetoFrontMetric
 from miepo.metrics.front_plot import draw_front
 from miepo.preferences import format_preference
@@ -40,19 +41,9 @@ class ParetoFront(EvaluationCallback):
         draw: Draw the front at every evaluation.
     """
 
-    def __init__(self, reference_point: float = -1.0, draw: bool = True) -> None:
+    def __init__(self, reference_point: float = DEFAULT_REFERENCE_POINT, draw: bool = True) -> None:
         self.reference_point, self.draw = reference_point, draw
-        self.before: list[list[float]] | None = None  # the first front of the run, (M, K)
-        self.after: list[list[float]] | None = None  # the last
-        self.grid: list[list[float]] = []  # (M, K)
         self.picture: Path | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("before", "after", "grid", "reference_point")}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before, self.after = state_dict["before"], state_dict.get("after")
-        self.grid = state_dict.get("grid", [])
 
     def start(self, trainer: Trainer, module: Any, grid: Tensor) -> None:
         module.metrics[METRIC] = ParetoFrontMetric(grid, self.reference_point)
@@ -83,11 +74,10 @@ class ParetoFront(EvaluationCallback):
             log_table(trainer, "front/table", ["preference", *names], rows)
         if trainer.is_global_zero and self.draw:
             self.picture = run_folder(trainer) / "fronts" / f"step_{trainer.global_step:06d}.png"
-            figure = draw_front(metric.grid.cpu(), means, names, self.before, f"{trainer.global_step} steps")
+            before = module.evaluations[0].means if module.evaluations else None
+            before = None if before is None else before.tolist()
+            figure = draw_front(metric.grid.cpu(), means, names, before, f"{trainer.global_step} steps")
             self.picture.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(self.picture, dpi=150)
             log_image(trainer, "front/picture", self.picture)
-        self.after, self.grid = means.tolist(), metric.grid.tolist()
-        if self.before is None:
-            self.before = self.after
-        return values
+        return values | {MEANS: means, REFERENCE_POINT: torch.full((len(names),), self.reference_point)}

@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
-from miepo.errors import UserError, first_line
+from miepo.errors import UserError, first_line, invalid
+from miepo.evaluation import Evaluation, evaluations_in
 from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of, take_failures
 from miepo.policy import Policy
@@ -33,7 +34,7 @@ from miepo.seeding import RandomStream, torch_seed
 from miepo.training.checkpoint_io import DurableCheckpointIO, check_adapter, check_base, config_changes
 from miepo.training.distributed import over_processes
 from miepo.training.progress import place_in_steps
-from miepo.training.reporting import log_evaluation, run_folder
+from miepo.training.reporting import log_evaluation, run_folder, whole_evaluation
 from miepo.training.run_checkpoint import begin_step
 from miepo.training.sharded_strategy import ShardedStrategy
 from miepo.types import EvaluationBatch
@@ -65,6 +66,9 @@ class PolicyModule(Recorded, LightningModule):
         self.policy = policy
         self.learning_rate, self.warmup = learning_rate, warmup
         self.objectives: list[Objective] = []
+        self.evaluations: list[Evaluation] = []  # the first and the last of the run
+        self.evaluation: Evaluation | None = None  # the newest, outside of training, too
+        self.measured: dict[str, Any] = {}  # by callbacks, in the evaluation that is under way
         self.metrics = nn.ModuleDict()  # filled by callbacks, so that metrics move and reduce with the module
         self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint checks that it is whole
         self.config: dict[str, Any] = {}  # the command's, where there is one
@@ -171,8 +175,28 @@ class PolicyModule(Recorded, LightningModule):
     def on_validation_epoch_end(self) -> None:
         if counts := self.failures():
             log_evaluation(self.trainer, self, over_processes(self.trainer.strategy, {}, counts)[1])
+        self.end_evaluation()
 
     on_test_epoch_end = on_validation_epoch_end
+
+    def end_evaluation(self) -> None:
+        """Make an :class:`~miepo.evaluation.Evaluation` of what callbacks have measured."""
+        measured = {key: torch.as_tensor(value).detach().cpu() for key, value in self.measured.items()}
+        self.measured = {}
+        trainer: Any = self.trainer
+        if not self.conditioned or not hasattr(trainer.datamodule, "grid") or not whole_evaluation(trainer):
+            return
+        training = trainer.state.fn == "fit"
+        self.evaluation = Evaluation(
+            step=trainer.global_step if training else None,
+            title=f"step {trainer.global_step}" if training else trainer.state.fn.value,
+            names=self.names,
+            grid=trainer.datamodule.grid.double().cpu(),
+            figures={key: float(value) for key, value in measured.items() if not value.dim() and value.isfinite()},
+            arrays={key: value.double() for key, value in measured.items() if value.dim()},
+        )
+        if training:
+            self.evaluations = [*self.evaluations[:1], self.evaluation]
 
     def failures(self) -> dict[str, float]:
         """Return ``count/failed/NAME`` since they were last asked for."""
@@ -242,6 +266,7 @@ class PolicyModule(Recorded, LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
         checkpoint["miepo"] = {"schema": SCHEMA, "objectives": list(self.names), "base": self.policy.base}
         checkpoint["miepo"] |= {"policy": self.policy.settings(), "config": self.configuration()}
+        checkpoint["miepo"]["evaluations"] = [evaluation.state() for evaluation in self.evaluations]
         checkpoint["miepo"]["fingerprint"] = self.policy.fingerprint
         checkpoint["miepo"]["precision"] = str(self.policy.weight_dtype).removeprefix("torch.")
 
@@ -263,6 +288,11 @@ class PolicyModule(Recorded, LightningModule):
             raise UserError(f"the checkpoint's policy has {both}: set the configuration's policy alike")
         check_adapter({name: p for name, p in self.named_parameters() if p.requires_grad}, checkpoint["state_dict"])
         check_base(self.policy, saved["base"], saved.get("fingerprint"))
+        if self.trainer.state.fn == "fit":
+            try:
+                self.evaluations = evaluations_in(saved, self.names, checkpoint.get("callbacks", {}))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"the checkpoint's evaluations are malformed: {invalid(error)}") from None
         for objective in self.objectives:  # Lightning restores callbacks for fit alone
             objective.load_state_dict(checkpoint.get("callbacks", {}).get(objective.state_key, {}))
         precision = str(self.policy.weight_dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miepo.evaluation import Answers
 from miepo.metrics import (
     conditional_reward_dispersion,
     estimate_hypervolume,
@@ -26,48 +27,47 @@ from miepo.metrics.resampling import (
     moments_without_each,
     resampled_moments,
 )
-from miepo.report.runs import Evaluation
 
 KEYS = ("front/hv", "front/mip", "front/crd")
 
 
-def sums_of(evaluation: Evaluation) -> AnswerSums:
-    """Sum the rewards of an evaluation, for each prompt and preference vector."""
-    return AnswerSums.of(evaluation.scores, evaluation.grid_index, evaluation.positions, len(evaluation.grid))
+def sums_of(answers: Answers) -> AnswerSums:
+    """Sum the rewards of answers, for each prompt and preference vector."""
+    return AnswerSums.of(answers.scores, answers.grid_index, answers.positions, len(answers.grid))
 
 
-def point_estimates(evaluation: Evaluation, reference_point: float) -> dict[str, float]:
+def point_estimates(answers: Answers, reference_point: float) -> dict[str, float]:
     """Return HV, MIP and CRD by their logged names."""
-    moments = sums_of(evaluation).moments()
-    return dict(zip(KEYS, front_figures(*moments, evaluation.grid, reference_point), strict=True))
+    moments = sums_of(answers).moments()
+    return dict(zip(KEYS, front_figures(*moments, answers.grid, reference_point), strict=True))
 
 
-def chance_of(evaluation: Evaluation, reference_point: float) -> dict[str, float]:
+def chance_of(answers: Answers, reference_point: float) -> dict[str, float]:
     """Return what of HV is above chance, and of MIP follows the preference, by their logged names.
 
     What is NaN is left out.
     """
-    sums = sums_of(evaluation)
+    sums = sums_of(answers)
     estimate = estimate_hypervolume(sums, reference_point)
-    level, covariance = mip_parts(evaluation.grid, sums.moments()[0])
+    level, covariance = mip_parts(answers.grid, sums.moments()[0])
     found = {"front/hv_above_chance": estimate.above_chance, "front/hv_p": estimate.p_value}
     found |= {"front/mip_level": float(level), "front/mip_covariance": float(covariance)}
     return {key: value for key, value in found.items() if np.isfinite(value)}
 
 
-def slopes_of(evaluation: Evaluation, before: Evaluation | None = None) -> dict[str, float]:
+def slopes_of(answers: Answers, before: Answers | None = None) -> dict[str, float]:
     """Return the slope of every objective along its own weight with its t interval over prompts, by logged names.
 
-    With ``before``, an evaluation of the same prompts, the change since then.
+    With ``before``, answers of an earlier evaluation to the same prompts, the change since then.
     """
     each = [
         preference_slopes(e.scores, e.grid_index, e.positions, e.grid).diagonal(dim1=1, dim2=2)  # (P, K)
-        for e in (evaluation, before)
+        for e in (answers, before)
         if e is not None
     ]
     limits = t_interval(each[0] if before is None else each[0] - each[1])
     found = {}
-    for k, name in enumerate(evaluation.names):
+    for k, name in enumerate(answers.names):
         for suffix, part in zip(("", "_low", "_high"), limits, strict=True):
             if part[k].isfinite():
                 found[f"steerability/{name}{suffix}"] = float(part[k])
@@ -75,7 +75,7 @@ def slopes_of(evaluation: Evaluation, before: Evaluation | None = None) -> dict[
 
 
 def front_of(
-    evaluation: Evaluation, reference_point: float, before: Evaluation | None = None, draws: int = DRAWS
+    answers: Answers, reference_point: float, before: Answers | None = None, draws: int = DRAWS
 ) -> dict[str, float]:
     """Return HV, MIP and CRD with their 95 % intervals over prompts, by logged names; what is NaN is left out.
 
@@ -83,12 +83,13 @@ def front_of(
     bias is taken that resampling the prompts shows, has a basic one. MIP and CRD have t intervals with the jackknife's
     standard error; CRD's is that of its logarithm, and there is none where a covariance hangs on one prompt.
 
-    With ``before``, an evaluation of the same prompts, the changes since then; their intervals are those of pairs.
+    With ``before``, answers of an earlier evaluation to the same prompts, the changes since then, with intervals of
+    pairs.
     """
-    points = [point_estimates(e, reference_point) for e in (evaluation, before) if e is not None]
+    points = [point_estimates(e, reference_point) for e in (answers, before) if e is not None]
     found = {key: points[0][key] - (points[1][key] if before else 0.0) for key in KEYS}
     found = {key: value for key, value in found.items() if np.isfinite(value)}
-    sums = [sums_of(e) for e in (evaluation, before) if e is not None]
+    sums = [sums_of(e) for e in (answers, before) if e is not None]
     if len(sums[0].count) < 2:
         return found
 
@@ -101,10 +102,10 @@ def front_of(
         found["front/hv_corrected"] = 2 * hv - float(drawn.mean())
         limits["front/hv_corrected"] = 2 * hv - drawn.quantile(0.975), 2 * hv - drawn.quantile(0.025)
     if (mip := found.get("front/mip")) is not None:
-        without = change(lambda s: mean_inner_product(evaluation.grid, moments_without_each(s)[0]))  # (P,)
+        without = change(lambda s: mean_inner_product(answers.grid, moments_without_each(s)[0]))  # (P,)
         limits["front/mip"] = jackknife_interval(mip, without)
     spare = min(int((s.count.sum(0) - s.count).min()) for s in sums)  # answers under a vector without one prompt
-    if (crd := found.get("front/crd")) is not None and spare > evaluation.grid.shape[1]:
+    if (crd := found.get("front/crd")) is not None and spare > answers.grid.shape[1]:
         without = change(lambda s: conditional_reward_dispersion(moments_without_each(s)[1]))  # (P,)
         if before:
             limits["front/crd"] = jackknife_interval(crd, without)
@@ -117,13 +118,13 @@ def front_of(
     return found
 
 
-def overlap(evaluation: Evaluation) -> float:
+def overlap(answers: Answers) -> float:
     """Return the overlap of rewards under neighbouring preferences; NaN where it cannot be told."""
-    if len(evaluation.grid) < 2 or not evaluation.scores.isfinite().all(-1).any():
+    if len(answers.grid) < 2 or not answers.scores.isfinite().all(-1).any():
         return float("nan")
-    return float(reward_overlap(evaluation.scores, evaluation.grid_index, evaluation.grid))
+    return float(reward_overlap(answers.scores, answers.grid_index, answers.grid))
 
 
-def same_prompts(one: Evaluation, other: Evaluation) -> bool:
+def same_prompts(one: Answers, other: Answers) -> bool:
     """Return whether two evaluations have the same prompts and preference vectors."""
     return one.positions.unique().equal(other.positions.unique()) and one.grid.equal(other.grid)

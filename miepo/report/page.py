@@ -17,7 +17,7 @@ from miepo.callbacks.evaluation_table import obedience, table_rows
 from miepo.errors import UserError, first_line
 from miepo.preferences import format_preference
 from miepo.report import intervals, pictures
-from miepo.report.runs import Evaluation, RunRecord, differing, incomparable, read_runs
+from miepo.report.runs import RunRecord, differing, incomparable, read_runs
 from miepo.report.text import finished, shortened
 from miepo.resources import is_folder
 
@@ -85,7 +85,7 @@ def page_of(runs: Sequence[RunRecord], prompts: int) -> dict[str, Any]:
     """Return what the template shows."""
     main, others, zero = pictures.curves(runs)
     measured = [before_and_after(run) for run in runs]
-    answered = [run for run in runs if run.latest]
+    answered = [run for run in runs if run.answers]
     return {
         "title": runs[0].label if len(runs) == 1 else f"{len(runs)} runs",
         "names": (answered or runs)[0].names,
@@ -95,13 +95,17 @@ def page_of(runs: Sequence[RunRecord], prompts: int) -> dict[str, Any]:
             for key, values in (differing([run.config for run in runs]) if len(runs) > 1 else [])
         ],
         "columns": [columns for columns, _ in measured],
-        "rows": table_rows([column for columns, _ in measured for column in columns]),
-        "obedience": [(run.label, obedience(last, run.names)) for run, last in latest(runs, measured)],
+        "rows": table_rows([column.figures for columns, _ in measured for column in columns]),
+        "obedience": [
+            (run.label, obedience([c for c in columns if c.title != "change"][-1].figures, run.names))
+            for run, (columns, _) in zip(runs, measured, strict=True)
+            if columns
+        ],
         "incomparable": incomparable(runs),
         "notes": [note for _, note in measured if note],
         "reference_points": [f"{point:g}" for point in sorted({run.reference_point for run in runs})],
         "fronts": pictures.draw_fronts(runs),
-        "kept_fronts": [(run, uri) for run in runs if not run.latest and (uri := kept_front(run))],
+        "kept_fronts": [(run, uri) for run in runs if not pictures.front(run.latest) and (uri := kept_front(run))],
         "curves": [(key, pictures.draw_curve(key, runs)) for key in main],
         "other_curves": [(key, pictures.draw_curve(key, runs)) for key in others],
         "smoothed": any(len(p) > pictures.SMOOTHED for run in runs for p in run.series.values()),
@@ -109,62 +113,41 @@ def page_of(runs: Sequence[RunRecord], prompts: int) -> dict[str, Any]:
         "rewards": [(run, [pictures.draw_rewards(run, k) for k in range(len(run.names))]) for run in answered],
         "overlaps": [(run, overlaps(run)) for run in answered],
         "samples": samples(answered, prompts),
-        "unanswered": [run for run in runs if not run.latest],
+        "unanswered": [run for run in runs if not run.answers],
     }
 
 
-def before_and_after(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
-    """Return columns of the table, each with a title and figures by their logged names.
+@dataclass(frozen=True)
+class Column:
+    """Of the table: figures by their logged names."""
 
-    And what is to be said about them.
-    """
-    evaluations = [e for e in (run.first, run.last) if e]
-    if not evaluations:
-        logged = [*run.figures[:1], *run.figures[1:][-1:]]
-        return [_column(f"step {step}", values) for step, values in logged], ""
-    columns = []
-    for evaluation in evaluations:
-        logged_here = logged_figures(run, evaluation)
-        points = intervals.point_estimates(evaluation, run.reference_point)
-        if not agree(points, logged_here):
-            titles = [_column(e.title, logged_figures(run, e)) for e in evaluations]
-            kept = len(evaluation.positions.unique())
-            return titles, (
-                f"{run.label}: HV, MIP and CRD are the logged ones, without intervals: the answers that were kept "
-                f"({kept} prompts at {evaluation.title}) have others."
-            )
-        measured = logged_here | intervals.chance_of(evaluation, run.reference_point) | intervals.slopes_of(evaluation)
-        columns.append(_column(evaluation.title, measured | intervals.front_of(evaluation, run.reference_point)))
-    if len(evaluations) == 2 and intervals.same_prompts(*evaluations):
-        old, new = evaluations
+    title: str
+    figures: Mapping[str, float]
+
+
+def before_and_after(run: RunRecord) -> tuple[list[Column], str]:
+    """Return the first evaluation, the last and the change between them, and what is to be said about them."""
+    columns, partial = [], []
+    for evaluation in (run.first, run.last):
+        if evaluation is None:
+            continue
+        figures, answers = dict(evaluation.figures), evaluation.answers
+        if answers and agree(intervals.point_estimates(answers, run.reference_point), figures):
+            figures |= intervals.chance_of(answers, run.reference_point) | intervals.slopes_of(answers)
+            figures |= intervals.front_of(answers, run.reference_point)
+        elif answers:
+            partial.append(f"{len(answers.positions.unique())} prompts at {evaluation.title}")
+        columns.append(Column(evaluation.title, figures))
+    if partial:
+        return columns, (
+            f"{run.label}: HV, MIP and CRD are the logged ones, without intervals: the answers that were kept "
+            f"({', '.join(partial)}) have others."
+        )
+    old, new = run.first and run.first.answers, run.last and run.last.answers
+    if old and new and intervals.same_prompts(old, new):
         change = intervals.front_of(new, run.reference_point, old) | intervals.slopes_of(new, old)
-        columns.append(_column("change", change))
+        columns.append(Column("change", change))
     return columns, ""
-
-
-def latest(
-    runs: Sequence[RunRecord], measured: Sequence[tuple[list[dict[str, Any]], str]]
-) -> list[tuple[RunRecord, dict[str, float]]]:
-    """Return each run that was evaluated with the figures of its last evaluation."""
-    found = []
-    for run, (columns, _) in zip(runs, measured, strict=True):
-        of_runs = [column["metrics"] for column in columns if column["title"] != "change"]
-        if of_runs:
-            found.append((run, of_runs[-1]))
-    return found
-
-
-def _column(title: str, figures: Mapping[str, float]) -> dict[str, Any]:
-    if "information/ceiling" not in figures:  # of a log that was cut short
-        figures = {key: value for key, value in figures.items() if not key.startswith("information/preference_")}
-    return {"title": title, "metrics": figures}
-
-
-def logged_figures(run: RunRecord, evaluation: Evaluation) -> dict[str, float]:
-    """Return what the log has of an evaluation."""
-    if evaluation.step is None:
-        return dict(run.figures[-1][1]) if run.figures else {}
-    return next((dict(values) for step, values in reversed(run.figures) if step == evaluation.step), {})
 
 
 def agree(points: Mapping[str, float], logged: Mapping[str, float]) -> bool:
@@ -178,9 +161,9 @@ def agree(points: Mapping[str, float], logged: Mapping[str, float]) -> bool:
 
 def overlaps(run: RunRecord) -> list[tuple[str, str, int]]:
     """Return title, overlap and prompts of the first and the last evaluation."""
-    evaluations = [e for e in (run.first, run.last) if e]
-    values = [(e, intervals.overlap(e)) for e in evaluations]
-    return [(e.title, f"{v:.3f}" if isfinite(v) else "–", len(e.positions.unique())) for e, v in values]
+    answered = [(e.title, e.answers) for e in (run.first, run.last) if e and e.answers]
+    values = [(title, answers, intervals.overlap(answers)) for title, answers in answered]
+    return [(title, f"{v:.3f}" if isfinite(v) else "–", len(a.positions.unique())) for title, a, v in values]
 
 
 def kept_front(run: RunRecord) -> str | None:
@@ -191,9 +174,9 @@ def kept_front(run: RunRecord) -> str | None:
 
 def samples(runs: Sequence[RunRecord], prompts: int) -> list[dict[str, Any]]:
     """Return the first prompts of the first run's evaluation, with every run's answers in the order of the grid."""
-    if not runs or not runs[0].latest:
+    if not runs or not runs[0].answers:
         return []
-    latest = runs[0].latest
+    latest = runs[0].answers
     texts = [text for _, text in sorted(dict(zip(latest.positions.tolist(), latest.prompts, strict=True)).items())]
     return [
         {"prompt": shortened(text), "runs": [(run, answers(run, text)) for run in runs]}
@@ -203,7 +186,7 @@ def samples(runs: Sequence[RunRecord], prompts: int) -> list[dict[str, Any]]:
 
 def answers(run: RunRecord, prompt: str) -> list[dict[str, Any]]:
     """Return the answers to one prompt, with preference and rewards as text."""
-    latest = run.latest
+    latest = run.answers
     assert latest is not None
     rows = [i for i, text in enumerate(latest.prompts) if text == prompt]
     return [

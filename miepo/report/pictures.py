@@ -15,8 +15,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from miepo.evaluation import Answers, Evaluation
 from miepo.metrics.front_plot import draw_front
-from miepo.report.runs import Evaluation, RunRecord
+from miepo.report.runs import RunRecord
 from miepo.report.text import visible
 
 # eight colours that remain apart for colour-blind readers (Okabe and Ito), the palest left out
@@ -81,37 +82,48 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def mean_rewards(evaluation: Evaluation) -> Tensor:
+def mean_rewards(answers: Answers) -> Tensor:
     """Return ``(M, K)``; a response that some objective gave no score does not count, as in the figures."""
-    keep = evaluation.scores.isfinite().all(-1)
-    rows, index = evaluation.scores[keep], evaluation.grid_index[keep]
-    count = torch.bincount(index, minlength=len(evaluation.grid)).unsqueeze(-1)
-    return torch.zeros(len(evaluation.grid), rows.shape[1]).double().index_add_(0, index, rows) / count
+    keep = answers.scores.isfinite().all(-1)
+    rows, index = answers.scores[keep], answers.grid_index[keep]
+    count = torch.bincount(index, minlength=len(answers.grid)).unsqueeze(-1)
+    return torch.zeros(len(answers.grid), rows.shape[1]).double().index_add_(0, index, rows) / count
+
+
+def front(evaluation: Evaluation | None) -> tuple[Tensor, Tensor] | None:
+    """Return preference vectors and mean rewards ``(M, K)``: the measured ones, else those of the answers."""
+    if evaluation is None:
+        return None
+    if evaluation.means is not None:
+        return evaluation.grid, evaluation.means
+    answers = evaluation.answers
+    return None if answers is None else (answers.grid, mean_rewards(answers))
 
 
 def draw_fronts(runs: Sequence[RunRecord]) -> list[Figure]:
     """Draw the fronts before and after: a picture for each pair of objectives, all runs in it."""
-    with_answers = [(i, run, run.latest) for i, run in enumerate(runs) if run.latest]
-    if not with_answers:
+    measured = [
+        (i, run, run.latest.title, found) for i, run in enumerate(runs) if run.latest and (found := front(run.latest))
+    ]
+    if not measured:
         return []
-    names = with_answers[0][1].names
+    names = measured[0][1].names
     if len(runs) == 1 and len(names) == 2:
-        _, run, latest = with_answers[0]
-        before = mean_rewards(run.first).tolist() if run.last and run.first else None
-        return [draw_front(latest.grid, mean_rewards(latest), [visible(n) for n in names], before, latest.title)]
+        _, run, title, (grid, after) = measured[0]
+        old = front(run.first) if run.last else None
+        before = old and old[1].tolist()
+        return [draw_front(grid, after, [visible(n) for n in names], before, title)]
     figures = []
     for i, j in list(combinations(range(len(names)), 2)) or [(0, 0)]:
         figure = Figure(figsize=(4.6, 4.0), layout="constrained")
         axis = figure.subplots()
-        for number, run, latest in with_answers:
+        for number, run, _, (grid, after) in measured:
             line = style(number)
-            after = mean_rewards(latest)
-            if run.last and run.first:
-                old = mean_rewards(run.first)
+            if run.last and (old := front(run.first)):
                 colour = "0.5" if len(runs) == 1 else line["color"]
-                axis.plot(old[:, i], old[:, j], "o", ms=4.5, mfc="none", color=colour, alpha=0.8)
+                axis.plot(old[1][:, i], old[1][:, j], "o", ms=4.5, mfc="none", color=colour, alpha=0.8)
             if len(runs) == 1:  # colour is free for the preference
-                points = axis.scatter(after[:, i], after[:, j], c=latest.grid[:, i], vmin=0, vmax=1, zorder=2)
+                points = axis.scatter(after[:, i], after[:, j], c=grid[:, i], vmin=0, vmax=1, zorder=2)
                 figure.colorbar(points, ax=axis, label=f"weight of {plain(names[i])}")
             else:
                 axis.plot(after[:, i], after[:, j], "o", ms=6, color=line["color"])
@@ -128,16 +140,16 @@ def draw_rewards(run: RunRecord, objective: int) -> Figure:
 
     The vectors stand in the order of this objective's weight.
     """
-    latest = run.latest
+    latest = run.answers
     assert latest is not None
     order = latest.grid[:, objective].argsort(stable=True).tolist()
     m = len(order)
     figure = Figure(figsize=(max(4.2, 1.6 + 0.42 * m), 3.2), layout="constrained")
     axis = figure.subplots()
-    pair = [run.first, run.last] if run.last and run.first else [latest]
-    for number, evaluation in enumerate(pair):
-        newest = evaluation is latest
-        rows = reward_columns(evaluation, latest.grid, objective)
+    pair = [run.first.answers, latest] if run.last and run.first and run.first.answers else [latest]
+    for number, answers in enumerate(pair):
+        newest = answers is latest
+        rows = reward_columns(answers, latest.grid, objective)
         shift = 0.0 if len(pair) == 1 else (number - 0.5) * 0.4
         lines = {"color": "0.3" if newest else "0.6"}
         boxes = axis.boxplot(
@@ -165,13 +177,13 @@ def draw_rewards(run: RunRecord, objective: int) -> Figure:
     return figure
 
 
-def reward_columns(evaluation: Evaluation, grid: Tensor, objective: int) -> list[np.ndarray]:
+def reward_columns(answers: Answers, grid: Tensor, objective: int) -> list[np.ndarray]:
     """Return the finite rewards under each vector of ``grid``, found by its weights."""
-    scores = evaluation.scores[:, objective]
+    scores = answers.scores[:, objective]
     found = []
     for vector in grid:
-        same = (evaluation.grid - vector).abs().amax(-1) < 1e-5  # (M,)
-        rows = scores[same[evaluation.grid_index]]
+        same = (answers.grid - vector).abs().amax(-1) < 1e-5  # (M,)
+        rows = scores[same[answers.grid_index]]
         found.append(rows[rows.isfinite()].numpy())
     return found
 

@@ -8,37 +8,25 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
-from math import isfinite, nan
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import Tensor
 
-from miepo.callbacks.evaluation_record import FOLDER
 from miepo.errors import UserError, first_line
+from miepo.evaluation import (
+    DEFAULT_REFERENCE_POINT,
+    Answers,
+    Evaluation,
+    evaluation_files,
+    read_evaluation,
+)
 from miepo.objectives.base import Normalisation
 from miepo.objectives.normalisation import normalisations_in
 from miepo.resources import is_file, is_folder
 
 METRICS, CONFIG, NORMALISATION = "metrics.csv", "config.yaml", "normalisation.json"
-REFERENCE_POINT = -1.0  # ParetoFront's default
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The answers of one evaluation: N of them, to prompts under the M vectors of a grid."""
-
-    title: str  # "step 16"; "validate" for one outside of training
-    step: int | None
-    names: tuple[str, ...]  # of the objectives, in column order
-    grid: Tensor  # (M, K)
-    grid_index: Tensor  # (N,)
-    positions: Tensor  # (N,) of the prompts in the evaluation set
-    scores: Tensor  # (N, K) normalised rewards, NaN where there is none
-    prompts: tuple[str, ...]
-    responses: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,14 +39,13 @@ class RunRecord:
     config_text: str
     normalisation: Mapping[str, Normalisation]  # of the rewards, by objective; empty where it was not written
     series: Mapping[str, tuple[tuple[int, float], ...]]  # by metric: step and value, as logged
-    figures: tuple[tuple[int, Mapping[str, float]], ...]  # of every evaluation: steps taken and what was logged
-    evaluations: int  # how many have their answers kept
+    evaluations: int  # how many were recorded
     first: Evaluation | None
     last: Evaluation | None  # None, too, where there is only one
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The objectives: in column order where answers were kept, else as the log has them, by name."""
+        """The objectives: in column order where an evaluation was recorded, else as the log has them, by name."""
         if self.first:
             return self.first.names
         found = {m[2] for key in self.series if (m := re.fullmatch(r"(reward|front/sd)/(.+)", key))}
@@ -69,15 +56,14 @@ class RunRecord:
         return self.last or self.first
 
     @property
+    def answers(self) -> Answers | None:
+        """Of the last evaluation, where they were kept."""
+        return self.latest.answers if self.latest else None
+
+    @property
     def reference_point(self) -> float:
         """Of the hypervolume."""
-        trainer = self.config.get("trainer")
-        callbacks = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
-        for entry in callbacks if isinstance(callbacks, list) else [callbacks]:
-            if isinstance(entry, Mapping) and str(entry.get("class_path")).endswith("ParetoFront"):
-                value = _number((entry.get("init_args") or {}).get("reference_point"))
-                return REFERENCE_POINT if value is None else value
-        return REFERENCE_POINT
+        return self.latest.reference_point if self.latest else DEFAULT_REFERENCE_POINT
 
     @property
     def steps(self) -> int:
@@ -110,7 +96,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
             )
     names = next((run.names for run in runs if run.first), first.names)
     return [
-        replace(run, first=run.first and ordered(run.first, names), last=run.last and ordered(run.last, names))
+        replace(run, first=run.first and run.first.ordered(names), last=run.last and run.last.ordered(names))
         for run in runs
     ]
 
@@ -131,12 +117,6 @@ def labels(folders: Sequence[Path]) -> list[str]:
             for path in parts:
                 path.pop(end)
     return ["/".join(path) for path in parts]
-
-
-def ordered(evaluation: Evaluation, names: tuple[str, ...]) -> Evaluation:
-    """Return the same with its columns in the order of ``names``."""
-    columns = [evaluation.names.index(name) for name in names]
-    return replace(evaluation, names=names, grid=evaluation.grid[:, columns], scores=evaluation.scores[:, columns])
 
 
 def check_folder(folder: Path) -> None:
@@ -169,7 +149,6 @@ def read_run(folder: Path, label: str | None = None) -> RunRecord:
         config_text=text,
         normalisation=normalisations_in(folder / NORMALISATION)[0] if is_file(folder / NORMALISATION) else {},
         series=series_of(rows),
-        figures=figures_of(rows),
         evaluations=len(files),
         first=read_evaluation(files[0]) if files else None,
         last=read_evaluation(files[-1]) if len(files) > 1 else None,
@@ -184,10 +163,9 @@ def incomparable(runs: Sequence[RunRecord]) -> list[str]:
         if len({(f"{n.mean:.6g}", f"{n.sd:.6g}") for _, n in known}) > 1:
             each = "; ".join(f"{label} by mean {n.mean:.4g}, sd {n.sd:.4g}" for label, n in known)
             reasons.append(f"Rewards of {name} are normalised in different ways: {each}.")
-    evaluations = [run.latest for run in runs if run.latest]
-    if len({tuple(sorted(set(e.prompts))) for e in evaluations}) > 1:
+    if len({tuple(sorted(set(run.answers.prompts))) for run in runs if run.answers}) > 1:
         reasons.append("The runs were evaluated on different prompts.")
-    if len({tuple(map(tuple, e.grid.tolist())) for e in evaluations}) > 1:
+    if len({tuple(map(tuple, run.latest.grid.tolist())) for run in runs if run.latest}) > 1:
         reasons.append("The runs were evaluated under different preference vectors.")
     if len({run.reference_point for run in runs}) > 1:
         points = ", ".join(f"{run.label} {run.reference_point:g}" for run in runs)
@@ -295,123 +273,3 @@ def series_of(rows: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, tupl
     """Return the steps and values of every metric, from the rows of a log."""
     keys = sorted({key for _, row in rows for key in row} - {"epoch"})
     return {key: tuple((step, row[key]) for step, row in rows if key in row) for key in keys}
-
-
-def of_evaluation(key: str) -> bool:
-    """Return whether a metric is logged at evaluations, and not at steps."""
-    return key.startswith(
-        (
-            "front/",
-            "steerability",
-            "side_effect/",
-            "information/preference",
-            "information/ceiling",
-            "information/feedback",
-        )
-    )
-
-
-def figures_of(rows: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[tuple[int, dict[str, float]], ...]:
-    """Return what was logged at every evaluation, with the steps that had been taken.
-
-    Callbacks log the evaluation before training each in a row of its own, and Lightning names later ones, in rows with
-    an epoch, by the last step: an evaluation after 16 steps is logged at step 15.
-    """
-    found: list[tuple[int, dict[str, float]]] = []
-    trained = False
-    for step, row in rows:
-        own = {key: value for key, value in row.items() if of_evaluation(key)}
-        trained = trained or "loss" in row or "epoch" in row
-        taken = step + 1 if trained else step
-        if own and found and found[-1][0] == taken and not own.keys() & found[-1][1].keys():
-            found[-1][1].update(own)
-        elif own:
-            found.append((taken, own))
-    return tuple(found)
-
-
-# -- the answers -------------------------------------------------------------------------------------------------------
-
-
-def evaluation_files(folder: Path) -> list[Path]:
-    """Return the evaluations of training in their order; where there is none, one of a checkpoint."""
-    files = [p for p in (folder / FOLDER).glob("step_*.jsonl") if p.stem.removeprefix("step_").isdecimal()]
-    if files:
-        return sorted(files, key=lambda path: int(path.stem.removeprefix("step_")))
-    return [path for name in ("validate", "test") if (path := folder / FOLDER / f"{name}.jsonl").is_file()][:1]
-
-
-def read_evaluation(file: Path) -> Evaluation:
-    """Read what :class:`~miepo.callbacks.EvaluationRecord` wrote.
-
-    Raises:
-        UserError: a line is malformed; the message names it.
-    """
-    rows: list[dict[str, Any]] = []
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"expected answers in '{file}', got {first_line(error)}") from None
-    for number, line in enumerate(content.split(b"\n"), 1):  # JSON leaves other line ends inside a text
-        if line.strip():
-            where = f"{file}, line {number}"
-            rows.append(_checked(line, where))
-            if [*rows[-1]["preference"]] != [*rows[0]["preference"]]:
-                raise UserError(
-                    f"{where}: expected objectives {[*rows[0]['preference']]}, got {[*rows[-1]['preference']]}"
-                )
-    if not rows:
-        raise UserError(f"expected answers in '{file}', got an empty file")
-    names = tuple(rows[0]["preference"])
-    vectors = {row["grid_index"]: [*row["preference"].values()] for row in reversed(rows)}
-    indices = {index: i for i, index in enumerate(sorted(vectors))}  # where an evaluation was cut, some have no answer
-    step = file.stem.removeprefix("step_")
-    return Evaluation(
-        title=f"step {int(step)}" if step.isdecimal() else file.stem,
-        step=int(step) if step.isdecimal() else None,
-        names=names,
-        grid=torch.tensor([vectors[index] for index in indices], dtype=torch.float64),
-        grid_index=torch.tensor([indices[row["grid_index"]] for row in rows]),
-        positions=torch.tensor([row["position"] for row in rows]),
-        scores=torch.tensor([[row["rewards"][name] for name in names] for row in rows], dtype=torch.float64),
-        prompts=tuple(row["prompt"] for row in rows),
-        responses=tuple(row["response"] for row in rows),
-    )
-
-
-def _checked(line: bytes, where: str) -> dict[str, Any]:
-    """Return one line as a row of which every value has its type; NaN for a reward that is null."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: expected a JSON object, got {first_line(error)}") from None
-    kinds = {"prompt": str, "response": str, "position": int, "grid_index": int, "preference": dict, "rewards": dict}
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    for key, kind in kinds.items():
-        if not isinstance(row.get(key), kind) or isinstance(row[key], bool):
-            raise UserError(f"{where}: expected {key} of type {kind.__name__}, got {str(row.get(key))[:80]!r}")
-        if kind is int and abs(row[key]) >= 2**62:
-            raise UserError(
-                f"{where}: expected {key} to be a place in the evaluation, got a number of {len(str(row[key]))} digits"
-            )
-    if not row["preference"] or row["preference"].keys() != row["rewards"].keys():
-        raise UserError(
-            f"{where}: expected a weight and a reward for each objective, got weights of {[*row['preference']]} and "
-            f"rewards of {[*row['rewards']]}"
-        )
-    rewards = {name: nan if reward is None else _number(reward) for name, reward in row["rewards"].items()}
-    preference = {name: _number(weight) for name, weight in row["preference"].items()}
-    if None in rewards.values() or not all(w is not None and isfinite(w) for w in preference.values()):
-        got = f"{row['preference']}, {row['rewards']}"
-        raise UserError(f"{where}: expected numbers in preference and rewards, got {got[:160]}")
-    return row | {"rewards": rewards, "preference": preference}
-
-
-def _number(value: Any) -> float | None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None

@@ -204,7 +204,8 @@ class SteerPage:
                 headers=heads, label="Scores, normalised as in training", interactive=False, elem_id="scores"
             )
             weights = [slider for side in SIDES for slider in sliders[side]]
-            if said := obedience(self.trained.saved.evaluations.get("last", {}).get("metrics", {}), names):
+            evaluations = self.trained.saved.evaluations
+            if evaluations and (said := obedience(evaluations[-1].figures, names)):
                 gr.Markdown("Measured at the end of training: " + "; ".join(said) + ".", elem_id="obedience")
             known = self.trained.front is not None
             plot = gr.Plot(label="Measured front", format="png", elem_id="front", visible=known)

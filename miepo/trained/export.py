@@ -133,12 +133,8 @@ def block_factors(owners: Sequence[str | None], objectives: int) -> Tensor:
 
 def _write_card(saved: Saved, owners: Sequence[str | None], policy: Policy, folder: Path) -> None:
     rank, k = policy.lora_rank, len(saved.names)
-    card = {key: value for key, value in vars(saved).items() if key not in ("source", "adapter", "front")}
-    card["front"] = None
-    if saved.front is not None:
-        front = saved.front
-        before = None if front.before is None else front.before.tolist()
-        card["front"] = {"grid": front.grid.tolist(), "after": front.means.tolist(), "before": before}
+    card = {key: value for key, value in vars(saved).items() if key not in ("source", "adapter")}
+    card["evaluations"] = [evaluation.state() for evaluation in saved.evaluations]
     card["blocks"] = [
         {
             "columns": [i * rank, (i + 1) * rank],

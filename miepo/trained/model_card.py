@@ -49,12 +49,12 @@ def model_card(saved: Saved, preference: Tensor | None, merged: bool, kept: floa
     ]
     if rounding_note(kept):
         parts.append(f"Rounding to the type of the weights has left {100 * kept:.0f} % of what was trained.")
-    if columns := list(saved.evaluations.values()):
-        head = ["metric", *(f"step {column['step']}" for column in columns)]
-        rows = [head, ["---"] * len(head), *table_rows(columns)]
+    if saved.evaluations:
+        head = ["metric", *(evaluation.title for evaluation in saved.evaluations)]
+        rows = [head, ["---"] * len(head), *table_rows([evaluation.figures for evaluation in saved.evaluations])]
         cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         parts += ["## Measured", "\n".join(f"| {' | '.join(row)} |" for row in cells)]
-        if said := obedience(columns[-1]["metrics"], saved.names):
+        if said := obedience(saved.evaluations[-1].figures, saved.names):
             parts.append("\n".join(f"- {line}" for line in said))
         by = [f"{name} by mean {n['mean']:.4g}, sd {n['sd']:.4g}" for name, n in saved.normalisations.items()]
         parts.append(f"Rewards are normalised: {'; '.join(by)}. All of the whole simplex, on the run's own prompts.")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from miepo.errors import UserError, first_line
+from miepo.evaluation import Evaluation, evaluations_in, measured_front
 from miepo.exploration import InfoNCE
 from miepo.metrics.front_plot import Front
 from miepo.policy.policy import ADAPTER
@@ -39,9 +39,13 @@ class Saved:
     adapter: dict[str, Tensor]  # by the names of the policy's parameters
     max_new_tokens: int = 128  # what it was trained with
     stop: tuple[str, ...] = ()
-    front: Front | None = None
-    evaluations: dict[str, Any] = field(default_factory=dict)  # first and last: step and metrics
+    evaluations: tuple[Evaluation, ...] = ()  # the first and the last
     settings: dict[str, Any] = field(default_factory=dict)  # by which it was trained
+
+    @property
+    def front(self) -> Front | None:
+        """What was reached under each preference vector, where it was measured."""
+        return measured_front(self.evaluations)
 
     @classmethod
     def read(cls, path: str | Path) -> Saved:
@@ -85,8 +89,6 @@ def _saved(path: Path, checkpoint: dict[str, Any]) -> Saved:
     config = saved.get("config") or {}
     data = (config.get("data") or {}).get("init_args") or {}
     states = checkpoint.get("callbacks", {})
-    front = states.get("ParetoFront", {})
-    table = states.get("EvaluationTable", {})
     names = tuple(saved["objectives"])
     return Saved(
         source=str(path),
@@ -99,8 +101,7 @@ def _saved(path: Path, checkpoint: dict[str, Any]) -> Saved:
         adapter={k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items()},
         max_new_tokens=data.get("max_new_tokens", 128),
         stop=tuple(((data.get("engine") or {}).get("init_args") or {}).get("stop") or ()),
-        front=_front(names, front) if front.get("after") else None,
-        evaluations={k: v for k, v in table.items() if v},
+        evaluations=tuple(evaluations_in(saved, names, states)),
         settings=_settings(config, checkpoint.get("global_step")),
     )
 
@@ -122,16 +123,12 @@ def _stated(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _front(names: Sequence[str], state: Mapping[str, Any]) -> Front:
-    before = None if state.get("before") is None else torch.tensor(state["before"])
-    return Front(tuple(names), torch.tensor(state["grid"]), torch.tensor(state["after"]), before)
-
-
 def _read_export(folder: Path) -> Saved:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         weights = load_file(folder / "adapter_model.safetensors")
-        front, blocks = card.pop("front"), card.pop("blocks")
+        older = {"ParetoFront": card.pop("front", None), "EvaluationTable": card["evaluations"]}
+        blocks = card.pop("blocks")
         for name, weight in weights.items():
             for block in blocks if ".lora_B." in name else []:
                 if block["objective"] is not None:  # as it lies there, the adapter follows equal weights
@@ -141,7 +138,7 @@ def _read_export(folder: Path) -> Saved:
             "stop": tuple(card["stop"]),
             "source": str(folder),
             "adapter": {f"model.{k.removesuffix('.weight')}.{ADAPTER}.weight": v for k, v in weights.items()},
-            "front": _front(card["names"], front) if front else None,
+            "evaluations": tuple(evaluations_in(card, card["names"], older)),
         }
         return Saved(**card)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -16,12 +17,20 @@ def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) ->
     """Log the figures of one evaluation by Lightning's own way, and to the loggers directly before training.
 
     Lightning keeps what is logged in its sanity check from the loggers. Here the sanity check over the whole
-    validation set is the evaluation before training, which is half of every comparison.
+    validation set is the evaluation before training, which is half of every comparison. What has dimensions is no
+    number to log: the module's :class:`~miepo.evaluation.Evaluation` has it.
     """
-    module.log_dict(dict(metrics), on_step=False, on_epoch=True)
+    module.measured |= metrics
+    numbers = {key: value for key, value in metrics.items() if not torch.as_tensor(value).dim()}
+    module.log_dict(numbers, on_step=False, on_epoch=True)
     if trainer.sanity_checking and trainer.global_step == 0:  # before a run that goes on there is nothing new
         for logger in trainer.loggers:
-            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=trainer.global_step)
+            logger.log_metrics({k: float(v) for k, v in numbers.items()}, step=trainer.global_step)
+
+
+def whole_evaluation(trainer: Trainer) -> bool:
+    """Return whether the evaluation covers the whole set: Lightning's sanity check may take a part of it."""
+    return not trainer.sanity_checking or trainer.num_sanity_val_steps == float("inf")
 
 
 def log_image(trainer: Trainer, key: str, path: Path) -> None:

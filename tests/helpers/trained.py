@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from miepo.metrics.front_plot import Front
+from miepo.evaluation import MEANS, Evaluation
 from miepo.objectives import Brevity
 from miepo.policy import Conditioning, Policy
 from miepo.recorded import specification
@@ -46,11 +46,13 @@ def saved_policy(
         normalisations={name: {"mean": -1.0, "sd": 2.0} for name in names},
         adapter={name: p.detach().clone() for name, p in policy.adapter_parameters().items()},
         max_new_tokens=9,
-        front=Front(names, GRID, GRID * 2 - 1, GRID * 0) if len(names) == 2 else None,
-        evaluations={
-            key: {"step": step, "metrics": {"front/hv": 1.0 + step, "front/mip": 0.25 * step}}
-            for key, step in (("first", 0), ("last", 8))
-        },
+        evaluations=tuple(
+            Evaluation(
+                step, f"step {step}", names, GRID, {"front/hv": 1.0 + step, "front/mip": 0.25 * step}, {MEANS: means}
+            )
+            for step, means in ((0, GRID * 0), (8, GRID * 2 - 1))
+            if len(names) == 2
+        ),
     )
     return saved, policy
 

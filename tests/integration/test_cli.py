@@ -129,16 +129,20 @@ def test_every_answer_is_kept_with_the_run(fitted: tuple[Path, dict, str]) -> No
     root, values, _ = fitted
     folder = root / "run/version_0/evaluations"
     assert sorted(p.name for p in folder.iterdir()) == ["step_000000.jsonl", "step_000002.jsonl"]
-    rows = [json.loads(line) for line in (folder / "step_000002.jsonl").read_text().splitlines()]
+    head, *rows = [json.loads(line) for line in (folder / "step_000002.jsonl").read_text().splitlines()]
     prompts = values["data"]["validation_prompts"]
     assert [(row["prompt"], row["position"], row["grid_index"]) for row in rows] == [
         (prompt, p, m) for p, prompt in enumerate(prompts) for m in range(3)
     ]
     assert rows[1]["preference"] == {"letter_e": 0.5, "brevity": 0.5}
-    state = torch.load(checkpoint(root), weights_only=True)["callbacks"]["ParetoFront"]
-    rewards = torch.tensor([list(row["rewards"].values()) for row in rows]).view(3, 3, 2)
-    torch.testing.assert_close(rewards.mean(0), torch.tensor(state["after"]))  # of each preference vector
-    assert state["grid"] == [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
+    first, last = torch.load(checkpoint(root), weights_only=True)["miepo"]["evaluations"]
+    assert (first["step"], last) == (0, head)  # one record of an evaluation, wherever it is kept
+    rewards = torch.tensor([list(row["rewards"].values()) for row in rows]).view(3, 3, 2).double()
+    means = torch.tensor(last["arrays"]["front/means"]).double()
+    torch.testing.assert_close(rewards.mean(0), means, rtol=1e-5, atol=1e-5)  # of each preference vector
+    assert last["grid"] == [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
+    assert last["arrays"]["front/reference_point"] == [-1.0, -1.0]
+    assert {"front/hv", "information/preference", "steerability/brevity_low"} <= last["figures"].keys()
     assert any(row["response"] for row in rows)
 
 

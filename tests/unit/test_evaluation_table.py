@@ -25,7 +25,7 @@ METRICS = {
 
 def test_slopes_are_the_headline() -> None:
     """An objective may be called as another's limit would be."""
-    assert table_rows([{"metrics": METRICS}]) == [
+    assert table_rows([METRICS]) == [
         ["slope of long, sd (up)", "1.940 [1.400, 2.440]"],
         ["slope of long_low_sugar, sd (up)", "-0.200 [-0.500, 0.100]"],
         ["HV (up)", "2.000"],

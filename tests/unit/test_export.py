@@ -215,9 +215,8 @@ def test_what_rounding_takes_is_said(tiny_model: Path, tmp_path: Path) -> None:
 def test_the_card_tells_what_was_measured(tiny_model: Path, tmp_path: Path) -> None:
     saved, _ = saved_policy(tiny_model, WAYS["gated"])
     information = {f"information/{key}": value for key, value in INFORMATION.items()}
-    for column in saved.evaluations.values():
-        column["metrics"] |= information
-    saved = replace(saved, stop=("\n\nHuman:",))
+    evaluations = tuple(replace(e, figures={**e.figures, **information}) for e in saved.evaluations)
+    saved = replace(saved, stop=("\n\nHuman:",), evaluations=evaluations)
     folder = export(saved, tmp_path / "out", {"brevity": 1.0})
     card = (folder / "README.md").read_text()
     table = [line for line in card.splitlines() if line.startswith("| ")]

@@ -17,13 +17,14 @@ from scipy import stats
 
 from miepo.callbacks.evaluation_table import table_rows
 from miepo.errors import UserError
+from miepo.evaluation import Answers, read_evaluation
 from miepo.metrics import ParetoFrontMetric, reward_overlap
 from miepo.preferences import evaluation_grid
 from miepo.report import Report, report
 from miepo.report import pictures as draw
 from miepo.report.intervals import KEYS, front_of, overlap, point_estimates
 from miepo.report.page import before_and_after, samples
-from miepo.report.runs import Evaluation, differing, incomparable, labels, read_evaluation, read_run, read_runs
+from miepo.report.runs import differing, incomparable, labels, read_run, read_runs
 from miepo.report.text import visible
 from miepo.seeding import RandomStream, generator
 from tests.helpers.runs import NAMES, evaluation_rows, figures, write_run
@@ -51,57 +52,62 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     assert run.names == NAMES
     assert run.steps == 4
     assert run.series["loss"] == ((0, 1.4), (1, 1.4 - 0.1), (2, 1.4 - 0.2), (3, 1.4 - 0.1 * 3))
-    assert [step for step, _ in run.figures] == [0, 4]  # logged at steps 0 and 3
-    assert run.figures[0][1]["information/ceiling"] == 1.0986  # two rows of one evaluation
+    assert run.evaluations == 2
     assert run.first is not None and run.last is not None
     assert (run.first.title, run.last.title) == ("step 0", "step 4")
-    assert torch.equal(run.last.grid, evaluation_grid(2, 3).double())
-    assert run.last.scores.shape == (18, 2)
-    assert run.last.responses[4] == "answer 1 under 1"
-
-
-def test_an_evaluation_before_any_loss_is_logged(tmp_path: Path) -> None:
-    """As with ``log_every_n_steps`` above the number of steps."""
-    rows = ["step,epoch,front/hv,information/preference", "0,,1.0,0.1", "3,0,2.0,0.5"]
-    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
-    run = read_run(tmp_path)
-    assert run.figures == (
-        (0, {"front/hv": 1.0, "information/preference": 0.1}),
-        (4, {"front/hv": 2.0, "information/preference": 0.5}),
-    )
-    assert set(run.series) == {"front/hv", "information/preference"}
+    assert (run.first.step, run.last.step) == (0, 4)
+    assert run.first.figures["information/ceiling"] == 1.0986
+    answers = run.last.answers
+    assert answers is not None
+    for grid in (run.last.grid, answers.grid):
+        assert torch.equal(grid, evaluation_grid(2, 3).double())
+    assert answers.scores.shape == (18, 2)
+    assert answers.responses[4] == "answer 1 under 1"
 
 
 def test_an_evaluation_after_one_step_is_told_from_the_one_before(tmp_path: Path) -> None:
     """Both are logged at step 0."""
     run = read_run(write_run(tmp_path / "run", steps=1))
-    assert [step for step, _ in run.figures] == [0, 1]
+    assert run.evaluations == 2
     columns, note = before_and_after(run)
     assert not note
-    assert [c["metrics"]["information/preference"] for c in columns[:2]] == [0.0, 0.3]
+    assert [c.figures["information/preference"] for c in columns[:2]] == [0.0, 0.3]
 
 
-def test_the_reference_point_is_the_configurations(tmp_path: Path) -> None:
-    for i, (callbacks, expected) in enumerate(
-        [
-            ([{"class_path": "miepo.callbacks.ParetoFront", "init_args": {"reference_point": -2}}], -2),
-            ({"class_path": "ParetoFront", "init_args": {"reference_point": 0.5}}, 0.5),
-            ([{"class_path": "miepo.callbacks.ParetoFront"}], -1),
-            ([{"class_path": "miepo.callbacks.ParetoFront", "init_args": {"reference_point": None}}], -1),
-            (None, -1),
-            ("ParetoFront", -1),
-        ]
-    ):
-        assert (
-            read_run(write_run(tmp_path / str(i), config={"trainer": {"callbacks": callbacks}})).reference_point
-            == expected
-        )
+def test_a_run_of_an_older_version_shows_its_answers(tmp_path: Path) -> None:
+    """A file of an evaluation had no first line with figures."""
+    folder = write_run(tmp_path / "run")
+    whole, _ = before_and_after(read_run(folder))
+    for file in (folder / "evaluations").iterdir():
+        file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[1:]))
+    columns, note = before_and_after(read_run(folder))
+    assert not note
+    for old, new in zip(columns, whole, strict=True):
+        assert old.title == new.title
+        assert old.figures == {key: x for key, x in new.figures.items() if not key.startswith("information/")}
+
+
+def test_a_run_that_kept_no_answers_shows_its_figures(tmp_path: Path) -> None:
+    """As with ``record.prompts`` 0."""
+    folder = write_run(tmp_path / "run")
+    for file in (folder / "evaluations").iterdir():
+        head = json.loads(file.read_text().splitlines()[0])
+        head["arrays"]["front/means"] = [[0.0, None], [1.0, 2.0], [0.5, 0.5]]
+        file.write_text(json.dumps(head) + "\n")
+    run = read_run(folder)
+    columns, note = before_and_after(run)
+    assert not note
+    assert [column.title for column in columns] == ["step 0", "step 4"]
+    assert run.last is not None and columns[1].figures == run.last.figures
+    html = report(folder).html
+    assert "No answers of evaluations were kept by" in html
+    assert "Mean rewards under every preference vector, before and after" in html
 
 
 def test_rewards_that_are_missing_are_read_and_left_out(tmp_path: Path) -> None:
     rows = evaluation_rows(1)
     rows[0]["rewards"]["brevity"] = None
-    evaluation = read_run(write_run(tmp_path / "run", [rows])).first
+    evaluation = read_run(write_run(tmp_path / "run", [rows])).answers
     assert evaluation is not None
     assert evaluation.scores[0].isnan().tolist() == [False, True]
     logged = figures(rows)
@@ -115,7 +121,8 @@ def test_an_evaluation_of_a_checkpoint(tmp_path: Path) -> None:
     run = read_run(folder)
     assert run.latest is not None and run.latest.title == "validate"
     (only,), note = before_and_after(run)
-    assert not note and only["metrics"]["front/mip_low"] <= only["metrics"]["front/mip"]
+    assert not note and only.figures["front/mip_low"] <= only.figures["front/mip"]
+    assert only.title == "validate"
 
 
 def test_line_ends_that_only_unicode_knows_stay_in_a_text(tmp_path: Path) -> None:
@@ -125,7 +132,8 @@ def test_line_ends_that_only_unicode_knows_stay_in_a_text(tmp_path: Path) -> Non
         ),
         encoding="utf-8",
     )
-    assert read_evaluation(tmp_path / "step_000001.jsonl").responses[0] == "a\u2028b\x85c\r"
+    answers = read_evaluation(tmp_path / "step_000001.jsonl").answers
+    assert answers is not None and answers.responses[0] == "a\u2028b\x85c\r"
 
 
 def test_a_log_that_is_being_written(tmp_path: Path) -> None:
@@ -136,7 +144,7 @@ def test_a_log_that_is_being_written(tmp_path: Path) -> None:
     assert read_run(folder).series["loss"] == whole
     with (folder / "metrics.csv").open("a") as file:
         file.write("\n0.1,0.2\n")
-    with pytest.raises(UserError, match=r"metrics.csv, line 9: expected a number or nothing in each of 12 columns"):
+    with pytest.raises(UserError, match=r"metrics.csv, line 8: expected a number or nothing in each of 12 columns"):
         read_run(folder)
 
 
@@ -162,13 +170,17 @@ def test_columns_of_runs_follow_the_first(tmp_path: Path) -> None:
         row | {key: dict(reversed(row[key].items())) for key in ("preference", "rewards")} for row in evaluation_rows(1)
     ]
     mixed = write_run(tmp_path / "mixed", [[*evaluation_rows(0)[:1], *turned[1:]]])
-    with pytest.raises(UserError, match="line 2: expected objectives"):  # within a file they keep their order
+    with pytest.raises(UserError, match=r"line 3: .* of \['letter_e', 'brevity'\]"):  # a file keeps one order
         read_run(mixed)
     first, second = read_runs([a, write_run(tmp_path / "b", [turned, turned])])
     assert first.last is not None and second.last is not None
     assert second.last.names == first.last.names
-    assert torch.equal(first.last.scores, second.last.scores)
     assert torch.equal(first.last.grid, second.last.grid)
+    one, other = first.last.answers, second.last.answers
+    assert one is not None and other is not None
+    assert one.names == other.names
+    assert torch.equal(one.scores, other.scores)
+    assert torch.equal(one.grid, other.grid)
 
 
 def test_runs_on_different_scales_are_said_to_be(tmp_path: Path) -> None:
@@ -176,9 +188,8 @@ def test_runs_on_different_scales_are_said_to_be(tmp_path: Path) -> None:
     assert incomparable(read_runs(same)) == []
     file = same[1] / "normalisation.json"
     file.write_text(file.read_text().replace('"mean": 1.0, "sd": 2.0', '"mean": 1.5, "sd": 2.0', 1))
-    front = {"class_path": "ParetoFront", "init_args": {"reference_point": -2.0}}
     rows = evaluation_rows(1, prompts=4, points=5)
-    other = write_run(tmp_path / "c", [rows, rows], config={"trainer": {"callbacks": front}})
+    other = write_run(tmp_path / "c", [rows, rows], reference_point=-2.0)
     found = incomparable(read_runs([*same, other]))
     assert found == [
         "Rewards of letter_e are normalised in different ways: a by mean 1, sd 2; b by mean 1.5, sd 2; c by mean 1, sd 2.",
@@ -198,7 +209,7 @@ def test_intervals_against_a_slow_loop(names: tuple[str, ...], tmp_path: Path) -
     """Each resample, and each set without a prompt, by itself through the metric of training, from lists of its rows."""
     rows = evaluation_rows(1, names, prompts=6, points=3 if len(names) == 2 else None)
     rows[3]["rewards"][names[0]] = None
-    evaluation = read_run(write_run(tmp_path / "run", [rows])).first
+    evaluation = read_run(write_run(tmp_path / "run", [rows])).answers
     assert evaluation is not None
 
     def measured(prompts: Sequence[int]) -> dict[str, float]:
@@ -230,14 +241,14 @@ def test_intervals_against_a_slow_loop(names: tuple[str, ...], tmp_path: Path) -
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("prompts", [4, 30])
 def test_an_interval_contains_its_estimate_and_narrows_with_prompts(seed: int, prompts: int, tmp_path: Path) -> None:
-    evaluation = read_run(write_run(tmp_path / "run", [evaluation_rows(seed, prompts=prompts)])).first
+    evaluation = read_run(write_run(tmp_path / "run", [evaluation_rows(seed, prompts=prompts)])).answers
     assert evaluation is not None
     found = front_of(evaluation, -1.0)
     assert "front/hv_low" not in found  # flattered by noise, and a resample's even more
     for key in ("front/hv_corrected", *KEYS[1:]):
         assert found[f"{key}_low"] <= found[key] <= found[f"{key}_high"], key
     if prompts == 30:
-        few = read_run(write_run(tmp_path / "few", [evaluation_rows(seed, prompts=8)])).first
+        few = read_run(write_run(tmp_path / "few", [evaluation_rows(seed, prompts=8)])).answers
         assert few is not None
         wide = front_of(few, -1.0)
         for key in ("front/hv_corrected", "front/mip"):
@@ -256,7 +267,9 @@ def test_an_interval_covers_as_often_as_it_says(tmp_path: Path, key: str, truth:
             row["rewards"] = dict(zip(NAMES, (weights + rng.normal(size=2)).tolist(), strict=True))
         file = tmp_path / "step_000001.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        found = front_of(read_evaluation(file), -1.0, draws=1)
+        answers = read_evaluation(file).answers
+        assert answers is not None
+        found = front_of(answers, -1.0, draws=1)
         inside += found[f"{key}_low"] <= truth <= found[f"{key}_high"]
     assert 0.9 <= inside / 200 <= 0.99
 
@@ -264,9 +277,9 @@ def test_an_interval_covers_as_often_as_it_says(tmp_path: Path, key: str, truth:
 def test_one_prompt_has_no_intervals(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", [evaluation_rows(1, prompts=1)]))
     (only,), _ = before_and_after(run)
-    assert {"front/hv", "front/mip"} <= set(only["metrics"])
+    assert {"front/hv", "front/mip"} <= set(only.figures)
     assert not [
-        k for k in only["metrics"] if k.startswith(("front", "steer")) and k.endswith(("_low", "_high", "corrected"))
+        k for k in only.figures if k.startswith(("front", "steer")) and k.endswith(("_low", "_high", "corrected"))
     ]
     assert report([run.folder]).html
 
@@ -276,8 +289,8 @@ def test_the_change_is_that_of_pairs(tmp_path: Path) -> None:
     before = evaluation_rows(0)
     after = [row | {"rewards": {name: r + 1 for name, r in row["rewards"].items()}} for row in before]
     columns, _ = before_and_after(read_run(write_run(tmp_path / "run", [before, after])))
-    assert [c["title"] for c in columns] == ["step 0", "step 4", "change"]
-    change = columns[2]["metrics"]
+    assert [c.title for c in columns] == ["step 0", "step 4", "change"]
+    change = columns[2].figures
     assert [change[f"front/mip{end}"] for end in ("", "_low", "_high")] == pytest.approx([1, 1, 1])
     assert change["front/hv_corrected_low"] > 0
     assert change["steerability/brevity"] == pytest.approx(0, abs=1e-6)
@@ -289,11 +302,13 @@ def test_the_change_is_that_of_pairs(tmp_path: Path) -> None:
 def test_the_interval_of_a_change_against_a_slow_loop(tmp_path: Path) -> None:
     """Both evaluations without the same prompt, one prompt after the other."""
     run = read_run(write_run(tmp_path / "run", [evaluation_rows(0, prompts=6), evaluation_rows(1, prompts=6)]))
-    old, new = run.first, run.last
+    assert run.first is not None
+    assert run.last is not None
+    old, new = run.first.answers, run.last.answers
     assert old is not None
     assert new is not None
 
-    def figure(evaluation: Evaluation, key: str, without: int | None = None) -> float:
+    def figure(evaluation: Answers, key: str, without: int | None = None) -> float:
         keep = evaluation.positions != (-1 if without is None else without)
         parts = {name: getattr(evaluation, name)[keep] for name in ("grid_index", "positions", "scores")}
         return point_estimates(replace(evaluation, **parts), -1.0)[key]
@@ -320,25 +335,27 @@ def test_the_interval_of_a_change_against_a_slow_loop(tmp_path: Path) -> None:
 def test_dispersion_of_two_objectives_needs_four_prompts(tmp_path: Path) -> None:
     """Without one of three, two answers are left, whose covariance has no volume."""
     for prompts in (3, 4):
-        evaluation = read_run(write_run(tmp_path / str(prompts), [evaluation_rows(1, prompts=prompts)])).first
+        evaluation = read_run(write_run(tmp_path / str(prompts), [evaluation_rows(1, prompts=prompts)])).answers
         assert evaluation is not None
         assert ("front/crd_low" in front_of(evaluation, -1.0, draws=2)) == (prompts == 4)
 
 
 def test_no_interval_where_only_some_answers_were_kept(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    logged = read_run(folder).figures[1][1]["front/hv"]
+    last = read_run(folder).last
+    assert last is not None
     file = folder / "evaluations/step_000004.jsonl"
-    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:6]))
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:7]))
     columns, note = before_and_after(read_run(folder))
     assert "the answers that were kept (2 prompts at step 4) have others" in note
-    assert columns[1]["metrics"]["front/hv"] == logged
-    assert "front/hv_low" not in columns[1]["metrics"]
+    assert [c.title for c in columns] == ["step 0", "step 4"]
+    assert columns[1].figures == last.figures
+    assert "front/mip_low" in columns[0].figures and "front/mip_low" not in columns[1].figures
     assert note in unescape(report([folder]).html)
 
 
 def test_the_overlap_is_that_of_training(tmp_path: Path) -> None:
-    evaluation = read_run(write_run(tmp_path / "run")).last
+    evaluation = read_run(write_run(tmp_path / "run")).answers
     assert evaluation is not None
     assert overlap(evaluation) == float(reward_overlap(evaluation.scores, evaluation.grid_index, evaluation.grid))
     nothing = [row | {"rewards": dict.fromkeys(NAMES)} for row in evaluation_rows(1)]
@@ -350,7 +367,7 @@ def test_the_overlap_is_that_of_training(tmp_path: Path) -> None:
 def test_the_table_names_an_interval_and_the_ceiling_of_information_alone() -> None:
     metrics = {"front/hv": 2.0, "front/hv_low": 1.0, "front/hv_high": 3.0, "information/ceiling": 1.61}
     metrics |= {"information/preference": 0.5, "information/preference_low": -1e-9, "information/preference_high": 0.6}
-    assert table_rows([{"metrics": metrics}]) == [
+    assert table_rows([metrics]) == [
         ["HV (up)", "2.000 [1.000, 3.000]"],
         ["I(Y;W|X), nats (up)", "0.500 [0.000, 0.600] of 1.61"],
     ]
@@ -463,7 +480,7 @@ def test_a_run_without_answers_shows_what_it_has(tmp_path: Path) -> None:
     html = report(folder).html
     assert "No answers of evaluations were kept by" in html
     assert html.count("data:image/png;base64,") == 1
-    assert "before, step 0" in html and "after, step 4" in html
+    assert "No evaluation was recorded yet" in html
     with_one = report([folder, write_run(tmp_path / "other")]).html
     assert "No answers of evaluations were kept by run:" in with_one
 
@@ -475,7 +492,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     (folder / "metrics.csv").write_text("step,loss\n0,1.5\n")
     (folder / "config.yaml").unlink()
     html = report(folder).html
-    for text in ("has no config.yaml", "The log has no evaluation yet", "no two steps yet", "There is none to draw"):
+    for text in ("has no config.yaml", "No evaluation was recorded yet", "no two steps yet", "There is none to draw"):
         assert text in html
 
 
@@ -489,17 +506,27 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
         (b"[1]", "expected a JSON object, got list"),
         (b"[" * 100_000, "expected a JSON object, got "),
         (b'"\xff"', "expected a JSON object, got 'utf-8' codec"),
-        ({"prompt": 3}, "expected prompt of type str, got '3'"),
-        ({"response": None}, "expected response of type str, got 'None'"),
-        ({"position": True}, "expected position of type int, got 'True'"),
-        ({"grid_index": 2**70}, "expected grid_index to be a place in the evaluation, got a number of 22 digits"),
-        ({"rewards": {"letter_e": 1.0}}, "expected a weight and a reward for each objective, got weights of"),
-        ({"rewards": {"letter_e": "1", "brevity": 1}}, "expected numbers in preference and rewards"),
-        ({"rewards": {"letter_e": 10**400, "brevity": 1}}, "expected numbers in preference and rewards"),
-        ({"preference": {"letter_e": None, "brevity": 1}}, "expected numbers in preference and rewards"),
+        ({"prompt": 3}, "expected prompt to be a valid string, got 3"),
+        ({"response": None}, "expected response to be a valid string, got None"),
+        ({"position": True}, "expected position to be a valid integer, got True"),
+        ({"grid_index": 2**70}, "expected grid_index to be less than 4611686018427387904, got 1180591620717411303424"),
+        (
+            {"rewards": {"letter_e": 1.0}},
+            r"expected a weight and a reward for each objective of \['letter_e', 'brevity",
+        ),
+        ({"rewards": {"letter_e": "1", "brevity": 1}}, "expected rewards.letter_e to be a valid number, got '1'"),
+        ({"rewards": {"letter_e": 10**400, "brevity": 1}}, "expected rewards.letter_e to be a valid number, got 1000"),
+        (
+            {"preference": {"letter_e": None, "brevity": 1}},
+            "expected preference.letter_e to be a valid number, got None",
+        ),
+        (
+            {"preference": {"letter_e": float("inf"), "brevity": 1}},
+            "expected preference.letter_e to be a finite number",
+        ),
         (
             {"preference": {"x": 0.5, "y": 0.5}, "rewards": {"x": 0.5, "y": 0.5}},
-            r"expected objectives \['letter_e', 'brevity'\], got \['x', 'y'\]",
+            r"expected a weight and a reward for each objective of \['letter_e', 'brevity'\], got weights of \['x', 'y'\]",
         ),
     ],
 )
@@ -507,9 +534,9 @@ def test_a_malformed_line_is_named(line: Any, message: str, tmp_path: Path) -> N
     folder = write_run(tmp_path / "run")
     file = folder / "evaluations/step_000004.jsonl"
     lines = file.read_bytes().splitlines()
-    lines[1] = line if isinstance(line, bytes) else json.dumps(json.loads(lines[1]) | line).encode()
+    lines[2] = line if isinstance(line, bytes) else json.dumps(json.loads(lines[2]) | line).encode()
     file.write_bytes(b"\n".join(lines))
-    with pytest.raises(UserError, match=r"step_000004.jsonl, line 2: " + message):
+    with pytest.raises(UserError, match=r"step_000004.jsonl, line 3: " + message):
         report(folder)
 
 
@@ -553,7 +580,7 @@ def test_runs_of_other_objectives_show_both_lists(tmp_path: Path) -> None:
             b"{}",
             "expected a normalisation at '.*', got a file that miepo normalise did not write",
         ),
-        ("evaluations/step_000004.jsonl", b"\n", "expected answers in '.*', got an empty file"),
+        ("evaluations/step_000004.jsonl", b"\n", "expected an evaluation in '.*', got an empty file"),
     ],
 )
 def test_a_malformed_file_is_named(file: str, content: bytes, message: str, tmp_path: Path) -> None:

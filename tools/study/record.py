@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from itertools import permutations
+from math import nan
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,11 +14,11 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from miepo.callbacks.evaluation_callback import EvaluationCallback
-from miepo.callbacks.pareto_front import METRIC as FRONT
+from miepo.callbacks import EvaluationCallback, ParetoFront, Steerability
 from miepo.callbacks.preference_information import grid_log_prob, read_by_prompt
+from miepo.errors import UserError
+from miepo.evaluation import Evaluation
 from miepo.metrics import reward_overlap
-from miepo.metrics.steerability import preference_slopes, t_interval
 from miepo.policy import Policy
 from miepo.types import EvaluationBatch
 from tools.study import rows
@@ -61,6 +64,7 @@ class Record(EvaluationCallback):
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+        self.slopes: Steerability | None = None  # where the run itself measures none
         self.begin = self.evaluating = self.evaluated = 0.0
         self.rows: list[dict[str, Any]] = []
         self._clear()
@@ -68,7 +72,6 @@ class Record(EvaluationCallback):
     def _clear(self) -> None:
         self.scores: list[Tensor] = []
         self.index: list[Tensor] = []
-        self.positions: list[int] = []
         self.finished: list[Tensor] = []
         self.kl: list[Tensor] = []
         self.lengths: list[Tensor] = []
@@ -84,49 +87,60 @@ class Record(EvaluationCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.evaluating = perf_counter()
 
+    def start(self, trainer: Trainer, module: Any, grid: Tensor) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, ParetoFront) for callback in callbacks):
+            raise UserError(
+                "a study compares fronts: expected miepo.callbacks.ParetoFront among the callbacks, got none"
+            )
+        if not any(isinstance(callback, Steerability) for callback in callbacks):
+            self.slopes = Steerability()
+            self.slopes.start(trainer, module, grid)
+
     def on_evaluation_batch(self, trainer: Trainer, module: Any, batch: EvaluationBatch) -> None:
+        if self.slopes:
+            self.slopes.on_evaluation_batch(trainer, module, batch)
         self.kl.append(divergence(module.policy, batch, trainer.datamodule.grid).cpu())  # type: ignore[attr-defined]
         self.lengths.append(batch.responses.tokens.flat().mask.sum(-1).float().cpu())
         assert batch.scores is not None
         self.scores.append(batch.scores.cpu())
         self.index.append(batch.grid_index.cpu())
-        self.positions += batch.positions
         self.finished.append(batch.responses.finished.float().cpu())
+
+    def on_evaluation_end(self, trainer: Trainer, module: Any) -> Mapping[str, Any] | None:
+        return self.slopes and self.slopes.on_evaluation_end(trainer, module)
 
     def after_evaluation(self, trainer: Trainer, module: Any) -> None:
         now = perf_counter()
         self.evaluated += now - self.evaluating
-        grid, index = trainer.datamodule.grid, torch.cat(self.index)  # type: ignore[attr-defined]
-        scores, metric = torch.cat(self.scores), module.metrics[FRONT]
-        finite = scores.isfinite().all(-1)
-        means = [scores[finite & (index == i)].double().mean(0).tolist() for i in range(len(grid))]
-        logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(("front/", "information/"))}
-        slopes = t_interval(preference_slopes(scores, index, torch.tensor(self.positions), grid.cpu()))  # (K, K) each
-        obedience = {
-            f"slope{suffix}/{name}": float(part[k, k])
-            for k, name in enumerate(module.names)
-            for suffix, part in zip(("", "_low", "_high"), slopes, strict=True)
+        evaluation: Evaluation = module.evaluation
+        assert evaluation.means is not None  # start() has seen to it
+        figures, names = evaluation.figures, module.names
+        measured = {key: value for key, value in figures.items() if key.startswith(("front/", "information/"))}
+        slopes = {
+            f"slope{end}/{name}": figures.get(f"steerability/{name}{end}", nan)
+            for name in names
+            for end in ("", "_low", "_high")
         }
         side_effects = {
-            f"side/{other} on {name}": float(slopes[0][j, k])
-            for j, name in enumerate(module.names)
-            for k, other in enumerate(module.names)
-            if j != k and len(module.names) > 2  # of two, each is minus a slope
+            f"side/{other} on {name}": figures.get(f"side_effect/{name}/{other}", nan)
+            for name, other in permutations(names, 2)
+            if len(names) > 2  # of two, each is minus a slope
         }
         row = {
             "step": trainer.global_step,
-            **logged,
-            **obedience,
+            **measured,
+            **slopes,
             **side_effects,
             "finished": torch.cat(self.finished).mean().item(),
-            "overlap": reward_overlap(scores, index, grid).item(),
+            "overlap": reward_overlap(torch.cat(self.scores), torch.cat(self.index), evaluation.grid).item(),
             "kl": torch.cat(self.kl).mean().item(),
             "length": torch.cat(self.lengths).mean().item(),
             "scored_responses": trainer.datamodule.scored_responses,  # type: ignore[attr-defined]
             "seconds": now - self.begin - self.evaluated if self.begin else 0.0,
-            "grid": grid.tolist(),
-            "front": means,
-            "reference_point": metric.reference_point,
+            "grid": evaluation.grid.tolist(),
+            "front": evaluation.means.tolist(),
+            "reference_point": evaluation.reference_point,
         }
         self.rows.append(row)
         with (self.folder / EVALUATIONS).open("a") as file:
