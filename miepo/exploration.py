@@ -164,8 +164,6 @@ class Exploration(Recorded, ABC):
     Args:
         weight: Factor of the term in the loss; with 0 it is not computed, which is MO-ODPO.
         num_counterfactuals: Preference vectors w- per prompt.
-        candidates: w- is the farthest from w+ of so many draws; 1 leaves it independent of w+.
-        warmup: Fraction of all steps over which the weight rises linearly from 0.
     """
 
     needs_gradient = True  # of the log-probabilities under w-
@@ -173,20 +171,13 @@ class Exploration(Recorded, ABC):
     reads_information = False  # learns from the values of log-probabilities, which must be those without dropout
     anchors = 2  # compared responses that are read under w-: all of them, or with 1 one
 
-    def __init__(
-        self, weight: float = 1.0, num_counterfactuals: int = 1, candidates: int = 1, warmup: float = 0.0
-    ) -> None:
+    def __init__(self, weight: float = 1.0, num_counterfactuals: int = 1) -> None:
         name = type(self).__name__
         if not 0 <= weight < inf:
             raise UserError(f"the weight of {name} must not be negative, got {weight}")
-        for key, value in (("num_counterfactuals", num_counterfactuals), ("candidates", candidates)):
-            if value < 1:
-                raise UserError(f"{name}.{key} must be at least 1, got {value}")
-        if not 0 <= warmup <= 1:
-            raise UserError(f"{name}.warmup is a fraction of all steps, from 0 to 1, got {warmup}")
-        self.weight, self.num_counterfactuals, self.candidates, self.warmup = (
-            weight, num_counterfactuals, candidates, warmup,
-        )  # fmt: skip
+        if num_counterfactuals < 1:
+            raise UserError(f"{name}.num_counterfactuals must be at least 1, got {num_counterfactuals}")
+        self.weight, self.num_counterfactuals = weight, num_counterfactuals
 
     @property
     def active(self) -> bool:
@@ -197,8 +188,11 @@ class Exploration(Recorded, ABC):
         """Return the term of each prompt before its weight, ``(B,)``."""
 
     def __call__(self, contrast: ExplorationInputs, progress: float) -> Tensor:
-        """Return the weighted term ``(B,)`` when ``progress`` of all steps (0 to 1) are done."""
-        return self.weight * min(1.0, progress / self.warmup if self.warmup else 1.0) * self.loss(contrast)
+        """Return the weighted term ``(B,)``.
+
+        ``progress`` is the share of all steps that are done, for a subclass whose weight changes with it.
+        """
+        return self.weight * self.loss(contrast)
 
 
 class InfoNCE(Exploration):
@@ -207,47 +201,26 @@ class InfoNCE(Exploration):
     Args:
         beta_w: Scale of the exploration logits (paper: 0.01). With 0 the term is not computed: that is MO-ODPO.
         num_counterfactuals: Preference vectors w- per prompt (paper: 1). More give the full InfoNCE bound.
-        per_token: Divide the implicit rewards by the response's length, so that length alone is no signal.
-        clip: Drop a response whose likelihood under every w- is already this many nats below that under w+.
         anchors: 2 as in the paper, or 1: one of the compared responses, drawn at random, stands for all. The same
             gradient in expectation with half of the work under w-, or less, and more noise.
-        candidates: See :class:`Exploration`.
-        warmup: See :class:`Exploration`.
     """
 
-    def __init__(
-        self,
-        beta_w: float = 0.01,
-        num_counterfactuals: int = 1,
-        per_token: bool = False,
-        clip: float | None = None,
-        anchors: int = 2,
-        candidates: int = 1,
-        warmup: float = 0.0,
-    ) -> None:
+    def __init__(self, beta_w: float = 0.01, num_counterfactuals: int = 1, anchors: int = 2) -> None:
         if not 0 <= beta_w < inf:
             raise UserError(f"beta_w must not be negative, got {beta_w}")
         if anchors not in (1, 2):
             raise UserError(f"InfoNCE.anchors must be 1 or 2, got {anchors}")
-        super().__init__(1.0, num_counterfactuals, candidates, warmup)
-        self.beta_w, self.per_token, self.clip, self.anchors = beta_w, per_token, clip, anchors
-        self.reads_information = clip is not None
+        super().__init__(1.0, num_counterfactuals)
+        self.beta_w, self.anchors = beta_w, anchors
 
     @property
     def active(self) -> bool:
         return self.beta_w > 0
 
     def loss(self, contrast: ExplorationInputs) -> Tensor:
-        scale = 1 / contrast.lengths if self.per_token else torch.ones_like(contrast.lengths)  # (B, n)
-        loss = infonce_loss(
-            contrast.reward * scale, contrast.counterfactual_reward * scale.unsqueeze(-1), self.beta_w
-        )  # (B, n)
-        keep = contrast.anchors
-        if self.clip is not None:
-            gap = contrast.log_prob - contrast.counterfactual_log_prob.amax(-1)  # (B, n)
-            keep = keep & (gap.detach() < self.clip)
+        loss = infonce_loss(contrast.reward, contrast.counterfactual_reward, self.beta_w)  # (B, n)
         # the mean over the anchors, an empty one among two counting as 0
-        return torch.where(keep, loss, 0.0).sum(-1) / contrast.anchors.sum(-1).clamp(min=self.anchors)
+        return torch.where(contrast.anchors, loss, 0.0).sum(-1) / contrast.anchors.sum(-1).clamp(min=self.anchors)
 
 
 class PairwiseInformation(Exploration):
@@ -259,17 +232,13 @@ class PairwiseInformation(Exploration):
     Args:
         weight: Factor of the loss.
         num_counterfactuals: Fresh preference vectors that, with w+, make up the mixture.
-        candidates: See :class:`Exploration`.
-        warmup: See :class:`Exploration`.
     """
 
     needs_gradient = False
     reads_information = True
 
-    def __init__(
-        self, weight: float = 1.0, num_counterfactuals: int = 4, candidates: int = 1, warmup: float = 0.0
-    ) -> None:
-        super().__init__(weight, num_counterfactuals, candidates, warmup)
+    def __init__(self, weight: float = 1.0, num_counterfactuals: int = 4) -> None:
+        super().__init__(weight, num_counterfactuals)
 
     def loss(self, contrast: ExplorationInputs) -> Tensor:
         information = infonce_bound(contrast.log_prob.detach(), contrast.counterfactual_log_prob.detach())  # (B, n)
@@ -288,8 +257,6 @@ class Matching(Exploration):
             pass under w- makes free.
         beta: Scale of the logits; ``beta_c`` by default.
         num_counterfactuals: Preference vectors w- per prompt.
-        candidates: See :class:`Exploration`.
-        warmup: See :class:`Exploration`.
     """
 
     needs_feedback = True
@@ -300,12 +267,10 @@ class Matching(Exploration):
         reuse: float = 1.0,
         beta: float | None = None,
         num_counterfactuals: int = 1,
-        candidates: int = 1,
-        warmup: float = 0.0,
     ) -> None:
         if beta is not None and not 0 < beta < inf:
             raise UserError(f"Matching.beta must be positive, got {beta}")
-        super().__init__(weight, num_counterfactuals, candidates, warmup)
+        super().__init__(weight, num_counterfactuals)
         if not 0 <= reuse < inf:
             raise UserError(f"Matching.reuse must not be negative, got {reuse}")
         self.beta, self.reuse = beta, reuse

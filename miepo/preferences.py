@@ -73,20 +73,14 @@ def draw_preferences(
     positions: Sequence[int],
     counterfactuals: int,
     k: int,
-    candidates: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return w+ ``(B, K)`` and w- ``(B, C, K)`` for prompts at the given places of a run (Algorithm 1, 1).
-
-    Each w- is the farthest from w+ (in the 1-norm) of ``candidates`` draws; with one candidate it is independent.
-    """
+    """Return w+ ``(B, K)`` and w- ``(B, C, K)`` for prompts at the given places of a run (Algorithm 1, 1)."""
     rows = [
-        sampler.draw(generator(RandomStream.PREFERENCE, seed, e, p), 1 + counterfactuals * candidates, k)
+        sampler.draw(generator(RandomStream.PREFERENCE, seed, e, p), 1 + counterfactuals, k)
         for e, p in zip(epochs, positions, strict=True)
     ]
-    drawn = torch.from_numpy(np.stack(rows)).float()  # (B, 1 + C * candidates, K)
-    preference, others = drawn[:, 0], drawn[:, 1:].unflatten(1, (counterfactuals, candidates))
-    farthest = (others - preference[:, None, None]).abs().sum(-1).argmax(-1)  # (B, C)
-    return preference, others.take_along_dim(farthest[..., None, None], 2).squeeze(2)
+    drawn = torch.from_numpy(np.stack(rows)).float()  # (B, 1 + C, K)
+    return drawn[:, 0], drawn[:, 1:]
 
 
 def routing_draws(seed: int, epochs: Sequence[int], positions: Sequence[int]) -> Tensor:

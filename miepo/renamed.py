@@ -1,4 +1,4 @@
-"""Old names of modules, which configurations and checkpoints of 0.1 may hold; they go with the next release."""
+"""Old names and settings, which configurations and checkpoints of 0.1 may hold; they go with the next release."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from miepo.errors import UserError
 
 RENAMED = {
     "miepo.callbacks.reporting": "miepo.training.reporting",
@@ -39,6 +41,29 @@ RENAMED = {
 
 # classes by the name of their module then
 CLASSES = {"miepo.objectives.patient.Patient": "miepo.objectives.retrying.RetryingObjective"}
+
+# settings of the exploration terms, by what they were without being set: tools/study/exploration.py has variants
+REMOVED = {"per_token": False, "clip": None, "candidates": 1, "warmup": 0.0}
+TERMS = ("InfoNCE", "PairwiseInformation", "Matching", "CounterfactualAlignment")
+
+
+def current_settings(config: Any) -> Any:
+    """Return a configuration without the settings that are gone.
+
+    Raises:
+        UserError: one of them is not as it was without being set.
+    """
+    if isinstance(config, list):
+        return [current_settings(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    name = str(config.get("class_path")).rpartition(".")[2]
+    if name in TERMS and isinstance(arguments := config.get("init_args"), dict):
+        for key in REMOVED.keys() & arguments.keys():
+            if arguments[key] != REMOVED[key]:
+                raise UserError(f"{name} has no setting {key} any more: tools/study/exploration.py has variants of it")
+        return config | {"init_args": {key: value for key, value in arguments.items() if key not in REMOVED}}
+    return {key: current_settings(value) for key, value in config.items()}
 
 
 def current_class(path: str) -> str:

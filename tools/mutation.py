@@ -49,7 +49,7 @@ EQUIVALENT = [
         "matching_loss|counterfactual_alignment|ǁloss|router|losses|metrics.front|AnswerSums|methods.ric",
     ),
     Equivalent(r"shape\[-1\]", "shape[+1]", LAST, "SampleRouter|metrics.information"),
-    Equivalent(r"(?<![<>])([<>]) (1e-\d+|self.clip)", r"\1= \2", EDGE, "exploration|steerability"),
+    Equivalent(r"(?<![<>])([<>]) (1e-\d+)", r"\1= \2", EDGE, "exploration|steerability"),
     Equivalent(r"> (ROUNDING|\(ROUNDING)", r">= \1", EDGE),
     Equivalent(r">= value", "> value", EDGE, "estimate_hypervolume"),
     Equivalent(r"1e9", "1000000001.0", "as good as infinite"),

@@ -8,7 +8,8 @@ from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -25,6 +26,7 @@ from miepo.objectives import Objective
 from miepo.plugins import load_plugins
 from miepo.policy import Policy
 from miepo.policy.base_model import base_folder
+from miepo.renamed import current_settings
 from miepo.resources import is_file
 from miepo.training.checkpoint_io import read_checkpoint
 from miepo.training.reporting import run_folder
@@ -40,6 +42,15 @@ How objectives are given: a list in a configuration, each with its class and wha
 miepo objectives lists the classes. --objectives.help CLASS_PATH shows the settings of one; --model.help,
 --model.policy.help, --model.exploration.help, --data.help and --trainer.callbacks.help do so for other classes.
 """
+
+_load = get_loader("yaml")
+
+
+def _load_current(text: str) -> Any:
+    return current_settings(_load(text))
+
+
+set_loader("yaml", _load_current, (yaml.YAMLError,))
 
 
 class DefaultsParser(LightningArgumentParser):

@@ -107,7 +107,7 @@ def roll_out(
     device, seed, places = policy.device, settings.seed, (prompts.epochs, prompts.positions)
     preference, counterfactual = draw_preferences(
         settings.preferences, seed, *places,
-        exploration.num_counterfactuals if learner.exploring else 0, len(objectives), exploration.candidates,
+        exploration.num_counterfactuals if learner.exploring else 0, len(objectives),
     )  # fmt: skip
     routing = learner.router.route(preference, routing_draws(seed, *places))  # (B, K)
 

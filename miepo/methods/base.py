@@ -30,6 +30,7 @@ from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of, take_failures
 from miepo.policy import Policy
 from miepo.recorded import Recorded, import_path, specification, without_prompts
+from miepo.renamed import current_settings
 from miepo.seeding import RandomStream, torch_seed
 from miepo.training.checkpoint_io import DurableCheckpointIO, check_adapter, check_base, config_changes
 from miepo.training.distributed import over_processes
@@ -302,5 +303,5 @@ class PolicyModule(Recorded, LightningModule):
             )
         config = self.configuration() if self.trainer.state.fn == "fit" else {}
         if config and (saved.get("config") or {}).keys() == config.keys():  # of the command both, or of Python
-            for key, (before, after) in sorted(config_changes(saved["config"], config).items()):
+            for key, (before, after) in sorted(config_changes(current_settings(saved["config"]), config).items()):
                 rank_zero_info(f"{key}: {before} in the checkpoint, {after} now, which counts")

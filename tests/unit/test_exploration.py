@@ -26,6 +26,7 @@ from miepo.exploration import (
 from miepo.losses import alignment_loss
 from miepo.metrics import infonce_bound
 from miepo.seeding import RandomStream, generator
+from tools.study.exploration import ClippedInfoNCE, PerTokenInfoNCE, WarmedInfoNCE
 
 
 def rewards(b: int = 6, seed: int = 0) -> torch.Tensor:
@@ -137,13 +138,22 @@ def test_one_anchor_stands_for_both() -> None:
     torch.testing.assert_close((terms[0] + terms[1]) / 2, InfoNCE(0.3, 2).loss(pair))
 
 
-def test_infonce_per_token_and_clip() -> None:
+def test_variants_of_the_study_per_token_and_clipped() -> None:
     pair = contrast()
-    per_token = InfoNCE(0.3, 2, per_token=True).loss(pair)
+    per_token = PerTokenInfoNCE(0.3, 2).loss(pair)
     torch.testing.assert_close(per_token, infonce_loss(pair.reward / 4, pair.counterfactual_reward / 4, 0.3).mean(-1))
     far = replace(pair, counterfactual_log_prob=pair.log_prob.unsqueeze(-1) - 5 + torch.zeros(5, 2, 2))
-    assert InfoNCE(0.3, 2, clip=4.0).loss(far).abs().max() == 0
-    assert InfoNCE(0.3, 2, clip=6.0).loss(far).min() > 0
+    assert ClippedInfoNCE(0.3, clip=4.0).loss(far).abs().max() == 0
+    torch.testing.assert_close(ClippedInfoNCE(0.3, clip=6.0).loss(far), InfoNCE(0.3).loss(far))
+    assert (ClippedInfoNCE().reads_information, InfoNCE().reads_information) == (True, False)
+
+
+def test_a_variant_of_the_study_that_warms_up() -> None:
+    pair, term = contrast(), WarmedInfoNCE(0.3, warmup=0.5)
+    for progress, share in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
+        torch.testing.assert_close(term(pair, progress), InfoNCE(0.3).loss(pair) * share)
+    with pytest.raises(UserError, match=r"WarmedInfoNCE.warmup is a fraction of all steps, above 0 and up to 1, got 2"):
+        WarmedInfoNCE(warmup=2.0)
 
 
 def test_the_judge_prefers_the_response_with_more_pointwise_information() -> None:
@@ -318,16 +328,13 @@ def test_defaults(formulation: type[Exploration]) -> None:
     term = formulation()
     wanted = {InfoNCE: (1.0, 1), PairwiseInformation: (1.0, 4), Matching: (0.5, 1), CounterfactualAlignment: (1.0, 1)}
     assert (term.weight, term.num_counterfactuals) == wanted[formulation]
-    assert (term.candidates, term.warmup) == (1, 0.0)
     assert term(contrast(), 0.0).abs().max() > 0  # in full from the first step
 
 
 def test_defaults_of_their_own() -> None:
-    assert (InfoNCE().beta_w, InfoNCE().anchors, InfoNCE().clip, InfoNCE().per_token) == (0.01, 2, None, False)
+    assert (InfoNCE().beta_w, InfoNCE().anchors) == (0.01, 2)
     assert (Matching().reuse, Matching().beta) == (1.0, None)
     assert Matching(beta=0.5).beta == 0.5
-    assert Matching(warmup=1.0).warmup == 1.0
-    assert (InfoNCE().reads_information, InfoNCE(clip=1.0).reads_information) == (False, True)
 
 
 def test_the_control_is_the_alignment_loss_under_w_minus() -> None:
@@ -337,11 +344,10 @@ def test_the_control_is_the_alignment_loss_under_w_minus() -> None:
 
 
 @pytest.mark.parametrize("formulation", [InfoNCE, PairwiseInformation, Matching, CounterfactualAlignment])
-def test_weight_and_warm_up(formulation: type[Exploration]) -> None:
-    pair, term = contrast(), formulation(warmup=0.5)
-    full = term.loss(pair) * term.weight
-    for progress, share in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
-        torch.testing.assert_close(term(pair, progress), full * share)
+def test_weight(formulation: type[Exploration]) -> None:
+    pair, term = contrast(), formulation()
+    for progress in (0.0, 1.0):
+        torch.testing.assert_close(term(pair, progress), term.loss(pair) * term.weight)
     if formulation is not InfoNCE:
         assert not formulation(weight=0.0).active
         torch.testing.assert_close(formulation(weight=3.0)(pair, 1.0), 3 * formulation().loss(pair))
@@ -361,9 +367,7 @@ def test_weight_and_warm_up(formulation: type[Exploration]) -> None:
         (lambda: Matching(reuse=-1.0), r"Matching.reuse must not be negative, got -1"),
         (lambda: Matching(reuse=inf), r"Matching.reuse must not be negative, got inf"),
         (lambda: Matching(weight=inf), r"weight of Matching must not be negative, got inf"),
-        (lambda: Matching(candidates=0), r"Matching.candidates must be at least 1, got 0"),
         (lambda: PairwiseInformation(weight=-1.0), "weight of PairwiseInformation must not be negative, got -1"),
-        (lambda: Matching(warmup=2.0), r"Matching.warmup is a fraction of all steps"),
     ],
 )
 def test_bad_settings(make, message: str) -> None:

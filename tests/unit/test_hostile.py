@@ -496,8 +496,7 @@ KEYS = [
     "model.policy.init_args.conditioning.0.init_args.decimals", "model.policy.init_args", "model.policy", "model",
     "model.policy.class_path", "model.router", "model.beta_c", "model.learning_rate", "model.warmup", "model.unknown",
     "model.exploration", "model.exploration.class_path", "model.exploration.init_args.beta_w",
-    "model.exploration.init_args.num_counterfactuals", "model.exploration.init_args.candidates",
-    "model.exploration.init_args.warmup", "model.exploration.init_args.anchors",
+    "model.exploration.init_args.num_counterfactuals", "model.exploration.init_args.anchors",
     *(f"data.{key}" for key in (
         "prompts", "validation_prompts", "validation_fraction", "validation_limit", "prompt_field", "batch_size",
         "evaluation_batch_size", "max_new_tokens", "overlong", "preferences", "grid", "engine", "feedback",

@@ -26,6 +26,7 @@ from miepo.router import SampleRouter
 from miepo.types import PreferenceBatch, Responses, Tokens
 from tests.helpers.fit import Batches, rollout, step, tiny_run
 from tests.helpers.tiny import Chosen, Length, Letters, randomise_adapter
+from tools.study.exploration import ClippedInfoNCE
 
 
 @pytest.mark.parametrize("conditioning", [GatedConditioning(), PromptConditioning()])
@@ -624,7 +625,7 @@ def test_a_policy_that_orders_no_pair_agrees_by_half(tiny_model: Path, tmp_path:
     assert any(seen[f"agreement/{name}"] != 0.5 for name in module.names)  # with the sign turned it would be another
 
 
-@pytest.mark.parametrize("term", [PairwiseInformation(), InfoNCE(0.3, clip=1.0), InfoNCE(0.3)])
+@pytest.mark.parametrize("term", [PairwiseInformation(), ClippedInfoNCE(0.3, clip=1.0), InfoNCE(0.3)])
 @pytest.mark.parametrize("every", [1, 50])
 def test_information_is_of_the_policy_without_dropout(tiny_model: Path, tmp_path: Path, term: Any, every: int) -> None:
     """Where it is learnt from at every step, and where it is logged alone at the steps that are logged."""

@@ -18,9 +18,13 @@ from miepo.preferences import (
     simplex_rows,
 )
 from miepo.seeding import RandomStream, generator, torch_seed, torch_seeds
+from tools.study.exploration import FartherPreferences
 
 
-@pytest.mark.parametrize("sampler", PreferenceSampler.__subclasses__())
+@pytest.mark.parametrize(
+    "sampler",
+    [s for s in PreferenceSampler.__subclasses__() if s is not FartherPreferences],  # which are no independent draws
+)
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_contract_samplers_draw_from_the_simplex_with_equal_means(sampler: type[PreferenceSampler], k: int) -> None:
     drawn = sampler().draw(generator(RandomStream.PREFERENCE, 0), 4000, k)
@@ -64,15 +68,15 @@ def test_w_plus_does_not_depend_on_the_number_of_counterfactuals() -> None:
     assert torch.equal(draw_preferences(*args, 0, 2)[0], draw_preferences(*args, 4, 2)[0])
 
 
-def test_a_far_w_minus_is_the_farthest_of_its_candidates() -> None:
-    args = (DirichletPreferences(), 7, [0] * 50, range(50))
-    plus, every = draw_preferences(*args, 6, 2)  # the same draws, as six w-
-    again, far = draw_preferences(*args, 2, 2, 3)  # two w-, each of three candidates
+def test_a_far_w_minus_of_the_study_is_the_farthest_of_its_candidates() -> None:
+    args = 7, [0] * 50, range(50)
+    plus, every = draw_preferences(DirichletPreferences(), *args, 6, 2)  # the same draws, as six w-
+    again, far = draw_preferences(FartherPreferences(3), *args, 2, 2)  # two w-, each of three candidates
     assert torch.equal(plus, again)
     assert far.shape == (50, 2, 2)
     distance = (every - plus.unsqueeze(1)).abs().sum(-1).view(50, 2, 3)
     torch.testing.assert_close((far - plus.unsqueeze(1)).abs().sum(-1), distance.amax(-1))
-    assert draw_preferences(*args, 0, 2, 3)[1].shape == (50, 0, 2)
+    assert draw_preferences(FartherPreferences(), *args, 0, 2)[1].shape == (50, 0, 2)
 
 
 @pytest.mark.parametrize(("k", "points", "m"), [(1, None, 1), (2, None, 11), (2, 5, 5), (3, None, 13), (3, 15, 15), (3, 14, 10), (4, None, 11), (4, 4, 4)])  # fmt: skip

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 from miepo.cli import main
 from miepo.cli.serve import make_parser
@@ -41,6 +42,31 @@ def test_a_configuration_with_old_names_is_read(capsys: pytest.CaptureFixture[st
         main(["fit", "--config", config, *old, "--print_config"])
     assert end.value.code == 0
     assert "learning_rate: 0.002" in capsys.readouterr().out
+
+
+def test_settings_that_are_gone_are_passed_over_and_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A configuration that the command has written holds every setting, set or not."""
+    gone = {"per_token": False, "clip": None, "candidates": 1, "warmup": 0.0}
+    term = {"class_path": "miepo.exploration.InfoNCE", "init_args": {"beta_w": 0.25, **gone}}
+    quickstart = yaml.safe_load((Path(__file__).parents[2] / "configs/quickstart.yaml").read_text())
+    quickstart["model"]["exploration"] = term
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(quickstart))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(file), "--print_config"])
+    assert end.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["exploration"] == {
+        "class_path": "miepo.exploration.InfoNCE",
+        "init_args": {"beta_w": 0.25, "num_counterfactuals": 1, "anchors": 2},
+    }
+    term["init_args"]["warmup"] = 0.5
+    file.write_text(yaml.safe_dump(quickstart))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(file), "--print_config"])
+    assert end.value.code == 2
+    assert "InfoNCE has no setting warmup any more: tools/study/exploration.py has" in capsys.readouterr().err
 
 
 def test_a_class_by_its_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
