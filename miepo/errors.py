@@ -38,8 +38,8 @@ def invalid(error: Any) -> str:
     where = ".".join(map(str, first["loc"])) or "it"
     if first["type"] == "missing":
         return f"expected {where}, got none"
-    wanted = first["msg"].removeprefix("Input should ")
-    return f"expected {where} {'to ' if wanted != first['msg'] else ''}{wanted}, got {short(first['input'])}"
+    requirement = first["msg"].removeprefix("Input should ")
+    return f"expected {where} {'to ' if requirement != first['msg'] else ''}{requirement}, got {short(first['input'])}"
 
 
 def short(value: object) -> str:

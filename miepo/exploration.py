@@ -148,11 +148,11 @@ def counterfactual_alignment(contrast: ExplorationInputs) -> Tensor:
     The pairs count once more, for other preferences.
     """
     rewards = of_pairs(contrast.counterfactual_reward, contrast.pairs)  # (B, Q, 2, C)
-    each = [
+    losses = [
         alignment_loss(rewards[..., j], contrast.counterfactual_labels[:, j], contrast.beta_c)
         for j in range(contrast.counterfactual.shape[1])
     ]  # C of (B, K)
-    return (torch.stack(each, 1) * contrast.counterfactual).sum(-1).mean(-1)
+    return (torch.stack(losses, 1) * contrast.counterfactual).sum(-1).mean(-1)
 
 
 # -- formulations ------------------------------------------------------------------------------------------------------
@@ -278,13 +278,13 @@ class Matching(Exploration):
     def loss(self, contrast: ExplorationInputs) -> Tensor:
         beta = contrast.beta_c if self.beta is None else self.beta
         own, other = (of_pairs(r, contrast.pairs) for r in (contrast.reward, contrast.counterfactual_reward))
-        each, under = [], contrast.counterfactual_labels
+        losses, counterfactual_labels = [], contrast.counterfactual_labels
         for q, labels in enumerate(contrast.cross_labels.unbind(1)):
             if contrast.pairs.shape[1] > 1:  # each objective's pair, which w- does not order in another way
-                under = labels.unsqueeze(1).expand_as(under)
+                counterfactual_labels = labels.unsqueeze(1).expand_as(counterfactual_labels)
             weights = contrast.preference, contrast.counterfactual
-            each.append(matching_loss(own[:, q], other[:, q], *weights, labels, under, beta).mean(-1))
-        matching = torch.stack(each).mean(0)
+            losses.append(matching_loss(own[:, q], other[:, q], *weights, labels, counterfactual_labels, beta).mean(-1))
+        matching = torch.stack(losses).mean(0)
         return matching + self.reuse * counterfactual_alignment(contrast) if self.reuse else matching
 
 

@@ -113,8 +113,8 @@ def pairwise_feedback(
         """Return ``(B, Q, K)``."""
         if feedback == "scalarised":
             return scalarised_labels(scored[:, 0], weights, silent[:, 0]).unsqueeze(1)
-        each = [pairwise_labels(s, e) for s, e in zip(scored.unbind(1), silent.unbind(1), strict=True)]
-        return torch.stack(each, 1)
+        labels = [pairwise_labels(s, e) for s, e in zip(scored.unbind(1), silent.unbind(1), strict=True)]
+        return torch.stack(labels, 1)
 
     cross = labels_under(routing)
     under = [own_pair(labels_under(w)) for w in counterfactual.unbind(1)]  # C of (B, K)

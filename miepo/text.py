@@ -24,8 +24,8 @@ def split_turns(prompt: str) -> list[tuple[str, str]] | None:
     turns = list(zip(rest[::2], rest[1::2], strict=True))
     if turns and turns[-1][0] == ASSISTANT and not turns[-1][1].strip():
         turns = turns[:-1]
-    wanted = [(HUMAN, ASSISTANT)[i % 2] for i in range(len(turns))]
-    if first.strip() or len(turns) % 2 == 0 or [role for role, _ in turns] != wanted:
+    expected_roles = [(HUMAN, ASSISTANT)[i % 2] for i in range(len(turns))]
+    if first.strip() or len(turns) % 2 == 0 or [role for role, _ in turns] != expected_roles:
         return None
     return turns
 

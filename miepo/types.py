@@ -41,8 +41,8 @@ class Tokens:
     ) -> Tokens:
         """Pad rows of token ids on one side, to the longest or to ``width``: ``(N, L)``."""
         longest = max([width, *map(len, rows)])
-        each = [torch.tensor(row, dtype=torch.long) for row in [*rows, [pad] * longest]]  # the last sets the length
-        ids = pad_sequence(each, batch_first=True, padding_value=pad, padding_side=side)[:-1]
+        tensors = [torch.tensor(row, dtype=torch.long) for row in [*rows, [pad] * longest]]  # the last sets the length
+        ids = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side=side)[:-1]
         place = torch.arange(longest).expand(len(rows), -1)
         lengths = torch.tensor([[len(row)] for row in rows])
         return cls(ids, place < lengths if side == "right" else place >= longest - lengths)

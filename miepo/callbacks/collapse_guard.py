@@ -124,10 +124,10 @@ class CollapseGuard(Recorded, Callback):
                         f"its rewards differ by {mean[f'spread/{name}']:.2g} sd, so that it orders little",
                     )
                 )
-        most = log(1 + counterfactuals)
-        if counterfactuals and mean["information"] > self.ceiling * most:
+        limit = log(1 + counterfactuals)
+        if counterfactuals and mean["information"] > self.ceiling * limit:
             found.append(
-                ("information", f"the bound stands at {mean['information']:.3g} of at most {most:.3g} nats: more "
+                ("information", f"the bound stands at {mean['information']:.3g} of at most {limit:.3g} nats: more "
                  "counterfactual preferences would let it tell more")
             )  # fmt: skip
         return found

@@ -21,7 +21,7 @@ METRIC = "preference_information"
 
 
 def read_by_prompt(
-    batch: EvaluationBatch, wanted: Tensor, read: Callable[[list[str], Tokens, Tensor], Tensor]
+    batch: EvaluationBatch, read_mask: Tensor, read: Callable[[list[str], Tokens, Tensor], Tensor]
 ) -> Tensor:
     """Return the log-probability of each response under ``C`` preferences.
 
@@ -29,7 +29,7 @@ def read_by_prompt(
 
     Args:
         batch: ``N`` responses, those to one prompt anywhere in it.
-        wanted: ``(N, C)`` True where a response is to be read under a preference.
+        read_mask: ``(N, C)`` True where a response is to be read under a preference.
         read: Of ``B`` prompts, responses ``(B, n, T)`` and what is wanted ``(B, n, C)``, to ``(B, n, C, T)``.
 
     Returns:
@@ -40,29 +40,29 @@ def read_by_prompt(
         rows.setdefault(position, []).append(row)
     index = pad_sequence([torch.tensor(group) for group in rows.values()], batch_first=True, padding_value=-1)  # (B, n)
     index = index.to(batch.responses.tokens.ids.device)
-    tokens, wanted = batch.responses.tokens.flat(), wanted.to(index.device)
+    tokens, read_mask = batch.responses.tokens.flat(), read_mask.to(index.device)
     found = read(
         [batch.prompts[group[0]] for group in rows.values()],
         Tokens(tokens.ids[index], tokens.mask[index]),
-        wanted[index] & (index >= 0).unsqueeze(-1),
+        read_mask[index] & (index >= 0).unsqueeze(-1),
     ).sum(-1)  # (B, n, C)
-    log_prob = torch.empty(wanted.shape, device=found.device)
+    log_prob = torch.empty(read_mask.shape, device=found.device)
     return log_prob.index_put((index[index >= 0],), found[index >= 0])
 
 
-def grid_log_prob(policy: Policy, batch: EvaluationBatch, grid: Tensor, wanted: Tensor | None = None) -> Tensor:
+def grid_log_prob(policy: Policy, batch: EvaluationBatch, grid: Tensor, read_mask: Tensor | None = None) -> Tensor:
     """Return each response's log-probability under every vector of a grid ``(M, K)``, or where it is wanted.
 
     Returns:
         ``(N, M)`` in nats, 0 where it is not wanted.
     """
-    if wanted is None:
-        wanted = torch.ones(len(batch), len(grid), dtype=torch.bool)
+    if read_mask is None:
+        read_mask = torch.ones(len(batch), len(grid), dtype=torch.bool)
     return read_by_prompt(
         batch,
-        wanted,
-        lambda prompts, tokens, each: policy.response_log_prob(
-            prompts, grid.expand(len(prompts), -1, -1), tokens, each
+        read_mask,
+        lambda prompts, tokens, mask: policy.response_log_prob(
+            prompts, grid.expand(len(prompts), -1, -1), tokens, mask
         ),
     )
 
@@ -101,12 +101,12 @@ class PreferenceInformation(EvaluationCallback):
 
     def start(self, trainer: Trainer, module: Any, grid: Tensor) -> None:
         self.trainer = trainer
-        left = len(range(0, len(grid), self.every))
-        if left == 1 < len(grid):
+        vectors = len(range(0, len(grid), self.every))
+        if vectors == 1 < len(grid):
             raise UserError(
                 f"PreferenceInformation.every must leave two of the grid's {len(grid)} vectors, got {self.every}"
             )
-        module.metrics[METRIC] = PreferenceInformationMetric(left)
+        module.metrics[METRIC] = PreferenceInformationMetric(vectors)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if "feedback_information" in outputs:  # methods that judge pairs
@@ -131,8 +131,8 @@ class PreferenceInformation(EvaluationCallback):
         pairs = gathered_rows(trainer, self.pairs)
         if pairs:
             # in an order that does not tell which process had which
-            each = torch.cat(pairs).sort(0).values  # (n, K)
-            for suffix, figures in zip(("", "_low", "_high"), t_interval(each), strict=True):
+            values_of_pairs = torch.cat(pairs).sort(0).values  # (n, K)
+            for suffix, figures in zip(("", "_low", "_high"), t_interval(values_of_pairs), strict=True):
                 values |= zip((f"information/feedback/{n}{suffix}" for n in module.names), figures.float(), strict=True)
             self.pairs = []
         return {k: v for k, v in values.items() if not v.isnan()}

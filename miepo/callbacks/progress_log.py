@@ -63,8 +63,8 @@ class ProgressLog(Callback):
             return
         self.said = now
         accumulated = max(trainer.accumulate_grad_batches, 1)
-        left = max(total - trainer.global_step, 0) * accumulated * self.training / self.steps
-        parts = [f"step {trainer.global_step} of {total:g}", f"{duration(left)} left"]
+        seconds_left = max(total - trainer.global_step, 0) * accumulated * self.training / self.steps
+        parts = [f"step {trainer.global_step} of {total:g}", f"{duration(seconds_left)} left"]
         if isinstance(batch, PreferenceBatch):
             parts += [
                 f"{n} {v:+.2f}" for n, v in zip(pl_module.names, batch.scores.nanmean((0, 1)).tolist(), strict=True)

@@ -46,12 +46,12 @@ def main(args: ArgsType = None) -> None:
     """Run a command. A user's mistake ends in one sentence and exit status 2; ``MIEPO_TRACEBACK=1`` shows where."""
     if (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)  # the user's own objectives, beside the configuration
-    given = sys.argv[1:] if args is None else args
+    words = sys.argv[1:] if args is None else args
     try:
-        if isinstance(given, list):
-            _dispatch(given)
+        if isinstance(words, list):
+            _dispatch(words)
         else:
-            _train(given)
+            _train(words)
     except Exception as error:
         mistake: object = user_error(error) or outer_mistake(error)
         if mistake is None or os.environ.get("MIEPO_TRACEBACK"):

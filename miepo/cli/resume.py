@@ -32,13 +32,13 @@ def last_checkpoint(trainer: Any) -> str | None:
 
 def continue_logs(loggers: Any, versions: Sequence[dict[str, Any]]) -> None:
     """Set the loggers of a configuration to go on where those of a run, by class and version, were."""
-    left = list(versions)
+    remaining = list(versions)
     for entry in _loggers(loggers):
         kind = entry.class_path.rpartition(".")[2]
-        found = next((v for v in left if v["class"] == kind), None)
+        found = next((v for v in remaining if v["class"] == kind), None)
         if found is None:
             continue
-        left.remove(found)  # of two loggers of one class each has its own
+        remaining.remove(found)  # of two loggers of one class each has its own
         version = found["version"]
         entry.init_args = entry.get("init_args") or Namespace()
         if kind == "WandbLogger":

@@ -183,8 +183,8 @@ class MiepoCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         if config.get("enable_progress_bar") is None and not sys.stderr.isatty():
             config["enable_progress_bar"] = False  # ProgressLog writes lines
-        given = config.get("callbacks") or []
-        own = [type(callback) for callback in (given if isinstance(given, list) else [given])]
+        configured = config.get("callbacks") or []
+        own = [type(callback) for callback in (configured if isinstance(configured, list) else [configured])]
         callbacks = [c for c in callbacks if type(c) not in own]  # what the trainer's callbacks name counts
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             callbacks = [c for c in callbacks if not isinstance(c, RunCheckpoint)]

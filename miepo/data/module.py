@@ -193,8 +193,9 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
             if self.predict_prompts is None:
                 raise UserError("predict needs prompts to answer: expected data.predict_prompts, got none")
             self.answer_set = self._load(self.predict_prompts, "test")
-            wanted = self.predict_preferences
-            rows = [parse_preference(w, names, "data.predict_preferences") for w in wanted] if wanted else self.grid
+            preferences = self.predict_preferences
+            given = [parse_preference(w, names, "data.predict_preferences") for w in preferences or []]
+            rows = given or self.grid
             self.answer_grid = torch.stack(list(rows))
             return
         self.train_set = self._load(self.prompts, "train")
@@ -314,9 +315,9 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
         if missing:
             self._measure(missing, len(module.names))
         if self._trainer.is_global_zero and self._trainer.state.fn == "fit":
-            kept = run_folder(self._trainer) / "normalisation.json"
-            if missing or not kept.exists():
-                write_normalisation(kept, module.objectives, self.offline_set if missing else None)
+            file = run_folder(self._trainer) / "normalisation.json"
+            if missing or not file.exists():
+                write_normalisation(file, module.objectives, self.offline_set if missing else None)
 
     def _measure(self, missing: Sequence[Objective], k: int) -> None:
         if (offline := self.offline_set) is not None:

@@ -173,12 +173,12 @@ def reference_log_prob(
 ) -> tuple[Tensor, Tensor]:
     """Return ``log pi_ref`` of the compared under w+, ``(B, n, T)``, and of anchors under each w-, ``(B, n, C, T)``."""
     own, count = preference.unsqueeze(1), counterfactual.shape[1]
-    wanted = read_under(compared, anchors, count)  # (B, n, 1 + C)
+    read_mask = read_under(compared, anchors, count)  # (B, n, 1 + C)
     if not policy.reference_depends_on_preference:  # the adapter alone reads w
-        log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens, wanted[..., :1])
+        log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens, read_mask[..., :1])
         return log_prob[:, :, 0], log_prob.expand(-1, -1, count, -1)
     both = torch.cat([own, counterfactual], 1)  # (B, 1 + C, K)
-    log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens, wanted)  # (B, n, 1 + C, T)
+    log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens, read_mask)  # (B, n, 1 + C, T)
     return log_prob[:, :, 0], log_prob[:, :, 1:]
 
 

@@ -83,9 +83,9 @@ class EvaluationShare(DistributedSampler):
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         start = 0
-        for left in range(self.count - 1, -1, -1):  # batches after this one, with at least one row each
+        for remaining in range(self.count - 1, -1, -1):  # batches after this one, with at least one row each
             rows = len(self.mine) - start
-            size = min(self.batch_size, rows - left) if left else rows
+            size = min(self.batch_size, rows - remaining) if remaining else rows
             yield list(self.mine[start : start + size])
             start += size
 

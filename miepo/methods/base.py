@@ -86,7 +86,7 @@ class PolicyModule(Recorded, LightningModule):
             return self.config
         trainer: Any = self.trainer
         data = trainer.datamodule
-        given = without_prompts(data.built_with) if isinstance(data, Recorded) else {}  # none of a user's own
+        arguments = without_prompts(data.built_with) if isinstance(data, Recorded) else {}  # none of a user's own
         limits = ("max_epochs", "max_steps", "limit_train_batches")
         others = [c for c in trainer.callbacks if isinstance(c, Recorded) and not isinstance(c, Objective)]
         callbacks = [specification(callback) for callback in others]
@@ -96,7 +96,7 @@ class PolicyModule(Recorded, LightningModule):
             "model": specification(self),
             "data": {
                 "class_path": None if data is None else import_path(type(data)),
-                "init_args": specification(given),
+                "init_args": specification(arguments),
             },
             "objectives": [specification(objective) for objective in self.objectives],
         }

@@ -115,10 +115,10 @@ class MIEPO(PolicyModule):
         if not isinstance(batch, PreferenceBatch):
             raise UserError(f"MIEPO learns from rollouts: expected batches PreferenceBatch, got {type(batch).__name__}")
         groups = self.policy.micro_batches(batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under)
-        loss, each = in_micro_batches(
+        loss, statistics = in_micro_batches(
             self.terms, [batch[group] for group in groups], list(self.policy.adapter_parameters().values())
         )
-        terms = StepStatistics.join(each)
+        terms = StepStatistics.join(statistics)
         self._log_step(batch, loss, terms)
         return {"loss": loss, "feedback_information": feedback_information(terms.alignment, batch.labels)}
 
@@ -154,13 +154,13 @@ class MIEPO(PolicyModule):
 
         Those of compared responses are under w+, ``(B, n, T)``; of anchors also under w-, ``(B, n, C, T)``.
         """
-        under, tokens, wanted = self.policy.response_log_prob, batch.responses.tokens, batch.read_under
+        read, tokens, read_mask = self.policy.response_log_prob, batch.responses.tokens, batch.read_under
         if self.exploration.needs_gradient:
-            both = under(batch.prompts, batch.preferences, tokens, wanted)  # (B, n, 1 + C, T)
+            both = read(batch.prompts, batch.preferences, tokens, read_mask)  # (B, n, 1 + C, T)
             return both[:, :, 0], both[:, :, 1:]
         with self.policy.evaluating():
-            counterfactual = under(batch.prompts, batch.counterfactual, tokens, wanted[..., 1:])
-        own = under(batch.prompts, batch.preference.unsqueeze(1), tokens, wanted[..., :1])
+            counterfactual = read(batch.prompts, batch.counterfactual, tokens, read_mask[..., 1:])
+        own = read(batch.prompts, batch.preference.unsqueeze(1), tokens, read_mask[..., :1])
         return own.squeeze(2), counterfactual
 
     def without_dropout(

@@ -53,9 +53,11 @@ class _MicroBatched(torch.autograd.Function):
             with torch.enable_grad():
                 value = share(part)
             values.append(value.detach())
-            for kept, found in zip(gradients, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
-                if found is not None:
-                    kept += found
+            for total, gradient in zip(
+                gradients, torch.autograd.grad(value, parameters, allow_unused=True), strict=True
+            ):
+                if gradient is not None:
+                    total += gradient
         ctx.save_for_backward(*gradients)
         return torch.stack(values).sum()
 

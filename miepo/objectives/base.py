@@ -54,7 +54,7 @@ class Objective(Recorded, Callback):
     # asked in a thread of its own, beside other objectives and the reference: for those that wait, for a server say
     concurrent: bool = False
     failures = 0  # calls given up since they were last counted
-    given = False  # whether the configuration states the normalisation, which counts more than a checkpoint's then
+    normalisation_given = False  # whether the configuration states it, which counts more than a checkpoint's then
     # attributes that make it what it is, so that with others it gives other scores; by default what it was built with
     identity: Sequence[str] | None = None
 
@@ -64,7 +64,7 @@ class Objective(Recorded, Callback):
             raise UserError(f"an objective's name must be one word without <>/{{}},:= , got {self.name!r}")
         self.normalisation: Normalisation | None = None
         self.has_scored = False  # a number, in this run
-        self.given = normalisation is not None
+        self.normalisation_given = normalisation is not None
         if normalisation is not None:
             try:
                 self.normalisation = Normalisation(**normalisation)
@@ -142,22 +142,23 @@ class Objective(Recorded, Callback):
         return {} if n is None else {"mean": n.mean, "sd": n.sd, "of": identity_of(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        kept = {key: value for key, value in state_dict.items() if key in ("mean", "sd")}  # a subclass may keep more
-        if not kept:
+        # a subclass may keep more
+        normalisation = {key: value for key, value in state_dict.items() if key in ("mean", "sd")}
+        if not normalisation:
             return
         try:
-            saved = Normalisation(**kept)
+            saved = Normalisation(**normalisation)
         except (TypeError, ValueError, OverflowError):
             raise UserError(
-                f"{self.name}: expected a normalisation by finite numbers in the checkpoint, got {kept}"
+                f"{self.name}: expected a normalisation by finite numbers in the checkpoint, got {normalisation}"
             ) from None
         of = state_dict.get("of")
-        if not self.given and of is not None and not alike(of, now := identity_of(self)):
+        if not self.normalisation_given and of is not None and not alike(of, now := identity_of(self)):
             raise UserError(
                 f"{self.name}: the checkpoint's normalisation was measured with {of}, the config has {now}: expected "
                 "the same objective, or a normalisation of its own in the config"
             )
-        if not self.given:
+        if not self.normalisation_given:
             self.normalisation = saved
         elif saved != self.normalisation:
             rank_zero_info(

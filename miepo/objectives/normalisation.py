@@ -105,7 +105,7 @@ def read_normalisation(path: Path, objectives: Sequence[Objective], offline: Off
                 f"the normalisation of {objective.name} at '{path}' was measured with {of[objective.name]}, the config "
                 f"has {identity_of(objective)}: measure it again"
             )
-        objective.normalisation, objective.given = values[objective.name], True
+        objective.normalisation, objective.normalisation_given = values[objective.name], True
     if offline is not None and (measured is None or measured["fingerprint"] != offline.fingerprint):
         on = f"{measured['responses']} responses of {measured['source']}" if measured else "rollouts"
         raise UserError(

@@ -54,7 +54,7 @@ class RetryingObjective(Objective):
             raise UserError(f"{self.name}: on_failure must be error or skip, got {on_failure!r}")
         self.objective, self.timeout, self.retries, self.backoff = objective, timeout, retries, backoff
         self.on_failure = on_failure
-        self.normalisation, self.given = objective.normalisation, objective.given
+        self.normalisation, self.normalisation_given = objective.normalisation, objective.normalisation_given
 
     @property
     def of(self) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def start_scoring(
     ]
 
     def rewards_of(k: int) -> Tensor:
-        each = [prompts[b] for b in rows[k] for _ in range(count)]
-        return objectives[k].reward(each, [text for b in rows[k] for text in responses[b]]).view(-1, count)
+        repeated = [prompts[b] for b in rows[k] for _ in range(count)]
+        return objectives[k].reward(repeated, [text for b in rows[k] for text in responses[b]]).view(-1, count)
 
     waiting = [k for k, objective in enumerate(objectives) if objective.concurrent and rows[k]]
     started: dict[int, Future[Tensor]] = {k: in_thread(partial(rewards_of, k)) for k in waiting}

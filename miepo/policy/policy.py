@@ -58,12 +58,12 @@ class _Gate:
             raise RuntimeError("a gated policy ran without a preference vector")
         value = self.value if self.value.dim() == 3 else self.value.unsqueeze(1)
         flat = output.dim() == 2  # of a network that keeps the tokens of all sequences below each other
-        each = output.unflatten(0, (len(value), -1)) if flat else output
-        if len(value) != len(each):
-            raise RuntimeError(f"the gate is for {len(value)} sequences, the batch has {len(each)}")
-        if value.shape[1] not in (1, each.shape[1]):
-            raise RuntimeError(f"the gate is for {value.shape[1]} tokens, an adapted layer reads {each.shape[1]}")
-        gated = each * value.to(output.dtype)
+        rows = output.unflatten(0, (len(value), -1)) if flat else output
+        if len(value) != len(rows):
+            raise RuntimeError(f"the gate is for {len(value)} sequences, the batch has {len(rows)}")
+        if value.shape[1] not in (1, rows.shape[1]):
+            raise RuntimeError(f"the gate is for {value.shape[1]} tokens, an adapted layer reads {rows.shape[1]}")
+        gated = rows * value.to(output.dtype)
         return gated.flatten(0, 1) if flat else gated
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -161,13 +161,13 @@ class Policy(Recorded, nn.Module):
                 raise UserError(f"policy.{name} must be at least 1, got {value}")
         self.base = base
         self.conditioning = [PromptConditioning()] if conditioning is None else list(conditioning)
-        for each in self.conditioning:
+        for part in self.conditioning:
             try:
-                json.dumps(each.attributes)
+                json.dumps(part.attributes)
             except (TypeError, ValueError):
                 raise UserError(
-                    f"{type(each).__name__} goes into every checkpoint: expected attributes that are text, numbers, "
-                    f"lists or mappings of them, got {', '.join(f'{k} {v!r}' for k, v in each.attributes.items())}"
+                    f"{type(part).__name__} goes into every checkpoint: expected attributes that are text, numbers, "
+                    f"lists or mappings of them, got {', '.join(f'{k} {v!r}' for k, v in part.attributes.items())}"
                 ) from None
         if isinstance(lora_targets, str):
             try:
@@ -372,7 +372,7 @@ class Policy(Recorded, nn.Module):
             Share of the update's norm that survives rounding to the type of the weights.
         """
         model = self.causal_lm
-        state, wanted, got = {}, 0.0, 0.0
+        state, intended, rounded = {}, 0.0, 0.0
         layers = {
             f"{_plain_name(name)}.{getattr(module, 'parameter_name', 'weight')}": module
             for name, module in model.named_modules()
@@ -385,8 +385,8 @@ class Policy(Recorded, nn.Module):
             if key in layers:
                 update = layers[key].get_delta_weight(ADAPTER).float()  # type: ignore[attr-defined]
                 whole = (value.float() + update).to(value.dtype)
-                wanted += float(update.square().sum())
-                got += float((update * (whole.float() - value.float())).sum())
+                intended += float(update.square().sum())
+                rounded += float((update * (whole.float() - value.float())).sum())
                 value = whole
             state[key] = value
         partial = folder.with_name(f"{folder.name}.partial")
@@ -396,7 +396,7 @@ class Policy(Recorded, nn.Module):
         if folder.is_dir():
             folder.rmdir()  # empty, or it is an error
         partial.replace(folder)  # a folder of this name is whole
-        return got / wanted if wanted else 1.0
+        return rounded / intended if intended else 1.0
 
     # -- the conditioned distribution ----------------------------------------------------------------------------------
 
@@ -495,13 +495,13 @@ class Policy(Recorded, nn.Module):
     # -- several responses and preferences per prompt ------------------------------------------------------------------
 
     def micro_batches(
-        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
+        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, read_mask: Tensor | None = None
     ) -> list[slice]:
         """Return which prompts go through the network at one time (``max_tokens_per_micro_batch``).
 
         Arguments as below.
         """
-        rows = _rows(responses, preferences.shape[1], wanted)
+        rows = _rows(responses, preferences.shape[1], read_mask)
         return self._micro_batches(self._encoded(prompts, preferences), rows, share=not self.gated)
 
     def _micro_batches(
@@ -520,7 +520,7 @@ class Policy(Recorded, nn.Module):
         return self.max_tokens_per_micro_batch or MAX_TOKENS.get(self.device.type, 2**14)
 
     def response_log_prob(
-        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
+        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, read_mask: Tensor | None = None
     ) -> Tensor:
         """Return token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
 
@@ -530,21 +530,21 @@ class Policy(Recorded, nn.Module):
             prompts: ``B`` prompts.
             preferences: ``(B, C, K)``.
             responses: ``(B, n, T)``, padded on the right.
-            wanted: ``(B, n, C)`` True where a response is to be read under a preference; by default all are.
+            read_mask: ``(B, n, C)`` True where a response is to be read under a preference; by default all are.
 
         Returns:
             ``(B, n, C, T)`` float32 in nats, 0 where the response mask is False or the response not wanted.
         """
-        rows = _rows(responses, preferences.shape[1], wanted)
+        rows = _rows(responses, preferences.shape[1], read_mask)
         return self.trees_log_prob(
             self._encoded(prompts, preferences), preferences.flatten(0, 1), rows, responses.ids.shape[-1]
         )
 
     def reference_response_log_prob(
-        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, wanted: Tensor | None = None
+        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, read_mask: Tensor | None = None
     ) -> Tensor:
         """Return the same under the reference, adapter off, no gradient: only preferences written in prompts matter."""
-        encoded, rows = self._encoded(prompts, preferences), _rows(responses, preferences.shape[1], wanted)
+        encoded, rows = self._encoded(prompts, preferences), _rows(responses, preferences.shape[1], read_mask)
         with self.evaluating(), self.model.disable_adapter():
             return self.trees_log_prob(encoded, None, rows, responses.ids.shape[-1])
 
@@ -563,14 +563,14 @@ class Policy(Recorded, nn.Module):
             responses: ``n`` to each prompt under each preference, empty where it is not wanted.
             width: ``T``.
         """
-        each = len(prompts[0])  # C
+        c = len(prompts[0])  # C
         gate = None if preference is None else self.gate_of(preference)  # (B C, R)
         groups = [slice(0, len(prompts))]
         if not torch.is_grad_enabled():  # what needs a gradient, its caller divides
             groups = self._micro_batches(prompts, responses, share=gate is None)
         parts = [
             self.pass_log_prob(
-                prompts[g], None if gate is None else gate[g.start * each : g.stop * each], responses[g], width
+                prompts[g], None if gate is None else gate[g.start * c : g.stop * c], responses[g], width
             )
             for g in groups
         ]
@@ -623,11 +623,11 @@ class Policy(Recorded, nn.Module):
         rows = [answer for under in responses for answers in under for answer in answers]  # B C n
         read = [i for i, row in enumerate(rows) if row]
         flat = [prompt for under in prompts for prompt in under]  # B C
-        each = self.padded([flat[i // n] for i in read])  # (N, P)
+        prompt_ids = self.padded([flat[i // n] for i in read])  # (N, P)
         answers = Tokens.of_rows([rows[i] for i in read], 0, width=t).to(self.device)  # (N, T)
         places = torch.tensor(read, device=self.device)
         with self.gate.set(None if gate is None else gate[places // n]), self.autocast():
-            log_prob = self._token_log_prob(each, answers)
+            log_prob = self._token_log_prob(prompt_ids, answers)
         out = torch.zeros(b * c * n, t, device=self.device).index_put((places,), log_prob)
         return out.view(b, c, n, t).transpose(1, 2)
 
@@ -730,22 +730,22 @@ def _attends_to_all(model: Any) -> bool:
     )
 
 
-def _rows(responses: Tokens, preferences: int, wanted: Tensor | None) -> list[list[list[list[int]]]]:
+def _rows(responses: Tokens, preferences: int, read_mask: Tensor | None) -> list[list[list[list[int]]]]:
     """Return ``(B, n, T)`` as token ids without padding under each of ``C`` preferences, empty where not wanted."""
     lengths = responses.mask.sum(-1, keepdim=True).expand(-1, -1, preferences)  # (B, n, C)
-    if wanted is not None:
-        lengths = torch.where(wanted.to(lengths.device), lengths, 0)
+    if read_mask is not None:
+        lengths = torch.where(read_mask.to(lengths.device), lengths, 0)
     return [
         [[row[:length] for row, length in zip(ids, under, strict=True)] for under in each]
         for ids, each in zip(responses.ids.tolist(), lengths.transpose(1, 2).tolist(), strict=True)
     ]
 
 
-def rounding_note(kept: float) -> str | None:
+def rounding_note(remaining: float) -> str | None:
     """Return what is to be said of a merged model where rounding has taken, or added.
 
     More than a tenth of the update.
     """
-    if abs(kept - 1) > 0.1:
-        return f"of the adapter's update {100 * kept:.0f} % is left after rounding to the type of the weights"
+    if abs(remaining - 1) > 0.1:
+        return f"of the adapter's update {100 * remaining:.0f} % is left after rounding to the type of the weights"
     return None

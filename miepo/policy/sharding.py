@@ -41,13 +41,13 @@ class Shards:
         self._layers: list[Any] = [module for module in network.modules() if type(module).__name__ in kinds]
         if not self._layers:
             raise UserError(f"{type(network).__name__} does not say what its layers are, so that none can be sharded")
-        left = set(whole)
+        remaining = set(whole)
         for layer in self._layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=left)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=remaining)
         # holds nothing of its own: with it the layers know one another, and the next is gathered while one computes
         body = getattr(network, network.base_model_prefix)
-        left |= set(body.parameters()) - {p for layer in self._layers for p in layer.parameters()}
-        fully_shard(body, mesh=mesh, reshard_after_forward=True, ignored_params=left)
+        remaining |= set(body.parameters()) - {p for layer in self._layers for p in layer.parameters()}
+        fully_shard(body, mesh=mesh, reshard_after_forward=True, ignored_params=remaining)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

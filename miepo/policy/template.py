@@ -106,10 +106,10 @@ class PromptTemplate:
         """
         if self.has_control_tokens:
             return self._plain_ids(self.lead + response)
-        given = self.encode(prompt, preference)
+        prompt_ids = self.encode(prompt, preference)
         whole = self.start + self._plain_ids(self.text(prompt, preference) + self.lead + response)
-        if whole[: len(given)] == given:
-            return whole[len(given) :]
+        if whole[: len(prompt_ids)] == prompt_ids:
+            return whole[len(prompt_ids) :]
         return self._plain_ids(self.lead + response)  # a token spans the seam, which sampling cannot make
 
     def _parts(self, prompt: str, preference: str) -> tuple[Sequence[str], list[str]]:

@@ -107,19 +107,19 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float, 
     """Return ``(n, Q, heads, size)``, ``(n, S, groups, size)`` twice ``-> (n, Q, heads, size)``."""
     n, tokens, heads, _ = q.shape
     keys, groups = k.shape[1:3]
-    each = heads // groups  # heads that read the same keys are rows of one product
-    q = (q * scaling).unflatten(2, (groups, each)).permute(0, 2, 3, 1, 4).reshape(n * groups, each * tokens, -1)
+    size = heads // groups  # heads that read the same keys are rows of one product
+    q = (q * scaling).unflatten(2, (groups, size)).permute(0, 2, 3, 1, 4).reshape(n * groups, size * tokens, -1)
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # (n groups, S, size)
     weights = (q @ k.transpose(1, 2)).view(n, heads, tokens, keys) + bias
     weights = F.dropout(weights.softmax(-1), dropout, dropout > 0)
-    out = weights.view(n * groups, each * tokens, keys) @ v  # (n groups, each Q, size)
+    out = weights.view(n * groups, size * tokens, keys) @ v  # (n groups, size Q, dimensions)
     return out.view(n, heads, tokens, -1).transpose(1, 2)
 
 
 def _by_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float, dropout: float) -> Tensor:
     """Do as :func:`_by_products`, by PyTorch's kernel."""
-    each = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(each, 2).transpose(1, 2) for x in (k, v))  # (n, heads, S, size)
+    size = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(size, 2).transpose(1, 2) for x in (k, v))  # (n, heads, S, size)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2)
 

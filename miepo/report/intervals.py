@@ -60,12 +60,12 @@ def slopes_of(answers: Answers, before: Answers | None = None) -> dict[str, floa
 
     With ``before``, answers of an earlier evaluation to the same prompts, the change since then.
     """
-    each = [
+    slopes = [
         preference_slopes(e.scores, e.grid_index, e.positions, e.grid).diagonal(dim1=1, dim2=2)  # (P, K)
         for e in (answers, before)
         if e is not None
     ]
-    limits = t_interval(each[0] if before is None else each[0] - each[1])
+    limits = t_interval(slopes[0] if before is None else slopes[0] - slopes[1])
     found = {}
     for k, name in enumerate(answers.names):
         for suffix, part in zip(("", "_low", "_high"), limits, strict=True):

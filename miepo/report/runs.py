@@ -161,8 +161,8 @@ def incomparable(runs: Sequence[RunRecord]) -> list[str]:
     for name in runs[0].names:
         known = [(run.label, run.normalisation[name]) for run in runs if name in run.normalisation]
         if len({(f"{n.mean:.6g}", f"{n.sd:.6g}") for _, n in known}) > 1:
-            each = "; ".join(f"{label} by mean {n.mean:.4g}, sd {n.sd:.4g}" for label, n in known)
-            reasons.append(f"Rewards of {name} are normalised in different ways: {each}.")
+            listed = "; ".join(f"{label} by mean {n.mean:.4g}, sd {n.sd:.4g}" for label, n in known)
+            reasons.append(f"Rewards of {name} are normalised in different ways: {listed}.")
     if len({tuple(sorted(set(run.answers.prompts))) for run in runs if run.answers}) > 1:
         reasons.append("The runs were evaluated on different prompts.")
     if len({tuple(map(tuple, run.latest.grid.tolist())) for run in runs if run.latest}) > 1:

@@ -300,7 +300,7 @@ class FusedDecoder:
         The caches are moved so that what was written ends at the same place, and places that no row reads are let go.
         """
         both = (self, other)
-        left = max(d._left for d in both)  # tokens that may come
+        remaining = max(d._left for d in both)  # tokens that may come
         begins = [int((d.bias == 0).any(0).flatten().long().argmax()) for d in both]  # the first place that is read
         end = max(d.end - begin for d, begin in zip(both, begins, strict=True))
 
@@ -309,14 +309,14 @@ class FusedDecoder:
             found = []
             for d, begin, x in zip(both, begins, tensors, strict=True):
                 written = x.narrow(dim, begin, d.end - begin)
-                around = [end - written.shape[dim], left]
+                around = [end - written.shape[dim], remaining]
                 found.append(F.pad(written, [0, 0] * (x.ndim - 1 - dim) + around, value=hidden))
             return torch.cat(found)
 
         def coming(tensors: Sequence[Tensor]) -> Tensor:
             """Return tensors of tokens that may come, along dimension 1."""
             found = [x[:, x.shape[1] - d._left :] for d, x in zip(both, tensors, strict=True)]
-            return torch.cat([F.pad(x, (0, 0, 0, 0, 0, left - x.shape[1])) for x in found])
+            return torch.cat([F.pad(x, (0, 0, 0, 0, 0, remaining - x.shape[1])) for x in found])
 
         self.cos, self.sin = coming([self.cos, other.cos]), coming([self.sin, other.sin])
         for i in range(len(self.keys)):

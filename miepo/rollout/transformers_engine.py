@@ -52,8 +52,8 @@ class TransformersEngine(RolloutEngine):
         gathered = shards.gathered() if shards is not None and shards.gathers else nullcontext()
         whole = shards is None or shards.gathers
         with policy.evaluating(), gathered:
-            way = self._decode if self.fused and whole and fits(policy) else self._generate
-            sampled = way(policy, tokens, preference, count, max_new_tokens, seeds)
+            sample = self._decode if self.fused and whole and fits(policy) else self._generate
+            sampled = sample(policy, tokens, preference, count, max_new_tokens, seeds)
         return make_responses(policy, sampled.unflatten(0, (len(prompts), count)), self.stop)
 
     def _decode(
@@ -83,9 +83,9 @@ class TransformersEngine(RolloutEngine):
             if t + 1 == max_new_tokens or done.all():
                 break
             if 2 * int((~done).sum()) <= len(rows):  # leaving costs a copy of the cache
-                left = (~done).nonzero().squeeze(1)
-                decoder.keep(left)
-                rows, chosen = rows[left], chosen[left]
+                active = (~done).nonzero().squeeze(1)
+                decoder.keep(active)
+                rows, chosen = rows[active], chosen[active]
             logits = decoder.next(chosen)
         if logits.isnan().any():
             raise UserError("the policy's logits are not numbers: expected a finite learning rate and finite weights")

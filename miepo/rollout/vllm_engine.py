@@ -91,8 +91,8 @@ class VLLMEngine(RolloutEngine):
                 )
         responses = make_responses(policy, ids.to(policy.device), self.stop)
         mask = responses.tokens.mask
-        kept = torch.where(mask, log_prob[..., : mask.shape[-1]].to(mask.device), 0.0)
-        return Responses(responses.tokens, responses.texts, responses.finished, kept)
+        masked = torch.where(mask, log_prob[..., : mask.shape[-1]].to(mask.device), 0.0)
+        return Responses(responses.tokens, responses.texts, responses.finished, masked)
 
     def _start(self, policy: Policy) -> Any:
         from vllm import LLM

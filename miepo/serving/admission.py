@@ -64,8 +64,8 @@ class Admission:
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
         if self.key is not None and path != "/health":
-            scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), self.key.encode()):
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not secrets.compare_digest(key.strip().encode(), self.key.encode()):
                 raise HTTPRejection(401, "expected the key of this server as a bearer token", "authentication_error")
         if self.posts is not None and method not in ("GET", "HEAD") and path not in self.posts:
             raise HTTPRejection(404, "nothing is taken here")
@@ -90,9 +90,9 @@ async def _body(receive: Receive) -> bytes | None:
 
 def _again(body: bytes, receive: Receive) -> Receive:
     """Return it as if nobody had read it."""
-    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def read() -> Message:
-        return left.pop() if left else await receive()
+        return messages.pop() if messages else await receive()
 
     return read

@@ -64,16 +64,16 @@ class Responses:
             ) from None
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Chunk]]:
-        left = len(self.tickets)
+        unfinished = len(self.tickets)
         try:
-            while left:
+            while unfinished:
                 try:  # the network may be at a long prompt, where nobody can stop it
                     index, piece = await asyncio.wait_for(self._pieces.get(), self._deadline - time.monotonic())
                 except TimeoutError:
                     raise failure(TimeoutError("the response took too long")) from None
                 if isinstance(piece, Exception):
                     raise failure(piece)
-                left -= piece.finish is not None
+                unfinished -= piece.finish is not None
                 yield index, piece
         finally:
             for ticket in self.tickets:
@@ -107,13 +107,13 @@ def make_app(
     equal = dict.fromkeys(trained.names, 1 / len(trained.names))
     about = {"id": name, "object": "model", "created": started, "owned_by": "miepo", "objectives": list(trained.names)}
 
-    def check_model(wanted: str | None) -> None:
-        if wanted not in (None, name):
-            raise HTTPRejection(404, f"expected the model '{name}', got '{wanted}'", "not_found_error")
+    def check_model(requested: str | None) -> None:
+        if requested not in (None, name):
+            raise HTTPRejection(404, f"expected the model '{name}', got '{requested}'", "not_found_error")
 
     def questions_of(request: ChatRequest) -> tuple[list[Any], dict[str, float]]:
-        wanted = equal if request.preference is None else request.preference
-        vector = parse_preference(wanted, trained.names, strict=True)
+        preference = equal if request.preference is None else request.preference
+        vector = parse_preference(preference, trained.names, strict=True)
         weights = dict(zip(trained.names, vector.double().round(decimals=6).tolist(), strict=True))
         if request.tokens is not None and max_tokens is not None and request.tokens > max_tokens:
             raise UserError(f"max_tokens: expected at most {max_tokens}, got {request.tokens}")
@@ -164,9 +164,9 @@ def make_app(
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [about]}
 
-    @app.get("/v1/models/{wanted}")
-    async def model(wanted: str) -> dict[str, Any]:
-        check_model(wanted)
+    @app.get("/v1/models/{requested}")
+    async def model(requested: str) -> dict[str, Any]:
+        check_model(requested)
         return about
 
     @app.post("/v1/chat/completions")
@@ -177,10 +177,10 @@ def make_app(
         questions, weights = await run_in_threadpool(questions_of, body)
         responses = Responses(batcher, questions, timeout)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
-        given = len(questions[0].ids)
+        prompt_tokens = len(questions[0].ids)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(responses, head, weights, given if usage else None)
+            events = _events(responses, head, weights, prompt_tokens if usage else None)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         answer = asyncio.create_task(_whole(responses))
         while not (await asyncio.wait({answer}, timeout=0.5))[0]:
@@ -194,15 +194,15 @@ def make_app(
             for i in range(len(texts))
         ]  # fmt: skip
         return JSONResponse(
-            head | {"object": "chat.completion", "choices": choices, "usage": _usage(given, sum(tokens))}
+            head | {"object": "chat.completion", "choices": choices, "usage": _usage(prompt_tokens, sum(tokens))}
             | {"preference": weights}
         )  # fmt: skip
 
     return app
 
 
-def _usage(given: int, written: int) -> dict[str, int]:
-    return {"prompt_tokens": given, "completion_tokens": written, "total_tokens": given + written}
+def _usage(prompt_tokens: int, written: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": written, "total_tokens": prompt_tokens + written}
 
 
 async def _whole(responses: Responses) -> tuple[list[str], list[str], list[int]]:
@@ -215,7 +215,7 @@ async def _whole(responses: Responses) -> tuple[list[str], list[str], list[int]]
 
 
 async def _events(
-    responses: Responses, head: dict[str, Any], weights: dict[str, float], given: int | None
+    responses: Responses, head: dict[str, Any], weights: dict[str, float], prompt_tokens: int | None
 ) -> AsyncIterator[str]:
     """Yield server-sent events: one for each piece, the usage if it is asked for, an error where there is one."""
     head = head | {"object": "chat.completion.chunk"}
@@ -237,8 +237,8 @@ async def _events(
                 yield event(head | {"choices": choice(index, {"content": piece.text})})
             if piece.finish:
                 yield event(head | {"choices": choice(index, {}, piece.finish)})
-        if given is not None:
-            yield event(head | {"choices": [], "usage": _usage(given, sum(tokens))})
+        if prompt_tokens is not None:
+            yield event(head | {"choices": [], "usage": _usage(prompt_tokens, sum(tokens))})
         yield "data: [DONE]\n\n"
     except HTTPRejection as error:
         yield event({"error": {"message": str(error), "type": error.kind, "param": None, "code": None}})

@@ -46,17 +46,19 @@ class PendingRequest:
 
 
 class Batcher:
-    """Answers up to ``most`` requests at once, all by one token at a time; who waits joins as soon as there is room.
+    """Answers up to ``max_rows`` requests at once, all by one token at a time.
+
+    Who waits joins as soon as there is room.
 
     Args:
         policy: In evaluation mode; nobody else runs it.
-        most: Requests that are answered together.
+        max_rows: Requests that are answered together.
         max_queue: Requests that may wait; more are refused.
     """
 
-    def __init__(self, policy: Policy, most: int = 16, max_queue: int = 64) -> None:
-        self.most, self.limit = most, max_queue
-        self._responder = ContinuousDecoder(policy, most)
+    def __init__(self, policy: Policy, max_rows: int = 16, max_queue: int = 64) -> None:
+        self.max_rows, self.limit = max_rows, max_queue
+        self._responder = ContinuousDecoder(policy, max_rows)
         self._tickets: deque[PendingRequest] = deque()
         self._coming: list[PendingRequest] = []  # whose prompts are being computed
         self._answered: dict[int, PendingRequest] = {}  # by row
@@ -115,7 +117,7 @@ class Batcher:
         """Return who is answered from now on."""
         come: list[PendingRequest] = []
         longest = 0
-        while self._tickets and self._responder.joins and len(self._answered) + len(come) < self.most:
+        while self._tickets and self._responder.joins and len(self._answered) + len(come) < self.max_rows:
             longest = max(longest, len(self._tickets[0].question.ids))
             if come and longest * (len(come) + 1) > MOST_TOKENS:
                 break

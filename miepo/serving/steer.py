@@ -59,16 +59,16 @@ def answers(batcher: Batcher, questions: Sequence[GenerationRequest], timeout: f
         batcher.submit(tickets)
     except QueueFull:
         raise UserError("too many wait for answers already: try again later") from None
-    texts, left = [""] * len(tickets), len(tickets)
+    texts, unfinished = [""] * len(tickets), len(tickets)
     try:
-        while left:
+        while unfinished:
             try:
                 index, piece = pieces.get(timeout=max(deadline - time.monotonic(), 0) + 1)
             except queue.Empty:
                 raise UserError("the answer took too long") from None
             if isinstance(piece, Exception):
                 raise UserError(str(piece) if isinstance(piece, TOLD) else "the answer could not be computed")
-            left -= piece.finish is not None
+            unfinished -= piece.finish is not None
             texts[index] += piece.text
             yield list(texts)
     finally:
@@ -114,14 +114,14 @@ class SteerPage:
                 self.trained.question(prompt, normalised(w), int(tokens), temperature, seed=int(seed or 0))
                 for w in both
             ]
-            under = [f"Answered under {format_preference(v, self.trained.names)}" for v in vectors]
+            captions = [f"Answered under {format_preference(v, self.trained.names)}" for v in vectors]
             texts = ["", ""]
             for texts in answers(self.batcher, questions, self.timeout):
-                yield *texts, *under, gr.skip(), gr.skip()
+                yield *texts, *captions, gr.skip(), gr.skip()
             rows, note, points = self.scores(prompt, texts, [v.tolist() for v in vectors], deadline)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        yield *texts, *[f"{u}{note}" for u in under], rows, self.front(weights[:count], weights[count:], points)
+        yield *texts, *[f"{u}{note}" for u in captions], rows, self.front(weights[:count], weights[count:], points)
 
     def scores(
         self, prompt: str, texts: Sequence[str], vectors: Sequence[Sequence[float]], deadline: float
@@ -218,10 +218,10 @@ class SteerPage:
                         partial(_others, k), row, others, queue=False, trigger_mode="always_last", **quiet
                     )
                     moved.then(self._redraw, weights, plot, **quiet)
-            given = [prompt, tokens, temperature, seed, *weights]
+            inputs = [prompt, tokens, temperature, seed, *weights]
             shown = [*boxes, *notes, table, plot]
             gr.on(
-                [ask.click, prompt.submit], self.answer, given, shown, api_visibility="private", time_limit=None,
+                [ask.click, prompt.submit], self.answer, inputs, shown, api_visibility="private", time_limit=None,
                 trigger_mode="always_last",  # who asks again while the last answers are scored is answered, too
             )  # fmt: skip
             page.load(self._redraw, weights, plot, **quiet)

@@ -105,10 +105,10 @@ def _write(saved: Saved, vector: Tensor | None, merged: bool, policy: Policy, fo
         if gate is not None:
             policy.scale_blocks(gate[0])
     policy.tokenizer.chat_template = chat_template(policy, text, free=vector is None)
-    kept = 1.0  # of what was trained
+    remaining = 1.0  # of what was trained
     if merged:
-        kept = policy.save_merged(folder)
-        if note := rounding_note(kept):
+        remaining = policy.save_merged(folder)
+        if note := rounding_note(remaining):
             rank_zero_warn(f"{note}: the merged model is not quite the policy, the adapter (without --merged) is")
     else:
         folder.mkdir()
@@ -123,7 +123,7 @@ def _write(saved: Saved, vector: Tensor | None, merged: bool, policy: Policy, fo
         _write_card(saved, owners, policy, folder)
     if saved.front is not None:
         saved.front.draw().savefig(folder / "front.png", dpi=120)
-    model_card(saved, vector, merged, kept).save(folder / "README.md")
+    model_card(saved, vector, merged, remaining).save(folder / "README.md")
 
 
 def block_factors(owners: Sequence[str | None], objectives: int) -> Tensor:

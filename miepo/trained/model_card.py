@@ -24,13 +24,13 @@ def method_of(settings: Mapping[str, Any]) -> str:
     term = (settings.get("model") or {}).get("exploration")
     if not isinstance(term, dict):
         return "a method that its settings below name"
-    given = term.get("init_args") or {}
-    if 0 in (given.get("beta_w", 1), given.get("weight", 1)):
+    arguments = term.get("init_args") or {}
+    if 0 in (arguments.get("beta_w", 1), arguments.get("weight", 1)):
         return "MO-ODPO (online DPO under drawn preferences, no exploration term)"
     return f"MI-EPO (arXiv 2607.01392), exploration term {str(term.get('class_path')).rpartition('.')[2]}"
 
 
-def model_card(saved: Saved, preference: Tensor | None, merged: bool, kept: float = 1.0) -> ModelCard:
+def model_card(saved: Saved, preference: Tensor | None, merged: bool, remaining: float = 1.0) -> ModelCard:
     """Return what the model is, how it is used, what was measured and how it was trained."""
     names = ", ".join(saved.names)
     local = re.match(r"[.~/]|pypi:|package:", saved.base) is not None or Path(saved.base).exists()
@@ -47,8 +47,8 @@ def model_card(saved: Saved, preference: Tensor | None, merged: bool, kept: floa
         "## Use",
         _usage(saved, preference, merged),
     ]
-    if rounding_note(kept):
-        parts.append(f"Rounding to the type of the weights has left {100 * kept:.0f} % of what was trained.")
+    if rounding_note(remaining):
+        parts.append(f"Rounding to the type of the weights has left {100 * remaining:.0f} % of what was trained.")
     if saved.evaluations:
         head = ["metric", *(evaluation.title for evaluation in saved.evaluations)]
         rows = [head, ["---"] * len(head), *table_rows([evaluation.figures for evaluation in saved.evaluations])]

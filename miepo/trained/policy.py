@@ -76,8 +76,8 @@ class TrainedPolicy:
                 raise UserError("expected a prompt as text, or messages with role and content")
             messages: Any = prompt
             turns = [(message["role"], message["content"]) for message in messages]
-            wanted = [("user", "assistant")[i % 2] for i in range(len(turns))]
-            if len(turns) % 2 == 0 or [role for role, _ in turns] != wanted:
+            expected_roles = [("user", "assistant")[i % 2] for i in range(len(turns))]
+            if len(turns) % 2 == 0 or [role for role, _ in turns] != expected_roles:
                 raise UserError(
                     "expected messages of user and assistant in turn, from user to user, "
                     f"got {', '.join(role for role, _ in turns) or 'none'}"
@@ -165,14 +165,14 @@ class TrainedPolicy:
         every: list[Any] = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Sequence) else list(prompts)
         if not isinstance(preference, (Mapping, Sequence)) or not all(isinstance(prompt, str) for prompt in every):
             raise UserError("expected prompts as text, and a preference by objective name for all or for each of them")
-        under = [preference] * len(every) if isinstance(preference, Mapping) else list(preference)
-        if len(under) != len(every):
+        preferences = [preference] * len(every) if isinstance(preference, Mapping) else list(preference)
+        if len(preferences) != len(every):
             raise UserError(
-                f"expected one preference for all or one for each of {len(every)} prompts, got {len(under)}"
+                f"expected one preference for all or one for each of {len(every)} prompts, got {len(preferences)}"
             )
         questions = [
             self.question(prompt, weights, seed=own, **settings)
-            for prompt, weights, own in zip(every, under, prompt_seeds(seed, len(every)), strict=True)
+            for prompt, weights, own in zip(every, preferences, prompt_seeds(seed, len(every)), strict=True)
         ]
         responses = [""] * len(every)
         for start in range(0, len(questions), MOST_AT_ONCE):
@@ -264,8 +264,10 @@ def load(
         isinstance(objectives, Sequence) and all(isinstance(o, Objective) for o in objectives)
     ):
         raise UserError(f"expected a list of objectives, got {objectives!r}")
-    if objectives is not None and (given := tuple(o.name for o in objectives)) != saved.names:
-        raise UserError(f"'{saved.source}' has the objectives {list(saved.names)}, in this order, got {list(given)}")
+    if objectives is not None and (given_names := tuple(o.name for o in objectives)) != saved.names:
+        raise UserError(
+            f"'{saved.source}' has the objectives {list(saved.names)}, in this order, got {list(given_names)}"
+        )
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=where).item()  # one that keeps no numbers fails, too

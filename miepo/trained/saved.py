@@ -109,13 +109,13 @@ def _saved(path: Path, checkpoint: dict[str, Any]) -> Saved:
 def _settings(config: Mapping[str, Any], steps: Any) -> dict[str, Any]:
     """Return what of a configuration says how a policy was trained; the policy and what it was measured on apart."""
     model, data = (config.get(key) or {} for key in ("model", "data"))
-    kept = {key: value for key, value in (model.get("init_args") or {}).items() if key != "policy"}
-    if "exploration" in kept:
-        kept["exploration"] = kept["exploration"] or PAPERS_TERM
+    arguments = {key: value for key, value in (model.get("init_args") or {}).items() if key != "policy"}
+    if "exploration" in arguments:
+        arguments["exploration"] = arguments["exploration"] or PAPERS_TERM
     rollouts = without_prompts(data.get("init_args") or {})
     rollouts = {key: value for key, value in rollouts.items() if not key.startswith("predict")}
     found = {"method": model.get("class_path"), "steps": steps, "seed": config.get("seed_everything")}
-    found |= {"model": _stated(kept), "data": _stated(rollouts), "objectives": config.get("objectives")}
+    found |= {"model": _stated(arguments), "data": _stated(rollouts), "objectives": config.get("objectives")}
     return {key: value for key, value in found.items() if value not in (None, {}, [])}
 
 

@@ -88,8 +88,8 @@ class ResponseText:
 
     def _certain(self) -> str:
         """Return all but what may be the beginning of a stop text."""
-        most = len(self._text) + 1
-        held = [n for text in self.stop for n in range(1, min(len(text), most)) if self._text.endswith(text[:n])]
+        limit = len(self._text) + 1
+        held = [n for text in self.stop for n in range(1, min(len(text), limit)) if self._text.endswith(text[:n])]
         return self._text[: len(self._text) - max(held, default=0)]
 
     def _show(self, text: str) -> str:
@@ -101,10 +101,10 @@ class ResponseText:
 
 def check_length(policy: Policy, question: GenerationRequest) -> None:
     """Refuse a question that does not fit the model's context together with its response."""
-    limit, given, tokens = policy.context_length, len(question.ids), question.max_new_tokens
-    if limit is not None and given + tokens > limit:
+    limit, prompt_length, tokens = policy.context_length, len(question.ids), question.max_new_tokens
+    if limit is not None and prompt_length + tokens > limit:
         raise UserError(
-            f"the prompt has {given} tokens, the response may have {tokens}: expected at most {limit} together"
+            f"the prompt has {prompt_length} tokens, the response may have {tokens}: expected at most {limit} together"
         )
 
 
@@ -125,17 +125,17 @@ class ContinuousDecoder:
 
     Args:
         policy: In evaluation mode. Its weights stay as they are.
-        most: About as many responses are written together.
+        max_rows: About as many responses are written together.
 
     Raises:
         UserError: the network keeps a state beside its cache, of which rows can neither be padded nor leave.
     """
 
-    def __init__(self, policy: Policy, most: int) -> None:
+    def __init__(self, policy: Policy, max_rows: int) -> None:
         if getattr(policy.causal_lm, "_is_stateful", False) and not fits(policy):
             kind = type(policy.causal_lm).__name__
             raise UserError(f"{kind} keeps a state that padding changes: expected a network of attention alone")
-        self.policy, self.most = policy, most
+        self.policy, self.max_rows = policy, max_rows
         self._ends = set(policy.end_ids)
         self._layout: Layout | None = None
         self._rows: list[_Row] = []
@@ -187,7 +187,7 @@ class ContinuousDecoder:
         if not fits(self.policy):
             return PlainDecoder(self.policy, prompts, preference)
         if self._layout is None:
-            self._layout = Layout(self.policy, self.most)
+            self._layout = Layout(self.policy, self.max_rows)
         longest = max(question.max_new_tokens for question in questions)
         return FusedDecoder(self.policy, prompts, preference, 1, longest, layout=self._layout)
 
@@ -215,7 +215,7 @@ class ContinuousDecoder:
             top_p = torch.tensor([q.top_p for q in asked], device=logits.device)
             uniform = torch.stack([row.draws[len(row.text.ids)] for row in self._rows]).to(logits.device)
             chosen = choose(logits, temperature, top_p, uniform)  # (N,)
-        pieces, left = [], []
+        pieces, remaining = [], []
         for i, (row, token) in enumerate(zip(self._rows, chosen.tolist(), strict=True)):
             text = row.text.add(token)
             finish: Finish | None = None
@@ -226,19 +226,19 @@ class ContinuousDecoder:
             elif cancelled(row.number):
                 finish = "cancelled"
             if finish is None:
-                left.append(i)
+                remaining.append(i)
             else:
                 text += row.text.end()
             if text or finish:
                 pieces.append(Chunk(row.number, text, len(row.text.ids), finish))
-        if not left:
+        if not remaining:
             self.clear()
-        elif len(left) < len(self._rows):
-            kept = torch.tensor(left, device=chosen.device)
+        elif len(remaining) < len(self._rows):
+            remaining_rows = torch.tensor(remaining, device=chosen.device)
             with NETWORK, torch.no_grad():
-                self._decoder.keep(kept)
-            self._rows, chosen = [self._rows[i] for i in left], chosen[kept]
-        if left:
+                self._decoder.keep(remaining_rows)
+            self._rows, chosen = [self._rows[i] for i in remaining], chosen[remaining_rows]
+        if remaining:
             self._logits, self._chosen = None, chosen
         return pieces
 

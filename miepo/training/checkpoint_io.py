@@ -108,14 +108,14 @@ def _check_progress(path: Path, loops: Mapping[str, Any]) -> None:
                 raise _another(path, f"one with {where}{name}: {counts}")
 
 
-def check_adapter(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:
+def check_adapter(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Refuse an adapter in which a weight is missing, unknown or of another shape."""
-    shapes = {name: (_shape(expected, name), _shape(came, name)) for name in sorted(expected.keys() | came.keys())}
-    if wrong := [name for name, (wanted, got) in shapes.items() if wanted != got]:
-        wanted, got = shapes[wrong[0]]
+    shapes = {name: (_shape(expected, name), _shape(found, name)) for name in sorted(expected.keys() | found.keys())}
+    if wrong := [name for name, (shape, got) in shapes.items() if shape != got]:
+        shape, got = shapes[wrong[0]]
         raise UserError(
             f"the checkpoint's adapter does not fit the policy: {len(wrong)} of {len(expected)} weights differ, "
-            f"first {wrong[0]}: expected shape {wanted}, got {got}"
+            f"first {wrong[0]}: expected shape {shape}, got {got}"
         )
 
 

@@ -209,8 +209,8 @@ class RunCheckpoint(Recorded, Checkpoint):
 
     def _stop(self, trainer: Trainer) -> None:
         number = self._signal or signal.SIGTERM  # another process was asked
-        kept = f"checkpoint: {self.last_model_path}" if self.last_model_path else "no step was finished"
-        rank_zero_info(f"Stopped by {signal.Signals(number).name} after {trainer.global_step} steps; {kept}")
+        outcome = f"checkpoint: {self.last_model_path}" if self.last_model_path else "no step was finished"
+        rank_zero_info(f"Stopped by {signal.Signals(number).name} after {trainer.global_step} steps; {outcome}")
         raise Interrupted(number)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -240,10 +240,10 @@ def _rows_before(checkpoint: Mapping[str, Any], trainer: Any) -> int | None:
 
     An older one tells its batch, and not of how many processes.
     """
-    kept = _state_in(checkpoint).get("rows_per_batch")
+    rows_per_batch = _state_in(checkpoint).get("rows_per_batch")
     size = ((_config_in(checkpoint).get("data") or {}).get("init_args") or {}).get("batch_size")
     of_processes = size * trainer.world_size if isinstance(size, int) else None
-    return kept if isinstance(kept, int) and kept > 0 else of_processes
+    return rows_per_batch if isinstance(rows_per_batch, int) and rows_per_batch > 0 else of_processes
 
 
 def _regroup(checkpoint: Mapping[str, Any], before: int, now: int, accumulated: int, limit: float) -> None:

@@ -41,9 +41,9 @@ HALF = {"letter_e": 0.5, "brevity": 0.5}
 
 
 @contextlib.contextmanager
-def served(trained: TrainedPolicy, waiting: int = 64, most: int = 16, **options: Any) -> Iterator[str]:
+def served(trained: TrainedPolicy, waiting: int = 64, max_rows: int = 16, **options: Any) -> Iterator[str]:
     """The address of a server that runs in a thread of this process."""
-    batcher = Batcher(trained.policy, most, waiting)
+    batcher = Batcher(trained.policy, max_rows, waiting)
     try:
         with running(make_app(trained, batcher, **options)) as address:
             yield address
@@ -303,7 +303,7 @@ def test_who_comes_later_does_not_wait_for_the_others(
 
 def test_too_many_are_refused(trained: TrainedPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ContinuousDecoder, "step", slowly(0.05))
-    with served(trained, waiting=2, most=1) as address, asking(address) as client, ThreadPoolExecutor(12) as pool:
+    with served(trained, waiting=2, max_rows=1) as address, asking(address) as client, ThreadPoolExecutor(12) as pool:
 
         def one(i: int) -> str:
             try:

@@ -31,7 +31,9 @@ def test_there_and_back(tmp_path: Path) -> None:
     given.load_state_dict({"mean": 1.0, "sd": 2.0})
     read_normalisation(file, [given], offline_responses(data))
     assert given.normalisation.mean == 1.0  # what the configuration gives stands
-    assert all(objective.given for objective in objectives)  # and counts more than a checkpoint's, as this does
+    assert all(
+        objective.normalisation_given for objective in objectives
+    )  # and counts more than a checkpoint's, as this does
     first = Letters("e", normalisation={"mean": 1.0, "sd": 2.0})
     both = [first, Length("length")]
     read_normalisation(file, both, offline_responses(data))

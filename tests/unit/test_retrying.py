@@ -28,7 +28,11 @@ def test_it_asks_again_and_has_the_scores_of_the_other() -> None:
     objective = RetryingObjective(inner, retries=3, backoff=0.0)
     assert ask(objective, "ab", "c") == [-2.0, -1.0]
     assert inner.calls == 4
-    assert (objective.name, objective.normalisation, objective.given) == ("moody", inner.normalisation, True)
+    assert (objective.name, objective.normalisation, objective.normalisation_given) == (
+        "moody",
+        inner.normalisation,
+        True,
+    )
     assert identity_of(objective)["of"] == identity_of(inner)
 
 

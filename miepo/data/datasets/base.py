@@ -92,13 +92,13 @@ class PreferenceDataset(Recorded, ABC):
 
     def _load(self, source: Any, split: Split) -> list[Comparison]:
         found = [self.read(row) for row in read_rows(source, self.fields, (split,), self.blank)]
-        kept = [c for c in found if isinstance(c, Comparison)]
+        comparisons = [c for c in found if isinstance(c, Comparison)]
         reasons = Counter(c for c in found if isinstance(c, str))
         why = "".join(f", {n} left out ({reason})" for reason, n in sorted(reasons.items()))
-        if not kept:
+        if not comparisons:
             raise UserError(f"{type(self).__name__}: expected comparisons in '{source}', got none{why}")
-        rank_zero_info(f"{type(self).__name__}: {len(kept)} of {len(found)} rows of '{source}'{why}")
-        return kept
+        rank_zero_info(f"{type(self).__name__}: {len(comparisons)} of {len(found)} rows of '{source}'{why}")
+        return comparisons
 
 
 def fingerprint_of(rows: Iterable[Any]) -> str:

@@ -44,13 +44,15 @@ def non_dominated(scores: Tensor) -> Tensor:
     >>> non_dominated(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.5], [1.0, 0.0]]))
     tensor([ True,  True, False,  True])
     """
-    finite, kept = scores.isfinite().all(-1), torch.zeros(len(scores), dtype=torch.bool)
+    finite, selected = scores.isfinite().all(-1), torch.zeros(len(scores), dtype=torch.bool)
     rows = scores[finite]
     if len(rows) and scores.shape[1] == 1:  # moocore starts at two objectives
-        kept[finite] = (rows == rows.max()).squeeze(1)
+        selected[finite] = (rows == rows.max()).squeeze(1)
     elif len(rows):
-        kept[finite] = torch.from_numpy(moocore.is_nondominated(rows.double().numpy(), maximise=True, keep_weakly=True))
-    return kept
+        selected[finite] = torch.from_numpy(
+            moocore.is_nondominated(rows.double().numpy(), maximise=True, keep_weakly=True)
+        )
+    return selected
 
 
 @dataclass
@@ -71,8 +73,8 @@ class Pool:
 
     def good(self, selection: Selection, quantile: float) -> Pool:
         by_quantile = selection == "quantile"
-        kept = good_at_something(self.scores, quantile) if by_quantile else non_dominated(self.scores)
-        return self.rows(kept.nonzero().flatten().tolist())
+        selected = good_at_something(self.scores, quantile) if by_quantile else non_dominated(self.scores)
+        return self.rows(selected.nonzero().flatten().tolist())
 
 
 def join(pools: Sequence[Pool], pad: int) -> Pool:
@@ -149,7 +151,7 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
             source = self.prompts if self.offline_file == "offline" else self.offline_file
             if self.offline_file == "offline" and not isinstance(source, PreferenceDataset):
                 raise UserError("data.offline_rows offline needs a preference data set as data.prompts")
-            self.given = offline_responses(source)  # type: ignore[arg-type]
+            self.offline_pairs = offline_responses(source)  # type: ignore[arg-type]
 
     def plan(self, steps: int) -> list[int]:
         """Return steps (or batches) of so many at which the stages end: the offline stage, then each round."""
@@ -197,12 +199,12 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         assert self.pool is not None
         rng = generator(RandomStream.SHUFFLE, self.seed, stage, 1)
         processes = trainer.world_size
-        each = self.responses * processes  # rows of a step for each of our prompts
-        begin, size = ends[stage - 1] if stage else 0, each * self.batch_size
+        rows_per_prompt = self.responses * processes  # rows of a step for each of our prompts
+        begin, size = ends[stage - 1] if stage else 0, rows_per_prompt * self.batch_size
         passes = -(-(ends[stage] - begin) * size // len(self.pool))  # over the pool in this stage
         order = np.concatenate([rng.permutation(len(self.pool)) for _ in range(passes)])
         start = (index - begin) * size
-        chosen = order[start : start + each * len(batch)].tolist()  # by all processes
+        chosen = order[start : start + rows_per_prompt * len(batch)].tolist()  # by all processes
         tokens = float(self.pool.rows(chosen).responses.mask.sum()) / processes
         rows = self.pool.rows(chosen[trainer.global_rank :: processes])
         device = self._policy.device
@@ -247,9 +249,9 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
                 responses.tokens.flat().to("cpu"),
                 scores.flatten(0, 1),
             )
-            kept = usable.nonzero().flatten().tolist()
-            pools.append(pool.rows(kept))
-            places += [(epoch, positions[row // self.responses], row) for row in kept]
+            usable_rows = usable.nonzero().flatten().tolist()
+            pools.append(pool.rows(usable_rows))
+            places += [(epoch, positions[row // self.responses], row) for row in usable_rows]
         return self._of_all(join(pools, policy.tokenizer.pad_token_id), places)
 
     def _of_all(self, pool: Pool, places: Sequence[Any]) -> Pool:
@@ -261,8 +263,8 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
     def _read(self) -> Pool:
         """Return the offline file, tokenised and scored."""
         module, policy = self._module, self._policy
-        fitting = set(self._fitting(list(dict.fromkeys(self.given.prompts)), "offline"))
-        pairs = [(p, r) for p, r in zip(self.given.prompts, self.given.responses, strict=True) if p in fitting]
+        fitting = set(self._fitting(list(dict.fromkeys(self.offline_pairs.prompts)), "offline"))
+        pairs = [(p, r) for p, r in zip(self.offline_pairs.prompts, self.offline_pairs.responses, strict=True) if p in fitting]
         self.scored_responses += len(pairs)
         mine = range(self._trainer.global_rank, len(pairs), self._trainer.world_size)
         if len(pairs) < self._trainer.world_size:
@@ -277,5 +279,5 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         raw = together(self._trainer, start_scoring(module.objectives, prompts, [[text] for text in texts]))
         scores = normalise_rewards(module.objectives, raw)[:, 0]  # (n, K)
         usable = scores.isfinite().all(-1) & torch.tensor([bool(text.strip()) for text in texts])
-        kept = usable.nonzero().flatten().tolist()
-        return self._of_all(Pool(prompts, tokens, scores).rows(kept), [mine[i] for i in kept])
+        usable_rows = usable.nonzero().flatten().tolist()
+        return self._of_all(Pool(prompts, tokens, scores).rows(usable_rows), [mine[i] for i in usable_rows])

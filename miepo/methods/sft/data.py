@@ -145,9 +145,9 @@ class SupervisedDataModule(Recorded, LightningDataModule):
         limit = min(self.max_tokens or 10**9, policy.context_length or 10**9)
         rows = []
         for prompt, response in pairs:
-            given = len(policy.template.encode(prompt))
+            prompt_length = len(policy.template.encode(prompt))
             ids = [*policy.template.encode_response(prompt, "", response), policy.end_id]
-            rows.append((prompt, ids[: self.max_response_tokens], given))
+            rows.append((prompt, ids[: self.max_response_tokens], prompt_length))
         fitting = [row for row in rows if row[2] + len(row[1]) <= limit]
         if not fitting:
             raise UserError(f"no {use} example of {len(rows)} has at most {limit} tokens, prompt and response")

@@ -105,9 +105,9 @@ class SupervisedFineTuning(PolicyModule):
             if not self.save_to:  # the run's own: of a run that had ended and was given more steps
                 shutil.rmtree(self.folder)
         self.policy.causal_lm.generation_config = self.policy.generation_config  # of the base, for whoever samples
-        kept = self.policy.save_merged(self.folder)
+        remaining = self.policy.save_merged(self.folder)
         rank_zero_info(f"Merged model: {self.folder}")
-        if note := rounding_note(kept):
+        if note := rounding_note(remaining):
             rank_zero_warn(
                 f"{note}, so that the merged model is not quite the one that was trained: policy.dtype float32 keeps "
                 "all of it, a higher learning rate more"
