@@ -264,7 +264,11 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
         """Return the offline file, tokenised and scored."""
         module, policy = self._module, self._policy
         fitting = set(self._fitting(list(dict.fromkeys(self.offline_pairs.prompts)), "offline"))
-        pairs = [(p, r) for p, r in zip(self.offline_pairs.prompts, self.offline_pairs.responses, strict=True) if p in fitting]
+        pairs = [
+            (p, r)
+            for p, r in zip(self.offline_pairs.prompts, self.offline_pairs.responses, strict=True)
+            if p in fitting
+        ]
         self.scored_responses += len(pairs)
         mine = range(self._trainer.global_rank, len(pairs), self._trainer.world_size)
         if len(pairs) < self._trainer.world_size:
