@@ -181,6 +181,7 @@ class Exploration(Recorded, ABC):
 
     @property
     def active(self) -> bool:
+        """Whether the term is computed."""
         return self.weight > 0
 
     @abstractmethod

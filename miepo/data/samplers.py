@@ -115,6 +115,7 @@ class OnlinePrompts(Dataset):
 
     @staticmethod
     def collate(rows: Sequence[tuple[str, int, int]]) -> PromptBatch:
+        """Return a batch of rows (prompt, epoch, position)."""
         prompts, epochs, positions = zip(*rows, strict=True)
         return PromptBatch(prompts, epochs, positions)
 

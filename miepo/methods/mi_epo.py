@@ -67,6 +67,7 @@ class StepStatistics:
 
     @classmethod
     def join(cls, parts: Sequence[StepStatistics]) -> StepStatistics:
+        """Return the statistics of all micro-batches of a step, in their order."""
         columns: list[list[Any]] = [[getattr(part, f.name) for part in parts] for f in fields(cls)]
         joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
         return cls(*joined)

@@ -115,6 +115,7 @@ class Objective(Recorded, Callback):
         return scores if self.higher_is_better else -scores
 
     def normalise(self, rewards: Tensor) -> Tensor:
+        """Return ``(reward - mean) / sd``, of any shape."""
         if self.normalisation is None:
             raise RuntimeError(f"objective {self.name} has no normalisation yet")
         return (rewards - self.normalisation.mean) / self.normalisation.sd

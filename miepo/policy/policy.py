@@ -285,16 +285,19 @@ class Policy(Recorded, nn.Module):
 
     @property
     def causal_lm(self) -> Any:
+        """The network of Transformers, with the adapter inside its layers."""
         return self.model.get_base_model()
 
     @property
     def body(self) -> nn.Module:
+        """The network without its head: tokens to hidden states."""
         network = self.causal_lm
         named = hasattr(network, network.base_model_prefix)  # not so of Llama 4, whose prefix is of another class
         return getattr(network, network.base_model_prefix) if named else network.model
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self._head.weight.device
 
     @property
@@ -401,6 +404,7 @@ class Policy(Recorded, nn.Module):
     # -- the conditioned distribution ----------------------------------------------------------------------------------
 
     def preference_text(self, preference: Sequence[float]) -> str:
+        """Return what all conditionings write into a prompt; nothing within :meth:`silent`."""
         if self._silent:
             return ""
         return "".join(c.write(preference, self.names) for c in self.conditioning)

@@ -53,6 +53,7 @@ class RunRecord:
 
     @property
     def latest(self) -> Evaluation | None:
+        """The last evaluation that was recorded."""
         return self.last or self.first
 
     @property

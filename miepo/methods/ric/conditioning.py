@@ -44,6 +44,7 @@ class TargetConditioning(Conditioning):
         return self.write_scores(preference_to_target(preference, *self.bounds), names)
 
     def write_scores(self, scores: Sequence[float], names: Sequence[str]) -> str:
+        """Return scores as RiC writes them behind a prompt: ``' <NAME_score> 1.2'`` for each objective."""
         # + 0.0 so that -0.04 reads 0.0 and not -0.0
         return "".join(f" <{n}_score> {round(s, 1) + 0.0:.1f}" for n, s in zip(names, scores, strict=True))
 

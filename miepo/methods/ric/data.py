@@ -67,11 +67,13 @@ class Pool:
         return len(self.prompts)
 
     def rows(self, index: Sequence[int]) -> Pool:
+        """Return the responses at these places, in this order."""
         chosen = torch.as_tensor(index, dtype=torch.long)
         tokens = Tokens(self.responses.ids[chosen], self.responses.mask[chosen])
         return Pool([self.prompts[i] for i in chosen.tolist()], tokens, self.scores[chosen])
 
     def good(self, selection: Selection, quantile: float) -> Pool:
+        """Return the responses that the selection keeps: of a high quantile of some objective, or not dominated."""
         by_quantile = selection == "quantile"
         selected = good_at_something(self.scores, quantile) if by_quantile else non_dominated(self.scores)
         return self.rows(selected.nonzero().flatten().tolist())
