@@ -111,7 +111,10 @@ class Evaluation:
         k = len(head.objectives)
         if any(len(weights) != k for weights in head.grid):
             raise ValueError(f"expected {k} weights in each vector of the grid, got {short(head.grid)}")
-        arrays = {key: torch.tensor(_with_nan(value), dtype=torch.float64) for key, value in head.arrays.items()}
+        try:
+            arrays = {key: torch.tensor(_with_nan(value), dtype=torch.float64) for key, value in head.arrays.items()}
+        except TypeError as error:
+            raise ValueError(f"expected numbers in arrays, got another: {error}") from None
         for key, shape in ((MEANS, (len(head.grid), k)), (REFERENCE_POINT, (k,))):
             if key in arrays and arrays[key].shape != shape:
                 raise ValueError(f"expected {key} of shape {shape}, got {tuple(arrays[key].shape)}")
@@ -183,7 +186,7 @@ class _Head(BaseModel):
     objectives: list[str]
     grid: list[list[FiniteFloat]]
     figures: dict[str, FiniteFloat]
-    arrays: dict[str, list[float | None] | list[list[float | None]]]
+    arrays: dict[str, list[Any]]
 
 
 class _Row(BaseModel):

@@ -101,6 +101,8 @@ def test_older_checkpoints_keep_it_in_the_states_of_callbacks() -> None:
         ({"grid": [[0.0], [1.0, 0.0]]}, "expected 2 weights in each vector of the grid, got [[0.0], [1.0, 0.0]]"),
         ({"arrays": {MEANS: [[0.0, 1.0]]}}, "expected front/means of shape (2, 2), got (1, 2)"),
         ({"arrays": {MEANS: [[0.0, 1.0], [1.0]]}}, "expected sequence of length 2 at dim 1 (got 1)"),
+        ({"arrays": {"own": [[0.0], 1.0]}}, "expected numbers in arrays, got another: "),
+        ({"arrays": {"own": ["x"]}}, "too many dimensions 'str'"),
         ({"arrays": {REFERENCE_POINT: [0.0]}}, "expected front/reference_point of shape (2,), got (1,)"),
     ],
 )
@@ -111,7 +113,7 @@ def test_a_malformed_state_is_named(changes: dict[str, Any], message: str, tmp_p
     if "step" not in changes:  # which the name of a file says
         file = tmp_path / "step_000001.jsonl"
         file.write_text(json.dumps(MEASURED.state() | changes))
-        with pytest.raises(UserError, match=r"step_000001.jsonl, line 1: expected"):
+        with pytest.raises(UserError, match=r"step_000001.jsonl, line 1: (expected|too many)"):
             read_evaluation(file)
     missing = MEASURED.state()
     del missing["title"]
@@ -124,7 +126,7 @@ class Histogram(EvaluationCallback):
     """Measures what is no single number."""
 
     def on_evaluation_end(self, trainer, module) -> dict[str, Any]:
-        return {"own/number": 3, "own/counts": torch.tensor([1.0, 2.0]), "own/unknown": float("nan")}
+        return {"own/number": 3, "own/counts": torch.ones(1, 2, 1), "own/unknown": float("nan")}
 
 
 @pytest.mark.parametrize("validate", [False, True])
@@ -147,7 +149,7 @@ def test_what_any_callback_measures_is_in_it(tiny_model: Path, tmp_path: Path, v
     last = read_evaluation(evaluation_files(tmp_path)[-1])
     assert last.answers is None
     assert {key: x for key, x in last.figures.items() if key.startswith("own")} == {"own/number": 3.0}
-    assert last.arrays["own/counts"].tolist() == [1.0, 2.0]
+    assert last.arrays["own/counts"].tolist() == [[[1.0], [1.0]]]
     assert "own/counts" not in trainer.callback_metrics
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     saved = read_checkpoint(tmp_path / "x.ckpt")["miepo"]["evaluations"]
