@@ -36,8 +36,8 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
         run("fit", config(tiny_model, root, model__learning_rate=rate), root)
         folders.append(root / "run/version_0")
     file = folders[0] / "evaluations/step_000002.jsonl"
-    first, *others = file.read_text().split("\n")
-    file.write_text("\n".join([json.dumps(json.loads(first) | {"response": HOSTILE}), *others]))
+    measured, first, *others = file.read_text().split("\n")
+    file.write_text("\n".join([measured, json.dumps(json.loads(first) | {"response": HOSTILE}), *others]))
     return folders
 
 
