@@ -6,7 +6,7 @@ import json
 import sys
 from argparse import SUPPRESS
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from miepo.callbacks import EvaluationRecord, ProgressLog, ResponseWriter, RunCheckpoint
 from miepo.cli.mistakes import outer_mistake, user_error
+from miepo.cli.parser_messages import construction_error, one_sentence
 from miepo.cli.quiet import quiet
 from miepo.cli.resume import _loggers, continue_logs, last_checkpoint
 from miepo.data.module import OnlinePreferenceDataModule
@@ -54,7 +55,16 @@ set_loader("yaml", _load_current, (yaml.YAMLError,))
 
 
 class DefaultsParser(LightningArgumentParser):
-    """Shows in its help the settings of MIEPO, of the policy and of the data, too: the parser takes any class there."""
+    """Says a mistake in one sentence, and in its help the settings of MIEPO, of the policy and of the data.
+
+    Those are not in the help by themselves, since the parser takes any class there.
+    """
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what the user has to mend."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise UserError(one_sentence(message)) from ex
 
     def format_help(self, *args: Any) -> str:
         text = super().format_help(*args)
@@ -240,5 +250,4 @@ def run_cli(**kwargs: Any) -> MiepoCLI:
     except Exception as error:
         if MiepoCLI.began or user_error(error) or outer_mistake(error):
             raise
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"expected a configuration that can be built, got {reason}") from error
+        raise UserError(f"expected a configuration that can be built, got {construction_error(error)}") from error
