@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from inspect import Parameter, signature
 from numbers import Integral, Real
@@ -20,15 +20,42 @@ class Recorded:
         self = super().__new__(cls)
         noted: dict[str, Any] = {}
         with suppress(TypeError):  # a copy is made without any, and what __init__ does not take it says itself
-            declared = signature(cls.__init__)
-            bound = declared.bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            for name, value in [*bound.arguments.items()][1:]:
-                kind = declared.parameters[name].kind
-                if kind is not Parameter.VAR_POSITIONAL:  # which nothing in a configuration gives
-                    noted |= value if kind is Parameter.VAR_KEYWORD else {name: value}
+            noted = arguments_of([kind for kind in cls.__mro__ if "__init__" in vars(kind)], args, kwargs)
         object.__setattr__(self, "built_with", noted)  # a module of torch is not ready for attributes yet
         return self
+
+
+def arguments_of(kinds: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor by name, defaults included.
+
+    What it takes as ``*args`` is named by the class that it inherits from, to which it passes them on.
+
+    Args:
+        kinds: The class and those it inherits from that have a constructor of their own.
+        args: Given by position.
+        kwargs: Given by name.
+
+    Raises:
+        TypeError: the constructor does not take them.
+    """
+    declared = signature(kinds[0].__init__)  # type: ignore[misc]
+    bound = declared.bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    noted: dict[str, Any] = {}
+    passed_on: tuple[Any, ...] = ()
+    others: dict[str, Any] = {}
+    for name, value in [*bound.arguments.items()][1:]:
+        kind = declared.parameters[name].kind
+        if kind is Parameter.VAR_POSITIONAL:
+            passed_on = value
+        elif kind is Parameter.VAR_KEYWORD:
+            others = value
+        else:
+            noted[name] = value
+    if passed_on and len(kinds) > 1:
+        with suppress(TypeError):  # it may do something else with them
+            others = arguments_of(kinds[1:], passed_on, others)
+    return noted | others
 
 
 def import_path(kind: Any) -> str:

@@ -19,7 +19,7 @@ from miepo.objectives.scoring import normalise_rewards, start_scoring
 from miepo.policy import Policy
 from miepo.preferences import DirichletPreferences, PreferenceSampler, draw_preferences, routing_draws
 from miepo.rollout import RolloutEngine, TransformersEngine
-from miepo.router import Router
+from miepo.router import ExpectationRouter, Router
 from miepo.seeding import RandomStream, torch_seeds
 from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses, read_under
 
@@ -81,15 +81,13 @@ class Learner:
         policy: Samples, and is the reference with its adapter off.
         objectives: ``K``, in column order, normalised.
         router: Says which objectives are asked about a prompt.
-        exploration: Says how many w- are drawn and what the term reads under them.
-        exploring: Whether the term is computed; without it no w- is drawn.
+        exploration: Says how many w- are drawn and what the term reads under them; without it none is drawn.
     """
 
     policy: Policy
     objectives: Sequence[Objective]
-    router: Router
-    exploration: Exploration
-    exploring: bool
+    router: Router = field(default_factory=ExpectationRouter)
+    exploration: Exploration | None = None
 
 
 def roll_out(
@@ -107,7 +105,7 @@ def roll_out(
     device, seed, places = policy.device, settings.seed, (prompts.epochs, prompts.positions)
     preference, counterfactual = draw_preferences(
         settings.preferences, seed, *places,
-        exploration.num_counterfactuals if learner.exploring else 0, len(objectives),
+        exploration.num_counterfactuals if exploration else 0, len(objectives),
     )  # fmt: skip
     routing = learner.router.route(preference, routing_draws(seed, *places))  # (B, K)
 
@@ -119,12 +117,12 @@ def roll_out(
     )
     sampled = perf_counter()
     # an objective of weight 0 is not asked, unless the exploration term wants to know what it would say
-    every = learner.exploring and exploration.needs_feedback
+    every = exploration is not None and exploration.needs_feedback
     asked = torch.ones_like(routing, dtype=torch.bool) if every else routing > 0
     scored = start_scoring(objectives, prompts.prompts, responses.texts, asked)
 
     def refer(compared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        anchors = draw_anchors(exploration.anchors, compared, seed, *places)  # (B, n)
+        anchors = draw_anchors(exploration.anchors if exploration else 2, compared, seed, *places)  # (B, n)
         found = reference_log_prob(policy, prompts.prompts, preference, counterfactual, responses, compared, anchors)
         synchronise()  # so that the time below is that of the work and not of its launch
         return anchors, *found

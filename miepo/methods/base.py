@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from math import inf
 from typing import Any
 
@@ -19,11 +20,12 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
+from miepo.data.rollout import Learner
 from miepo.errors import UserError, first_line, invalid
 from miepo.evaluation import Evaluation, evaluations_in
 from miepo.objectives import Objective
@@ -38,7 +40,7 @@ from miepo.training.progress import place_in_steps
 from miepo.training.reporting import log_evaluation, run_folder, whole_evaluation
 from miepo.training.run_checkpoint import begin_step
 from miepo.training.sharded_strategy import ShardedStrategy
-from miepo.types import EvaluationBatch
+from miepo.types import EvaluationBatch, PreferenceBatch
 
 SPLITTING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 # callbacks with which a run could not go on as if it had not stopped, and those that average no adapter
@@ -49,6 +51,8 @@ SCHEMA = 2  # 2: the configuration, and what RunCheckpoint keeps
 
 class PolicyModule(Recorded, LightningModule):
     """A preference-conditioned policy in training; a method adds its ``training_step``.
+
+    It may log by :meth:`log_step`, and say by :attr:`learner` what its rollouts need.
 
     Args:
         policy: The preference-conditioned policy.
@@ -74,6 +78,11 @@ class PolicyModule(Recorded, LightningModule):
         self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint checks that it is whole
         self.config: dict[str, Any] = {}  # the command's, where there is one
         self.ahead = 0  # steps by which the run's place is ahead of those it took, where batches got another size
+
+    @property
+    def learner(self) -> Learner:
+        """What a rollout needs to know of this method; by default every objective counts by its weight."""
+        return Learner(self.policy, self.objectives)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -246,6 +255,29 @@ class PolicyModule(Recorded, LightningModule):
             text = yaml.safe_dump(self.configuration(), sort_keys=False, allow_unicode=True)
             (run_folder(self.trainer) / "config.yaml").write_text(text, encoding="utf-8")
 
+    def log_step(self, batch: PreferenceBatch, loss: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Log a step of training: the loss, the responses and their rewards, and what a method adds.
+
+        Args:
+            batch: The rollout.
+            loss: A scalar.
+            values: Of any shape, by the name they are logged under: the mean over all processes of what is not NaN.
+        """
+        figures = {
+            "loss": loss.detach(),
+            "response/tokens": batch.responses.tokens.mask.sum(-1).float(),  # (B, n)
+            "response/finished": batch.responses.finished.float(),
+            **{f"reward/{name}": batch.scores[..., k] for k, name in enumerate(self.names)},
+            **values,
+        }
+        counts = {f"count/{key}": float(value) for key, value in batch.counts.items()}
+        size = len(batch)
+        # NaN where no pair had a label: a value left out would be logged as it was the step before
+        means, sums = over_processes(self.trainer.strategy, figures, counts)
+        self.log("loss", means.pop("loss"), prog_bar=True, batch_size=size)
+        self.log_dict(means | sums, batch_size=size)
+        self.log("learning_rate", self.lr_schedulers().get_last_lr()[0], batch_size=size)  # type: ignore[union-attr]
+
     def on_train_start(self) -> None:
         """Take the learning rate and the place in its schedule from the configuration, not from the checkpoint."""
         place = place_in_steps(self.trainer)
@@ -267,6 +299,7 @@ class PolicyModule(Recorded, LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
         checkpoint["miepo"] = {"schema": SCHEMA, "objectives": list(self.names), "base": self.policy.base}
         checkpoint["miepo"] |= {"policy": self.policy.settings(), "config": self.configuration()}
+        checkpoint["miepo"]["policy_built_by"] = specification(self.policy)
         checkpoint["miepo"]["evaluations"] = [evaluation.state() for evaluation in self.evaluations]
         checkpoint["miepo"]["fingerprint"] = self.policy.fingerprint
         checkpoint["miepo"]["precision"] = str(self.policy.weight_dtype).removeprefix("torch.")

@@ -22,7 +22,6 @@ from miepo.metrics.information import feedback_information, infonce_bound
 from miepo.policy import Policy
 from miepo.recorded import Recorded
 from miepo.router import ExpectationRouter, Router, SampleRouter
-from miepo.training.distributed import over_processes
 from miepo.training.reporting import grid_of
 from miepo.types import PreferenceBatch
 
@@ -120,8 +119,8 @@ class MIEPO(PolicyModule):
             self.terms, [batch[group] for group in groups], list(self.policy.adapter_parameters().values())
         )
         terms = StepStatistics.join(statistics)
-        self._log_step(batch, loss, terms)
-        return {"loss": loss, "feedback_information": feedback_information(terms.alignment, batch.labels)}
+        self.log_terms(batch, loss, terms)
+        return {"loss": loss, "feedback_information": feedback_information(terms.margin, batch.labels, self.beta_c)}
 
     @property
     def exploring(self) -> bool:
@@ -131,14 +130,14 @@ class MIEPO(PolicyModule):
     @property
     def learner(self) -> Learner:
         """What a rollout needs to know of this method."""
-        return Learner(self.policy, self.objectives, self.router, self.exploration, self.exploring)
+        return Learner(self.policy, self.objectives, self.router, self.exploration if self.exploring else None)
 
     def terms(self, batch: PreferenceBatch) -> tuple[Tensor, StepStatistics]:
         """Return Eq. 13, averaged over the prompts, and what it is made of; the flow chart of the method."""
         mask = batch.responses.tokens.mask  # (B, n, T)
         log_prob, counterfactual = self.log_prob(batch)  # (B, n, T), (B, n, C, T)
         reward = implicit_reward(log_prob, batch.reference_log_prob, mask)  # (B, n)
-        alignment = alignment_loss(of_pairs(reward, batch.pairs), batch.labels, self.beta_c)  # (B, K), Eq. 8
+        alignment = self.alignment(batch, reward)  # (B, K), Eq. 8
         routed = self.router.combine(alignment, batch.routing)  # (B,)
 
         known = self.without_dropout(batch, log_prob, counterfactual)
@@ -149,6 +148,13 @@ class MIEPO(PolicyModule):
 
         loss = total_loss(routed, exploration)  # Eq. 13
         return loss, StepStatistics.of(batch, known[0], reward, alignment, exploration, contrast)
+
+    def alignment(self, batch: PreferenceBatch, reward: Tensor) -> Tensor:
+        """Return the loss of each objective ``(B, K)``, Eq. 8, before the router; a subclass may have another.
+
+        ``reward`` ``(B, n)`` are the implicit rewards under w+, with gradient.
+        """
+        return alignment_loss(of_pairs(reward, batch.pairs), batch.labels, self.beta_c)
 
     def log_prob(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Return token log-probabilities.
@@ -211,29 +217,21 @@ class MIEPO(PolicyModule):
             beta_c=self.beta_c,
         )
 
-    def _log_step(self, batch: PreferenceBatch, loss: Tensor, terms: StepStatistics) -> None:
+    def log_terms(self, batch: PreferenceBatch, loss: Tensor, terms: StepStatistics) -> None:
+        """Log the terms of a step by objective."""
         values = {
             # on the policy's own samples the mean implicit reward estimates KL(policy || reference); of more than two
             # it is of those that were chosen for a pair
             "kl": terms.reward,
-            "response/tokens": batch.responses.tokens.mask.sum(-1).float(),  # (B, n)
-            "response/finished": batch.responses.finished.float(),
         }
         labelled = batch.labels != 0
         # 1 where the policy orders a pair as the objective does, 0 where the other way round, 1/2 where not at all
         agrees = torch.where(labelled, (1 + torch.sign(terms.margin) * batch.labels) / 2, torch.nan)
         for k, name in enumerate(self.names):
-            values[f"reward/{name}"] = batch.scores[..., k]
             values[f"alignment/{name}"] = torch.where(labelled[:, k], terms.alignment[:, k], torch.nan)
             values[f"agreement/{name}"] = agrees[:, k]
         if terms.exploration is not None and terms.bound is not None:
             values |= {"exploration": terms.exploration, "information/infonce": terms.bound}
         if terms.logprob_drift is not None:
             values["rollout/gap"] = terms.logprob_drift
-        counts = {f"count/{key}": float(value) for key, value in batch.counts.items()}
-        size = len(batch)
-        # NaN where no pair had a label: a value left out would be logged as it was the step before
-        means, sums = over_processes(self.trainer.strategy, {"loss": loss.detach()} | values, counts)
-        self.log("loss", means.pop("loss"), prog_bar=True, batch_size=size)
-        self.log_dict(means | sums, batch_size=size)
-        self.log("learning_rate", self.lr_schedulers().get_last_lr()[0], batch_size=size)  # type: ignore[union-attr]
+        self.log_step(batch, loss, values)

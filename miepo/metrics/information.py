@@ -6,6 +6,7 @@ from math import log
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
@@ -54,17 +55,19 @@ def _information(own: Tensor, every: Tensor) -> Tensor:
     return log(every.shape[-1]) - (every - own).logsumexp(-1)
 
 
-def feedback_information(alignment: Tensor, labels: Tensor) -> Tensor:
+def feedback_information(margin: Tensor, labels: Tensor, beta_c: float) -> Tensor:
     """Return a lower bound of I(Y; C_k | X, W) from Eq. 8: ``log 2 - L_YC,k`` on pairs with a label, NaN on others.
 
     The two responses are exchangeable, so a label has entropy ``log 2``, and the DPO loss is the cross-entropy of a
-    predictor of it. On fresh pairs, before the step that trains on them, the bound is not biased by fitting.
+    predictor of it, whatever loss the policy is trained with. On fresh pairs, before the step that trains on them, the
+    bound is not biased by fitting.
 
     Args:
-        alignment: ``(B, K)`` alignment losses.
+        margin: ``(B, K)`` implicit reward of the first response minus that of the second, of each objective's pair.
         labels: ``(B, K)``.
+        beta_c: Scale of the predictor's logits.
     """
-    return torch.where(labels == 0, torch.nan, log(2) - alignment)
+    return torch.where(labels == 0, torch.nan, log(2) + F.logsigmoid(beta_c * margin * labels))
 
 
 class PreferenceInformationMetric(Metric):

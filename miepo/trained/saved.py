@@ -95,7 +95,7 @@ def _saved(path: Path, checkpoint: dict[str, Any]) -> Saved:
         names=names,
         base=saved["base"],
         fingerprint=saved.get("fingerprint"),
-        policy=(((config.get("model") or {}).get("init_args")) or {}).get("policy"),
+        policy=(((config.get("model") or {}).get("init_args")) or {}).get("policy") or saved.get("policy_built_by"),
         objectives=config.get("objectives") or [],
         normalisations={name: states[key] for name in names if states.get(key := f"Objective[{name}]")},
         adapter={k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items()},

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from miepo.errors import UserError
+from miepo.errors import UserError, short
 
 
 def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) -> None:
@@ -20,8 +20,16 @@ def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) ->
     validation set is the evaluation before training, which is half of every comparison. What has dimensions is no
     number to log: the module's :class:`~miepo.evaluation.Evaluation` has it.
     """
+    numbers = {}
+    for key, value in metrics.items():
+        try:
+            if not torch.as_tensor(value).dim():
+                numbers[key] = value
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(
+                f"the figure {key} of an evaluation must be a number or a tensor, got {short(value)}"
+            ) from None
     module.measured |= metrics
-    numbers = {key: value for key, value in metrics.items() if not torch.as_tensor(value).dim()}
     module.log_dict(numbers, on_step=False, on_epoch=True)
     if trainer.sanity_checking and trainer.global_step == 0:  # before a run that goes on there is nothing new
         for logger in trainer.loggers:

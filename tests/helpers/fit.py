@@ -33,7 +33,8 @@ def tiny_run(
     data: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
     policy: dict[str, Any] | None = None,
-) -> tuple[Trainer, MIEPO, OnlinePreferenceDataModule]:
+    method: type[Any] = MIEPO,
+) -> tuple[Trainer, Any, OnlinePreferenceDataModule]:
     """A trainer, a module and a datamodule that fit together; any setting can be replaced."""
     settings = {"lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.0, "dtype": "float32"} | (policy or {})
     built = Policy(str(model), list(conditioning or [GatedConditioning()]), **settings)
@@ -45,7 +46,7 @@ def tiny_run(
     settings = {"learning_rate": 1e-2} | (module or {})
     rollouts = {"validation_prompts": ["the rain", "a garden"], "batch_size": 4, "max_new_tokens": 6, "normalise_on": 4}
     rollouts = {"prompts": PROMPTS} | rollouts | (data or {})
-    return Trainer(**values), MIEPO(built, **settings), OnlinePreferenceDataModule(**rollouts)
+    return Trainer(**values), method(built, **settings), OnlinePreferenceDataModule(**rollouts)
 
 
 class Batches(Callback):
@@ -71,7 +72,7 @@ def rollout(model: Path, root: Path, **kwargs) -> tuple[MIEPO, PreferenceBatch, 
 
 def step(module: MIEPO, batch: PreferenceBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of one step on a given batch, without logging."""
-    module._log_step = lambda *_: None
+    module.log_terms = lambda *_: None
     module.zero_grad()
     loss = module.training_step(batch, 0)["loss"]
     loss.backward()

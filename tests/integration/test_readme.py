@@ -25,7 +25,7 @@ from miepo.cli.command import COMMANDS, main
 from miepo.methods import RewardsInContextDataModule
 from miepo.serving.app import make_app
 from miepo.serving.batcher import Batcher
-from tests.helpers.fit import tiny_run
+from tests.helpers.fit import Batches, tiny_run
 from tests.helpers.serving import running
 from tests.integration.test_cli import config, run
 
@@ -38,6 +38,7 @@ GENERATED = ("tools/mutation.md", "tools/architectures.md", "tools/interval_cove
 YOURS = (
     "exclamations.py",
     "questions.py",
+    "damped.py",
     "excitement.yaml",
     "NAME.yaml",
     "config.yaml",
@@ -168,6 +169,24 @@ def test_ask_the_server(quickstart_run: Path, capsys: pytest.CaptureFixture[str]
         found["client"].close()
     batcher.close()
     assert "{'cheerfulness': 0.2, 'brevity': 0.8}" in capsys.readouterr().out
+
+
+def test_a_loss_of_ones_own(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (python,) = [b for b in blocks("python") if "class Damped" in b]
+    (tmp_path / "damped.py").write_text(python)
+    monkeypatch.syspath_prepend(tmp_path)
+    damped = importlib.import_module("damped").Damped
+    losses = []
+    for damping in (0.0, 10.0):
+        run = tiny_run(
+            tiny_model, tmp_path / str(damping), method=damped, module={"damping": damping, "learning_rate": 0.05},
+            trainer={"callbacks": [batches := Batches()], "max_steps": 3},
+        )  # fmt: skip
+        run[0].fit(run[1], run[2])
+        losses.append([logged["loss"] for logged in batches.logged])
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)  # all rewards are 0 at first
+    assert losses[0][2] < losses[1][2]
+    assert run[1].configuration()["model"]["init_args"]["policy"]["class_path"].endswith("Policy")
 
 
 def test_a_figure_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:

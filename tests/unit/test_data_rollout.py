@@ -29,7 +29,7 @@ def learner(tiny_model: Path) -> Learner:
     for objective in objectives:
         objective.load_checked(torch.device("cpu"))
     policy = tiny_policy(tiny_model, [GatedConditioning()])
-    return Learner(policy, objectives, ExpectationRouter(), InfoNCE(0.1), exploring=True)
+    return Learner(policy, objectives, ExpectationRouter(), InfoNCE(0.1))
 
 
 def test_a_rollout_needs_no_trainer(learner: Learner) -> None:
@@ -46,7 +46,7 @@ def test_a_rollout_needs_no_trainer(learner: Learner) -> None:
 
 
 def test_without_an_exploration_term_no_counterfactual_is_drawn(learner: Learner) -> None:
-    batch = roll_out(PROMPTS, replace(learner, exploring=False), SETTINGS)
+    batch = roll_out(PROMPTS, replace(learner, exploration=None), SETTINGS)
     assert batch.counterfactual.shape == (2, 0, 2)
     assert batch.read_under.shape == (2, 2, 1)
 

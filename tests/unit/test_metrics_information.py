@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from miepo.callbacks import PreferenceInformation
 from miepo.callbacks.preference_information import grid_log_prob
 from miepo.errors import UserError
+from miepo.losses import alignment_loss
 from miepo.metrics import (
     PreferenceInformationMetric,
     feedback_information,
@@ -89,9 +90,10 @@ def test_infonce_bound_is_below_the_information_and_its_ceiling() -> None:
 
 
 def test_feedback_information_is_log_two_minus_the_loss_on_labelled_pairs() -> None:
-    value = feedback_information(torch.tensor([[0.1, 0.9]]), torch.tensor([[1.0, 0.0]]))
-    assert value[0, 0].item() == pytest.approx(log(2) - 0.1)
-    assert value[0, 1].isnan()
+    rewards, labels = torch.tensor([[[3.0, 1.0], [1.0, 5.0], [0.0, 9.0]]]), torch.tensor([[1.0, 1.0, 0.0]])
+    value = feedback_information(rewards[..., 0] - rewards[..., 1], labels, 0.1)
+    torch.testing.assert_close(value[0, :2], log(2) - alignment_loss(rewards, labels, 0.1)[0, :2])
+    assert value[0, 2].isnan()
 
 
 def test_information_is_the_mean_of_the_prompts_means() -> None:

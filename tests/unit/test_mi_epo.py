@@ -561,12 +561,12 @@ def test_prompts_in_several_passes_have_the_same_loss_gradient_and_log(
         else:
             module.policy.micro_batches = lambda *_: groups  # noqa: B023
         values: dict[str, torch.Tensor] = {}
-        log_step = MIEPO._log_step
+        log_step = MIEPO.log_terms
         module.log = lambda name, value, **_: values.__setitem__(name, value)  # noqa: B023
         module.log_dict = lambda entries, **_: values.update(entries)  # noqa: B023
         module.lr_schedulers = lambda: SimpleNamespace(get_last_lr=lambda: [0.0])
         module.zero_grad()
-        module._log_step = lambda *args: log_step(module, *args)  # noqa: B023
+        module.log_terms = lambda *args: log_step(module, *args)  # noqa: B023
         module.training_step(batch, 0)["loss"].backward()
         gradients = {
             n: p.grad for n, p in module.policy.adapter_parameters().items() if p.grad is not None and p.grad.any()
@@ -637,7 +637,7 @@ def test_information_is_of_the_policy_without_dropout(tiny_model: Path, tmp_path
     plain, read = module.contrast, policy.response_log_prob
     module.contrast = lambda *arguments: seen.setdefault("contrast", plain(*arguments))
     policy.response_log_prob = lambda *arguments: (passes.append(policy.training), read(*arguments))[1]
-    module._log_step = lambda *_: None
+    module.log_terms = lambda *_: None
     torch.manual_seed(0)
     module.training_step(batch, 0)
     needed = every == 1 or term.reads_information

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from miepo import OnlinePreferenceDataModule
+from miepo import MIEPO, OnlinePreferenceDataModule
 from miepo.methods import RewardsInContextDataModule
 from miepo.objectives import Objective, PythonObjective
 from miepo.policy import GatedConditioning, Policy
@@ -74,3 +74,32 @@ def test_policies_objectives_and_data_are_stated_with_all_they_are_made_of() -> 
     assert warm["class_path"].endswith("test_recorded.Warm")
     assert warm["init_args"] == {"words": ["kind"], "name": "warm"}
     assert specification(PythonObjective("math.dist"))["init_args"]["function"]
+
+
+class Damped(MIEPO):
+    """Passes on what it does not know, as a user's subclass may."""
+
+    def __init__(self, *args: Any, damping: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.damping = damping
+
+
+def test_arguments_that_are_passed_on_by_position_have_the_names_of_the_class_behind() -> None:
+    policy = Policy("somewhere", [GatedConditioning()])
+    module = Damped(policy, None, 0.2, damping=0.3, learning_rate=0.5)
+    assert module.built_with["policy"] is policy
+    assert {key: module.built_with[key] for key in ("beta_c", "damping", "learning_rate", "warmup")} == {
+        "beta_c": 0.2, "damping": 0.3, "learning_rate": 0.5, "warmup": 0.1,
+    }  # fmt: skip
+    assert Damped(policy=policy).built_with == {"damping": 0.1, "policy": policy}
+
+
+class Keeps(Recorded):
+    """Takes any number of values for itself."""
+
+    def __init__(self, *values: int, scale: float = 1.0) -> None:
+        self.values = values
+
+
+def test_arguments_that_no_class_behind_takes_are_left_out() -> None:
+    assert Keeps(1, 2, scale=3.0).built_with == {"scale": 3.0}
