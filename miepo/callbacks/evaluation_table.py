@@ -52,9 +52,6 @@ class EvaluationTable(EvaluationCallback):
             rank_zero_info(f"The hypervolume's reference point is {front.reference_point:g} on every axis.")
             if front.picture:
                 rank_zero_info(f"Pareto front: {front.picture}")
-        best = getattr(trainer.checkpoint_callback, "last_model_path", "")
-        if best and trainer.state.fn == "fit":
-            rank_zero_info(f"Checkpoint: {best}")
 
 
 def obedience(figures: Mapping[str, float], names: Sequence[str]) -> list[str]:

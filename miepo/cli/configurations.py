@@ -58,7 +58,7 @@ def _find(value: str) -> str:
         return value
     packaged = packaged_configurations()
     if (path := packaged.get(value.removesuffix(".yaml"))) is None:
-        raise UserError(f"expected a configuration file or one of {', '.join(packaged)}, got '{value}'")
+        raise UserError(f"there is no configuration '{value}': expected a file or one of {', '.join(packaged)}")
     return str(path)
 
 

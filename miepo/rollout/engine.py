@@ -66,7 +66,11 @@ class RolloutEngine(Recorded, ABC):
         max_new_tokens: int,
         seeds: Sequence[int],
     ) -> Responses:
-        """Sample as :meth:`sample` promises, with a seed for each prompt: what an engine of its own brings."""
+        """Sample as :meth:`sample` promises, with a seed for each of the ``N`` prompts; a subclass writes this.
+
+        Returns:
+            Tokens ``(N, count, T)`` with their texts, as :func:`make_responses` makes of sampled ids.
+        """
 
 
 def response_mask(ids: Tensor, end_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,8 @@ class RunCheckpoint(Recorded, Checkpoint):
             self.on_train_start(trainer, pl_module)
             trainer.fit_loop.on_advance_end()
             trainer.fit_loop.on_run_end()
+        if self.last_model_path:
+            rank_zero_info(f"Checkpoint: {self.last_model_path}")
 
     # -- moments -------------------------------------------------------------------------------------------------------
 

@@ -97,12 +97,17 @@ def test_a_configuration_is_found_by_its_name(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_configuration_that_is_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"methods/ric, quickstart, .*, got 'quickstar'$"):
+    with pytest.raises(
+        UserError,
+        match=r"^there is no configuration 'quickstar': expected a file or one of .*methods/ric, quickstart, ",
+    ):
         find_configurations(["--config", "quickstar"])
     with pytest.raises(SystemExit, match="2"):
         main(["fit", f"--config={tmp_path}/none.yaml"])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("miepo: error: expected a configuration file or one of conditioning/both,")
+    assert line.startswith(
+        f"miepo: error: there is no configuration '{tmp_path}/none.yaml': expected a file or one of "
+    )
 
 
 # -- init --------------------------------------------------------------------------------------------------------------
