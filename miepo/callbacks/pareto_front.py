@@ -50,7 +50,7 @@ class ParetoFront(EvaluationCallback):
         module.metrics[FINISHED] = MeanMetric()
 
     def on_evaluation_batch(self, trainer: Trainer, module: Any, batch: EvaluationBatch) -> None:
-        module.metrics[METRIC].update(batch.grid_index, batch.scores, torch.tensor(batch.positions))
+        module.metrics[METRIC].update(batch.scores, batch.grid_index, torch.tensor(batch.positions))
         module.metrics[FINISHED].update(batch.responses.finished.float())
 
     def on_evaluation_end(self, trainer: Trainer, module: Any) -> dict[str, Any]:

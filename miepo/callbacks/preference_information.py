@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.errors import UserError
-from miepo.metrics import PreferenceInformationMetric, t_interval
+from miepo.metrics import PreferenceInformationMetric, interval_figures, t_interval
 from miepo.policy import Policy
 from miepo.training.distributed import gathered_rows
 from miepo.types import EvaluationBatch, Tokens
@@ -131,8 +131,8 @@ class PreferenceInformation(EvaluationCallback):
         pairs = gathered_rows(trainer, self.pairs)
         if pairs:
             # in an order that does not tell which process had which
-            values_of_pairs = torch.cat(pairs).sort(0).values  # (n, K)
-            for suffix, figures in zip(("", "_low", "_high"), t_interval(values_of_pairs), strict=True):
-                values |= zip((f"information/feedback/{n}{suffix}" for n in module.names), figures.float(), strict=True)
+            interval = t_interval(torch.cat(pairs).sort(0).values)  # (K,) each
+            for k, name in enumerate(module.names):
+                values |= interval_figures(f"information/feedback/{name}", [part[k].float() for part in interval])
             self.pairs = []
         return {k: v for k, v in values.items() if not v.isnan()}

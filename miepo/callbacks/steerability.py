@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from miepo.callbacks.evaluation_callback import EvaluationCallback
-from miepo.metrics import SteerabilityMetric
+from miepo.metrics import SteerabilityMetric, interval_figures
 from miepo.training.reporting import log_table
 from miepo.types import EvaluationBatch
 
@@ -34,7 +34,7 @@ class Steerability(EvaluationCallback):
             rank_zero_warn("the evaluation grid has one preference vector: nothing tells whether the policy obeys")
 
     def on_evaluation_batch(self, trainer: Trainer, module: Any, batch: EvaluationBatch) -> None:
-        module.metrics[METRIC].update(batch.grid_index, batch.scores, torch.tensor(batch.positions))
+        module.metrics[METRIC].update(batch.scores, batch.grid_index, torch.tensor(batch.positions))
 
     def on_evaluation_end(self, trainer: Trainer, module: Any) -> dict[str, Any]:
         metric, names = module.metrics[METRIC], module.names
@@ -42,10 +42,9 @@ class Steerability(EvaluationCallback):
         # torchmetrics makes a number of what has one element
         result = {key: x.cpu().view(k) if key == "rank" else x.cpu().view(k, k) for key, x in metric.compute().items()}
         metric.reset()
-        values = {}
+        values: dict[str, Tensor] = {}
         for j, name in enumerate(names):
-            for suffix, part in (("", "slope"), ("_low", "low"), ("_high", "high")):
-                values[f"steerability/{name}{suffix}"] = result[part][j, j]
+            values |= interval_figures(f"steerability/{name}", [result[p][j, j] for p in ("slope", "low", "high")])
             values[f"steerability_rank/{name}"] = result["rank"][j]
             for k, other in enumerate(names):
                 if k != j:

@@ -18,6 +18,7 @@ from miepo.metrics.resampling import AnswerSums, HypervolumeEstimate, estimate_h
 from miepo.metrics.steerability import (
     SteerabilityMetric,
     follows,
+    interval_figures,
     preference_slopes,
     rank_correlation,
     t_interval,
@@ -35,6 +36,7 @@ __all__ = [
     "follows",
     "hypervolume",
     "infonce_bound",
+    "interval_figures",
     "mean_inner_product",
     "mip_parts",
     "pointwise_information",

@@ -27,8 +27,8 @@ class AnswerMetric(Metric):
         for name in ("scores", "grid_index", "positions"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, grid_index: Tensor, scores: Tensor, positions: Tensor) -> None:
-        """Add answers: the index of their preference vector and of their prompt ``(N,)``, and rewards ``(N, K)``."""
+    def update(self, scores: Tensor, grid_index: Tensor, positions: Tensor) -> None:
+        """Add answers: rewards ``(N, K)``, and the index of their preference vector and of their prompt ``(N,)``."""
         self.scores.append(scores.double().to(self.grid.device))
         self.grid_index.append(grid_index.to(self.grid.device))
         self.positions.append(positions.to(self.grid.device))

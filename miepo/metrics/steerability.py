@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy import stats
@@ -63,6 +65,11 @@ def t_interval(values: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor, Ten
     quantile = torch.from_numpy(np.asarray(stats.t.ppf((1 + level) / 2, np.maximum(n.cpu().numpy() - 1, 1))))
     half = torch.where(n > 1, quantile.to(mean.device) * deviation / n.sqrt(), torch.nan)
     return mean, mean - half, mean + half
+
+
+def interval_figures(key: str, interval: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return an estimate with its limits by the names they are logged under: ``key``, ``key_low``, ``key_high``."""
+    return {f"{key}{end}": figure for end, figure in zip(("", "_low", "_high"), interval, strict=True)}
 
 
 def rank_correlation(means: Tensor, grid: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from miepo.evaluation import Answers
 from miepo.metrics import (
     conditional_reward_dispersion,
     estimate_hypervolume,
+    interval_figures,
     mean_inner_product,
     mip_parts,
     preference_slopes,
@@ -65,13 +66,11 @@ def slopes_of(answers: Answers, before: Answers | None = None) -> dict[str, floa
         for e in (answers, before)
         if e is not None
     ]
-    limits = t_interval(slopes[0] if before is None else slopes[0] - slopes[1])
-    found = {}
+    interval = t_interval(slopes[0] if before is None else slopes[0] - slopes[1])  # (K,) each
+    found: dict[str, Tensor] = {}
     for k, name in enumerate(answers.names):
-        for suffix, part in zip(("", "_low", "_high"), limits, strict=True):
-            if part[k].isfinite():
-                found[f"steerability/{name}{suffix}"] = float(part[k])
-    return found
+        found |= interval_figures(f"steerability/{name}", [part[k] for part in interval])
+    return {key: float(figure) for key, figure in found.items() if figure.isfinite()}
 
 
 def front_of(

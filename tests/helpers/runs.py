@@ -44,7 +44,7 @@ def figures(rows: Sequence[dict[str, Any]], reference_point: float = -1.0) -> di
     metric = ParetoFrontMetric(torch.tensor([grid[i] for i in sorted(grid)]), reference_point)
     rewards = [[float("nan") if r is None else r for r in row["rewards"].values()] for row in rows]
     metric.update(
-        *(torch.tensor(x) for x in ([row["grid_index"] for row in rows], rewards, [row["position"] for row in rows]))
+        *(torch.tensor(x) for x in (rewards, [row["grid_index"] for row in rows], [row["position"] for row in rows]))
     )
     return {f"front/{key}": float(value) for key, value in metric.compute().items() if key in ("hv", "mip", "crd")}
 

@@ -136,9 +136,9 @@ def test_metric_equals_numpy_and_does_not_depend_on_batches() -> None:
     index, scores = torch.randint(0, 3, (50,), generator=g), torch.randn(50, 2, generator=g) + 100
     whole, parts = ParetoFrontMetric(grid, -1.0), ParetoFrontMetric(grid, -1.0)
     prompts = torch.arange(50) % 9
-    whole.update(index, scores, prompts)
+    whole.update(scores, index, prompts)
     for part in torch.arange(50).split(7)[::-1]:
-        parts.update(index[part], scores[part], prompts[part])
+        parts.update(scores[part], index[part], prompts[part])
     groups = [scores[index == m].double().numpy() for m in range(3)]
     means, covariances = whole.moments()
     np.testing.assert_allclose(means, [group.mean(0) for group in groups], rtol=1e-12)
@@ -161,7 +161,7 @@ def test_metric_equals_numpy_and_does_not_depend_on_batches() -> None:
     ):  # fmt: skip
         assert result[key].item() == value
     other = ParetoFrontMetric(grid, 99.0)
-    other.update(index, scores, prompts)
+    other.update(scores, index, prompts)
     assert other.compute()["hv"] == hypervolume(means, 99.0) < result["hv"]
     assert result["crd"].item() == pytest.approx(np.mean([np.linalg.det(np.cov(g.T)) for g in groups]), rel=1e-6)
     np.testing.assert_allclose(result["sd"], np.mean([g.std(0, ddof=1) for g in groups], axis=0), rtol=1e-7)
@@ -173,9 +173,9 @@ def test_a_response_without_a_score_does_not_count() -> None:
     grid = torch.eye(2)
     a, b = ParetoFrontMetric(grid, -1.0), ParetoFrontMetric(grid, -1.0)
     scores = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]])
-    a.update(torch.tensor([0, 0, 1]), scores, torch.tensor([0, 1, 0]))
+    a.update(scores, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]))
     b.update(
-        torch.tensor([0, 0, 1, 1]), torch.cat([scores, torch.tensor([[torch.nan, 1.0]])]), torch.tensor([0, 1, 0, 1])
+        torch.cat([scores, torch.tensor([[torch.nan, 1.0]])]), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
     )
     torch.testing.assert_close(b.compute()["means"], a.compute()["means"])
     assert (a.compute()["left_out"], b.compute()["left_out"]) == (0, 1)
@@ -184,8 +184,8 @@ def test_a_response_without_a_score_does_not_count() -> None:
 def test_answers_are_in_the_order_of_prompts_and_vectors() -> None:
     """And of one prompt and vector in the order in which they came."""
     metric = ParetoFrontMetric(torch.eye(2), -1.0)
-    metric.update(torch.tensor([1, 0, 1, 0]), torch.arange(8.0).view(4, 2), torch.tensor([3, 3, 0, 9]))
-    metric.update(torch.tensor([0] * 40), torch.arange(80.0).view(40, 2), torch.tensor([5] * 40))
+    metric.update(torch.arange(8.0).view(4, 2), torch.tensor([1, 0, 1, 0]), torch.tensor([3, 3, 0, 9]))
+    metric.update(torch.arange(80.0).view(40, 2), torch.tensor([0] * 40), torch.tensor([5] * 40))
     scores, index, positions = metric.answers()
     assert positions.tolist() == [0, 3, 3, *[5] * 40, 9]
     assert index[:3].tolist() == [1, 0, 1]
@@ -198,6 +198,6 @@ def test_answers_are_in_the_order_of_prompts_and_vectors() -> None:
 
 def test_reset_forgets() -> None:
     metric = ParetoFrontMetric(torch.eye(2), -1.0)
-    metric.update(torch.tensor([0, 1]), torch.ones(2, 2), torch.tensor([0, 0]))
+    metric.update(torch.ones(2, 2), torch.tensor([0, 1]), torch.tensor([0, 0]))
     metric.reset()
     assert metric.moments()[0].isnan().all()

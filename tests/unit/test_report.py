@@ -218,7 +218,7 @@ def test_intervals_against_a_slow_loop(names: tuple[str, ...], tmp_path: Path) -
             for row in rows:
                 if row["position"] == p and None not in row["rewards"].values():
                     rewards = torch.tensor([[*row["rewards"].values()]]).double()
-                    metric.update(torch.tensor([row["grid_index"]]), rewards, torch.tensor([place]))
+                    metric.update(rewards, torch.tensor([row["grid_index"]]), torch.tensor([place]))
         return {key: float(value) for key, value in metric.compute().items() if key in ("hv", "mip", "crd")}
 
     whole = measured(range(6))

@@ -110,9 +110,9 @@ def test_the_metric_does_not_depend_on_batches() -> None:
     grid = evaluation_grid(3).float()
     scores, index, positions = answers(0, 4, grid, grid.double())
     whole, parts = SteerabilityMetric(grid), SteerabilityMetric(grid)
-    whole.update(index, scores, positions)
+    whole.update(scores, index, positions)
     for part in torch.arange(len(scores)).split(5)[::-1]:
-        parts.update(index[part], scores[part], positions[part])
+        parts.update(scores[part], index[part], positions[part])
     result = whole.compute()
     assert set(result) == {"slope", "low", "high", "rank"}
     means = torch.stack([scores[index == i].mean(0) for i in range(len(grid))])
@@ -121,7 +121,7 @@ def test_the_metric_does_not_depend_on_batches() -> None:
         assert torch.equal(value, result[key]), key
     assert (result["low"] < result["slope"]).all()
     none = SteerabilityMetric(grid)
-    none.update(index[:0], scores[:0], positions[:0])
+    none.update(scores[:0], index[:0], positions[:0])
     assert none.compute()["slope"].isnan().all()
 
 
@@ -277,14 +277,14 @@ def test_the_metrics_figures_by_hand() -> None:
     scores, index = torch.stack([first, -first], 1), torch.tensor([0, 1, 2, 0, 1, 2])
     positions = torch.tensor([0, 0, 0, 1, 1, 1])
     metric = SteerabilityMetric(grid)
-    metric.update(index, scores, positions)
+    metric.update(scores, index, positions)
     found = metric.compute()
     assert set(found) == {"slope", "low", "high", "rank"}
     torch.testing.assert_close(found["slope"], torch.tensor([[5.0, -5.0], [-5.0, 5.0]], dtype=torch.float64))
     assert found["low"].isnan().any() == found["high"].isnan().any() == False  # noqa: E712
     assert found["rank"].tolist() == pytest.approx([3**0.5 / 2] * 2)  # means 1, 1, 6: a tie is no rise
     front = ParetoFrontMetric(grid, reference_point=-2.0)
-    front.update(index, scores, positions)
+    front.update(scores, index, positions)
     figures = front.compute()
     means = torch.tensor([[1.0, -1.0], [1.0, -1.0], [6.0, -6.0]])
     level, covariance = mip_parts(grid, means)
