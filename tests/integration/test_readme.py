@@ -199,7 +199,7 @@ def test_a_figure_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_every_python_example_is_one_that_is_run() -> None:
-    assert len(blocks("python")) == 5  # of the tests above
+    assert len(blocks("python")) == 6  # of the tests above
 
 
 def test_export_and_report(quickstart_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
