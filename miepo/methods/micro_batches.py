@@ -53,9 +53,8 @@ class _MicroBatched(torch.autograd.Function):
             with torch.enable_grad():
                 value = share(part)
             values.append(value.detach())
-            for total, gradient in zip(
-                gradients, torch.autograd.grad(value, parameters, allow_unused=True), strict=True
-            ):
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            for total, gradient in zip(gradients, found, strict=True):
                 if gradient is not None:
                     total += gradient
         ctx.save_for_backward(*gradients)

@@ -265,12 +265,9 @@ class RewardsInContextDataModule(OnlinePreferenceDataModule):
     def _read(self) -> Pool:
         """Return the offline file, tokenised and scored."""
         module, policy = self._module, self._policy
-        fitting = set(self._fitting(list(dict.fromkeys(self.offline_pairs.prompts)), "offline"))
-        pairs = [
-            (p, r)
-            for p, r in zip(self.offline_pairs.prompts, self.offline_pairs.responses, strict=True)
-            if p in fitting
-        ]
+        offline = self.offline_pairs
+        fitting = set(self._fitting(list(dict.fromkeys(offline.prompts)), "offline"))
+        pairs = [(p, r) for p, r in zip(offline.prompts, offline.responses, strict=True) if p in fitting]
         self.scored_responses += len(pairs)
         mine = range(self._trainer.global_rank, len(pairs), self._trainer.world_size)
         if len(pairs) < self._trainer.world_size:
