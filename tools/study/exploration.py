@@ -12,7 +12,7 @@ from torch import Tensor
 
 from miepo.errors import UserError
 from miepo.exploration import ExplorationInputs, InfoNCE
-from miepo.preferences import PreferenceSampler
+from miepo.preferences import DirichletPreferences
 
 
 class PerTokenInfoNCE(InfoNCE):
@@ -68,18 +68,25 @@ class WarmedInfoNCE(InfoNCE):
         return min(1.0, progress / self.warmup) * super().__call__(contrast, progress)
 
 
-class FartherPreferences(PreferenceSampler):
-    """Uniform preferences, of which each w- is the farthest from w+ of several draws.
+class FartherPreferences(DirichletPreferences):
+    """Dirichlet preferences, of which each w- is the farthest from w+ of several draws.
 
     Args:
         candidates: How many draws.
+        alpha: See :class:`~miepo.preferences.DirichletPreferences`.
+
+    Raises:
+        UserError: ``candidates`` is below 1.
     """
 
-    def __init__(self, candidates: int = 3) -> None:
+    def __init__(self, candidates: int = 3, alpha: float | list[float] = 1.0) -> None:
+        super().__init__(alpha)
+        if candidates < 1:
+            raise UserError(f"FartherPreferences.candidates must be at least 1, got {candidates}")
         self.candidates = candidates
 
     def draw(self, rng: np.random.Generator, count: int, objectives: int) -> np.ndarray:
-        drawn = rng.dirichlet(np.ones(objectives), size=1 + (count - 1) * self.candidates)
+        drawn = super().draw(rng, 1 + (count - 1) * self.candidates, objectives)
         others = drawn[1:].reshape(count - 1, self.candidates, objectives)
         farthest = np.abs(others - drawn[0]).sum(-1).argmax(-1)  # (count - 1,)
         return np.concatenate([drawn[:1], others[np.arange(count - 1), farthest]])
