@@ -48,6 +48,11 @@ def short(value: object) -> str:
         text = repr(value)
     except ValueError:
         return "a number of very many digits"
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """Return a text as long as a message has room for."""
     return text if len(text) <= 80 else f"{text[:80]}.."
 
 

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from traceback import walk_tb
 
 from miepo.errors import UserError, first_line
 
 
 def user_error(error: BaseException | None) -> BaseException | None:
     """Return the user's mistake behind an exception: the parser wraps what a constructor raises in its own errors."""
-    # Lightning's error by its name, since the import of its class alone takes seconds
-    while error is not None and not (
-        isinstance(error, UserError) or "MisconfigurationException" in (c.__name__ for c in type(error).__mro__)
-    ):
+    for cause in _causes(error):
+        # Lightning's error by its name, since the import of its class alone takes seconds
+        if isinstance(cause, UserError) or "MisconfigurationException" in (c.__name__ for c in type(cause).__mro__):
+            return cause
+    return None
+
+
+def construction_error(error: BaseException) -> str:
+    """Return what a constructor raised, which the parser may have wrapped in errors of its own."""
+    for cause in reversed([*_causes(error)]):
+        frames = [frame.f_code.co_filename for frame, _ in walk_tb(cause.__traceback__)]
+        if frames and "jsonargparse" not in frames[-1]:
+            return f"{type(cause).__name__}: {first_line(cause)}"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and, one after the other, those that it was raised from."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    return error
 
 
 def outer_mistake(error: BaseException) -> str | None:

@@ -12,10 +12,9 @@ from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import Parameter, signature
-from traceback import walk_tb
 from typing import Any
 
-from miepo.errors import first_line
+from miepo.errors import cut
 from miepo.plugins import CALLBACKS, OBJECTIVES, plugins
 
 TRAINER = "lightning.pytorch.Trainer"
@@ -33,20 +32,6 @@ def one_sentence(message: str) -> str:
     """Return the mistake behind a message of jsonargparse."""
     lines = [(len(line) - len(line.lstrip()), line.strip()) for line in message.splitlines() if line.strip()]
     return _said(lines, [], None) if lines else message
-
-
-def construction_error(error: BaseException) -> str:
-    """Return what a constructor raised, which the parser may have wrapped in errors of its own."""
-    chain: list[BaseException] = []
-    found: BaseException | None = error
-    while found is not None:
-        chain.append(found)
-        found = found.__cause__ or found.__context__
-    for cause in reversed(chain):
-        frames = [frame.f_code.co_filename for frame, _ in walk_tb(cause.__traceback__)]
-        if frames and "jsonargparse" not in frames[-1]:
-            return f"{type(cause).__name__}: {first_line(cause)}"
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _said(lines: Sequence[tuple[int, str]], path: list[str], kind: str | None) -> str:
@@ -126,8 +111,7 @@ def _type(text: str) -> str:
 
 
 def _value(text: str) -> str:
-    text = text if text[:1] in "[{'\"" or text.replace(".", "").lstrip("-").isdigit() else f"'{text}'"
-    return text if len(text) <= 80 else f"{text[:80]}.."
+    return cut(text if text[:1] in "[{'\"" or text.replace(".", "").lstrip("-").isdigit() else f"'{text}'")
 
 
 def _settings(path: str) -> list[str]:

@@ -15,8 +15,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from miepo.callbacks import EvaluationRecord, ProgressLog, ResponseWriter, RunCheckpoint
-from miepo.cli.mistakes import outer_mistake, user_error
-from miepo.cli.parser_messages import construction_error, one_sentence
+from miepo.cli.mistakes import construction_error, outer_mistake, user_error
+from miepo.cli.parser_messages import one_sentence
 from miepo.cli.quiet import quiet
 from miepo.cli.resume import _loggers, continue_logs, last_checkpoint
 from miepo.data.module import OnlinePreferenceDataModule

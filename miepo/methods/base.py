@@ -73,7 +73,7 @@ class PolicyModule(Recorded, LightningModule):
         self.objectives: list[Objective] = []
         self.evaluations: list[Evaluation] = []  # the first and the last of the run
         self.evaluation: Evaluation | None = None  # the newest, outside of training, too
-        self.measured: dict[str, Any] = {}  # by callbacks, in the evaluation that is under way
+        self.measured: dict[str, Tensor] = {}  # by callbacks, in the evaluation that is under way
         self.metrics = nn.ModuleDict()  # filled by callbacks, so that metrics move and reduce with the module
         self.strict_loading = False  # checkpoints hold the adapter only; on_load_checkpoint checks that it is whole
         self.config: dict[str, Any] = {}  # the command's, where there is one
@@ -191,7 +191,7 @@ class PolicyModule(Recorded, LightningModule):
 
     def end_evaluation(self) -> None:
         """Make an :class:`~miepo.evaluation.Evaluation` of what callbacks have measured."""
-        measured = {key: torch.as_tensor(value).detach().cpu() for key, value in self.measured.items()}
+        measured = {key: value.detach().cpu() for key, value in self.measured.items()}
         self.measured = {}
         trainer: Any = self.trainer
         if not self.conditioned or not hasattr(trainer.datamodule, "grid") or not whole_evaluation(trainer):

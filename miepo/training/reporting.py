@@ -23,13 +23,13 @@ def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) ->
     numbers = {}
     for key, value in metrics.items():
         try:
-            if not torch.as_tensor(value).dim():
-                numbers[key] = value
+            module.measured[key] = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError):
             raise UserError(
                 f"the figure {key} of an evaluation must be a number or a tensor, got {short(value)}"
             ) from None
-    module.measured |= metrics
+        if not module.measured[key].dim():
+            numbers[key] = value
     module.log_dict(numbers, on_step=False, on_epoch=True)
     if trainer.sanity_checking and trainer.global_step == 0:  # before a run that goes on there is nothing new
         for logger in trainer.loggers:
