@@ -115,6 +115,15 @@ def test_the_command_of_a_run(tmp_path: Path) -> None:
     assert (pairs["--seed_everything"], pairs["--model.learning_rate"]) == ("1", "0.5")
 
 
+def test_where_a_run_computes_is_no_setting_of_it(tmp_path: Path) -> None:
+    """Its row names device and precision, so that another machine may go on with a study, and no run is told apart."""
+    study = read_study(write(tmp_path, GOOD))
+    elsewhere = replace(study, machine={"trainer.accelerator": "gpu", "model.policy.init_args.dtype": "float32"})
+    pairs = dict(pairwise(arguments(elsewhere, runs_of(elsewhere, tmp_path)[0], tmp_path)))
+    assert (pairs["--trainer.accelerator"], pairs["--model.policy.init_args.dtype"]) == ("gpu", "float32")
+    assert fingerprints(elsewhere, tmp_path) == fingerprints(study, tmp_path)
+
+
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the runs and the report; by default studies/NAME")
     parser.add_argument("--rows", type=Path, help="rows of finished runs; by default beside the study's file")
     parser.add_argument("--processes", type=int, help="runs at a time")
+    parser.add_argument(
+        "--accelerator", help="where runs compute, as trainer.accelerator; by default as the study says"
+    )
+    parser.add_argument("--dtype", help="the type they compute in, as policy.dtype; by default as the study says")
     parser.add_argument("--report", action="store_true", help="only write the report of what has finished")
     options = parser.parse_args(arguments)
     if threading.current_thread() is threading.main_thread():
@@ -31,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
             if options.processes < 1:
                 raise UserError(f"--processes must be at least 1, got {options.processes}")
             study = replace(study, processes=options.processes)
+        machine = {"trainer.accelerator": options.accelerator, "model.policy.init_args.dtype": options.dtype}
+        study = replace(study, machine={key: value for key, value in machine.items() if value is not None})
         if options.rows is not None:
             if not options.rows.parent.is_dir() or options.rows.is_dir():
                 raise UserError(f"--rows: expected a file in a folder that is there, got '{options.rows}'")

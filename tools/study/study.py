@@ -77,6 +77,7 @@ class Study:
     processes: int
     threads: int
     rows: Path  # where the rows of finished runs are kept
+    machine: dict[str, Any] = field(default_factory=dict)  # where runs compute, and in which type; their rows name both
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,12 @@ def arguments(study: Study, run: Run, folder: Path) -> list[str]:
     for file in run.method.config:
         result += ["--config", str(file)]
     record = {"class_path": "tools.study.record.Record", "init_args": {"folder": str(run.folder)}}
-    values = study.set | run.method.set | {"seed_everything": run.seed, "trainer.default_root_dir": str(run.folder)}
+    values = (
+        study.set
+        | run.method.set
+        | study.machine
+        | {"seed_everything": run.seed, "trainer.default_root_dir": str(run.folder)}
+    )
     values["trainer.callbacks+"] = record
     for key, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -235,8 +241,8 @@ def parts_hash(folder: Path) -> str:
 
 
 def fingerprint(study: Study, run: Run) -> str:
-    """Hash the settings of a run and the configurations that they name, wherever its folder is."""
-    given = arguments(study, replace(run, folder=Path(run.method.name, str(run.seed))), Path())
+    """Hash the settings of a run and the configurations that they name, in whatever folder and on whatever machine."""
+    given = arguments(replace(study, machine={}), replace(run, folder=Path(run.method.name, str(run.seed))), Path())
     values = [(f, _yaml(Path(a)) if f == "--config" else a) for f, a in zip(given[1::2], given[2::2], strict=True)]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
