@@ -200,13 +200,18 @@ class Policy(Recorded, nn.Module):
         Args:
             names: Of the objectives, in column order.
             device: On which the policy will compute, which decides its type where ``dtype`` is ``auto``; by default the
-                CPU. The weights are loaded on the CPU.
+                CPU. The weights are loaded and checked on the CPU, whatever PyTorch's default device.
         """
         if self._built:
             if self.names != tuple(names):
                 raise UserError(f"the policy was built for the objectives {self.names}, got {tuple(names)}")
             return self
-        dtype = chosen_dtype(self.dtype, device or torch.device("cpu"))
+        with torch.device("cpu"):
+            self._load(names, chosen_dtype(self.dtype, device or torch.device("cpu")))
+        self._built = True
+        return self
+
+    def _load(self, names: Sequence[str], dtype: str) -> None:
         model, self.tokenizer = load_base(self.base, dtype)
         self.fingerprint = fingerprint(model)
         self.tokenizer.padding_side = "left"
@@ -221,8 +226,6 @@ class Policy(Recorded, nn.Module):
         self.template = self.make_template(self.tokenizer, self.dialogue)
         trial = "\n\nHuman: x\n\nAssistant:" if self.dialogue else "x"
         check_embedded(model, self.tokenizer, self.template.encode_once(trial))
-        self._built = True
-        return self
 
     def make_template(self, tokenizer: Any, dialogue: bool) -> PromptTemplate:
         """Return the policy's template with another tokenizer object, or for dialogues."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
 from miepo.exploration import InfoNCE, Matching
 from miepo.policy import GatedConditioning, PromptConditioning
@@ -78,8 +79,10 @@ def test_a_run(tiny_model: Path, tmp_path: Path, dtype: str, cuda_graph: bool) -
         tiny_model, tmp_path, policy={"dtype": dtype}, data={"engine": TransformersEngine(cuda_graph=cuda_graph)},
         trainer={"accelerator": "gpu", "devices": 1, "limit_val_batches": 1.0, "max_steps": 3},
     )  # fmt: skip
+    where: list[str] = []
+    trainer.callbacks.append(LambdaCallback(on_train_batch_end=lambda t, m, *_: where.append(m.policy.device.type)))
     trainer.fit(module, data)
-    assert module.policy.device.type == "cuda"
+    assert where == ["cuda"] * 3
     assert module.policy.weight_dtype == getattr(torch, dtype)
     assert torch.isfinite(trainer.callback_metrics["loss"])
     assert all(torch.isfinite(p).all() for p in module.policy.adapter_parameters().values())
