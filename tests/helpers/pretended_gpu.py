@@ -48,6 +48,12 @@ class OnGpu(torch.Tensor):
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _gpu(_plain(self).detach().clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self.detach()).__reduce_ex__(protocol)  # a checkpoint is read on the CPU
+
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
