@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event, Lock
 from typing import Any
 
@@ -333,11 +334,13 @@ def _run_all(study: Study, folder: Path, missing: Sequence[tuple[Run, str]], par
 
     pool = ThreadPoolExecutor(study.processes)
     try:
-        futures = [pool.submit(one, run, now) for run, now in missing]
+        finished: SimpleQueue[Future[Run]] = SimpleQueue()  # a signal may come while one waits at it
+        for run, now in missing:
+            pool.submit(one, run, now).add_done_callback(finished.put)
         total = len(study.methods) * len(study.seeds)
         with tqdm(total=total, initial=total - len(missing), unit="run", desc=study.name) as bar:
-            for future in as_completed(futures):
-                run = future.result()
+            for _ in missing:
+                run = finished.get().result()
                 if run.failure:
                     bar.write(f"failed: {run.name}: {run.failure}")
                 bar.update()
