@@ -21,11 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+if TYPE_CHECKING:
+    from miepo.policy.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class PreferenceBatch:
     cross_labels: Tensor  # (B, Q, K) every objective on every pair
     reference_log_prob: Tensor  # (B, n, T) under w+, adapter off; 0 where not compared
     counterfactual_reference_log_prob: Tensor  # (B, n, C, T) of the anchors under w-, adapter off
+    trunk: Trunk | None = None  # states below the adapter, which the reference and the policy have in common
     counts: dict[str, int] = field(default_factory=dict)  # ties, nan scores, empty responses
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, scoring, reference
 
@@ -145,8 +149,8 @@ class PreferenceBatch:
 
     def __getitem__(self, prompts: slice) -> PreferenceBatch:
         """Return some of the prompts, with all that belongs to them; counts and seconds are of the whole."""
-        whole = {"counts", "seconds"}
-        return replace(self, **{f.name: getattr(self, f.name)[prompts] for f in fields(self) if f.name not in whole})
+        kept = {"counts", "seconds"} | ({"trunk"} if self.trunk is None else set())
+        return replace(self, **{f.name: getattr(self, f.name)[prompts] for f in fields(self) if f.name not in kept})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from miepo.objectives import Objective
 from miepo.objectives.base import take_failures
 from miepo.objectives.scoring import normalise_rewards, start_scoring
 from miepo.policy import Policy
+from miepo.policy.trunk import Trunk
 from miepo.preferences import DirichletPreferences, PreferenceSampler, draw_preferences, routing_draws
 from miepo.rollout import RolloutEngine, TransformersEngine
 from miepo.router import ExpectationRouter, Router
@@ -121,11 +122,14 @@ def roll_out(
     asked = torch.ones_like(routing, dtype=torch.bool) if every else routing > 0
     scored = start_scoring(objectives, prompts.prompts, responses.texts, asked)
 
-    def refer(compared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def refer(compared: Tensor) -> tuple[Tensor, Trunk | None, Tensor, Tensor]:
         anchors = draw_anchors(exploration.anchors if exploration else 2, compared, seed, *places)  # (B, n)
-        found = reference_log_prob(policy, prompts.prompts, preference, counterfactual, responses, compared, anchors)
+        trunk = policy.trunk(prompts.prompts, responses.tokens, compared)
+        found = reference_log_prob(
+            policy, prompts.prompts, preference, counterfactual, responses, compared, anchors, trunk
+        )
         synchronise()  # so that the time below is that of the work and not of its launch
-        return anchors, *found
+        return anchors, trunk, *found
 
     # of two responses both are compared, whatever their scores: the reference reads them while these are waited for
     early = refer(torch.ones(len(prompts), PAIR, dtype=torch.bool)) if settings.responses == PAIR else None
@@ -135,7 +139,7 @@ def roll_out(
     judged = scores - settings.missing_eos_penalty * cut.unsqueeze(-1) if settings.missing_eos_penalty else scores
     feedback = pairwise_feedback(judged, empty, routing, counterfactual, settings.feedback)
     judging = perf_counter() - referred  # what was left of it
-    anchors, reference, counterfactual_reference = early or refer(feedback.compared)
+    anchors, trunk, reference, counterfactual_reference = early or refer(feedback.compared)
     return PreferenceBatch(
         prompts=prompts.prompts,
         preference=preference.to(device),
@@ -151,6 +155,7 @@ def roll_out(
         cross_labels=feedback.cross_labels.to(device),
         reference_log_prob=reference,
         counterfactual_reference_log_prob=counterfactual_reference,
+        trunk=trunk,
         counts=feedback_counts(feedback.labels, scores, asked, empty) | take_failures(objectives),
         seconds={
             "sampling": sampled - start,
@@ -168,12 +173,13 @@ def reference_log_prob(
     responses: Responses,
     compared: Tensor,
     anchors: Tensor,
+    trunk: Trunk | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``log pi_ref`` of the compared under w+, ``(B, n, T)``, and of anchors under each w-, ``(B, n, C, T)``."""
     own, count = preference.unsqueeze(1), counterfactual.shape[1]
     read_mask = read_under(compared, anchors, count)  # (B, n, 1 + C)
     if not policy.reference_depends_on_preference:  # the adapter alone reads w
-        log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens, read_mask[..., :1])
+        log_prob = policy.reference_response_log_prob(prompts, own, responses.tokens, read_mask[..., :1], trunk)
         return log_prob[:, :, 0], log_prob.expand(-1, -1, count, -1)
     both = torch.cat([own, counterfactual], 1)  # (B, 1 + C, K)
     log_prob = policy.reference_response_log_prob(prompts, both, responses.tokens, read_mask)  # (B, n, 1 + C, T)

@@ -162,12 +162,13 @@ class MIEPO(PolicyModule):
         Those of compared responses are under w+, ``(B, n, T)``; of anchors also under w-, ``(B, n, C, T)``.
         """
         read, tokens, read_mask = self.policy.response_log_prob, batch.responses.tokens, batch.read_under
+        trunk = batch.trunk
         if self.exploration.needs_gradient:
-            both = read(batch.prompts, batch.preferences, tokens, read_mask)  # (B, n, 1 + C, T)
+            both = read(batch.prompts, batch.preferences, tokens, read_mask, trunk)  # (B, n, 1 + C, T)
             return both[:, :, 0], both[:, :, 1:]
         with self.policy.evaluating():
-            counterfactual = read(batch.prompts, batch.counterfactual, tokens, read_mask[..., 1:])
-        own = read(batch.prompts, batch.preference.unsqueeze(1), tokens, read_mask[..., :1])
+            counterfactual = read(batch.prompts, batch.counterfactual, tokens, read_mask[..., 1:], trunk)
+        own = read(batch.prompts, batch.preference.unsqueeze(1), tokens, read_mask[..., :1], trunk)
         return own.squeeze(2), counterfactual
 
     def without_dropout(
@@ -185,7 +186,7 @@ class MIEPO(PolicyModule):
             return log_prob.detach(), counterfactual.detach()
         with self.policy.evaluating():
             found = self.policy.response_log_prob(
-                batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under
+                batch.prompts, batch.preferences, batch.responses.tokens, batch.read_under, batch.trunk
             )
         return found[:, :, 0], found[:, :, 1:]
 

@@ -26,10 +26,11 @@ from miepo.policy.conditioning import Conditioning, PromptConditioning
 from miepo.policy.log_prob import token_log_prob
 from miepo.policy.network_check import check_adapter, check_layers, check_log_prob
 from miepo.policy.precision import chosen_dtype
-from miepo.policy.prefix_tree import Answers, Prompts, micro_batches, pack, tree_size
+from miepo.policy.prefix_tree import Answers, Packed, Prompts, micro_batches, pack, tree_size
 from miepo.policy.sharding import Shards
 from miepo.policy.template import HH, PromptTemplate
 from miepo.policy.tree_attention import NAME as BRANCHES
+from miepo.policy.trunk import Trunk, layers_below, only_layers, without_preferences
 from miepo.recorded import Recorded
 from miepo.types import Tokens
 
@@ -264,6 +265,7 @@ class Policy(Recorded, nn.Module):
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy of every input
+        self.trunk_layers = layers_below(self.body, self.model)
         if _attends_to_all(model):
             self._plain = model.config._attn_implementation
             model.set_attn_implementation(BRANCHES)
@@ -527,7 +529,12 @@ class Policy(Recorded, nn.Module):
         return self.max_tokens_per_micro_batch or MAX_TOKENS.get(self.device.type, 2**14)
 
     def response_log_prob(
-        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, read_mask: Tensor | None = None
+        self,
+        prompts: Sequence[str],
+        preferences: Tensor,
+        responses: Tokens,
+        read_mask: Tensor | None = None,
+        trunk: Trunk | None = None,
     ) -> Tensor:
         """Return token log-probabilities of ``n`` responses per prompt under ``C`` preferences per prompt.
 
@@ -538,22 +545,71 @@ class Policy(Recorded, nn.Module):
             preferences: ``(B, C, K)``.
             responses: ``(B, n, T)``, padded on the right.
             read_mask: ``(B, n, C)`` True where a response is to be read under a preference; by default all are.
+            trunk: Of the same prompts and all responses that are read, from :meth:`trunk`.
 
         Returns:
             ``(B, n, C, T)`` float32 in nats, 0 where the response mask is False or the response not wanted.
         """
         rows = _rows(responses, preferences.shape[1], read_mask)
         return self.trees_log_prob(
-            self._encoded(prompts, preferences), preferences.flatten(0, 1), rows, responses.ids.shape[-1]
+            self._encoded(prompts, preferences), preferences.flatten(0, 1), rows, responses.ids.shape[-1], trunk
         )
 
     def reference_response_log_prob(
-        self, prompts: Sequence[str], preferences: Tensor, responses: Tokens, read_mask: Tensor | None = None
+        self,
+        prompts: Sequence[str],
+        preferences: Tensor,
+        responses: Tokens,
+        read_mask: Tensor | None = None,
+        trunk: Trunk | None = None,
     ) -> Tensor:
         """Return the same under the reference, adapter off, no gradient: only preferences written in prompts matter."""
         encoded, rows = self._encoded(prompts, preferences), _rows(responses, preferences.shape[1], read_mask)
         with self.evaluating(), self.model.disable_adapter():
-            return self.trees_log_prob(encoded, None, rows, responses.ids.shape[-1])
+            return self.trees_log_prob(encoded, None, rows, responses.ids.shape[-1], trunk)
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether some layers compute alike under every preference and in the reference."""
+        alike = self.gated and not self.reference_depends_on_preference
+        return alike and self.trunk_layers > 0 and self.plain_attention and self.shards is None
+
+    def trunk(self, prompts: Sequence[str], responses: Tokens, read_mask: Tensor) -> Trunk | None:
+        """Compute the layers below the adapter, once for every preference and the reference; no gradient.
+
+        Args:
+            prompts: ``B`` prompts.
+            responses: ``(B, n, T)``, padded on the right.
+            read_mask: ``(B, n)`` True where a response will be read.
+
+        Returns:
+            Their states; None where no layers compute alike (:attr:`shares_trunk`).
+        """
+        if not self.shares_trunk:
+            return None
+        encoded = [[self.template.encode(prompt, "")] for prompt in prompts]
+        rows = _rows(responses, 1, read_mask.unsqueeze(-1))
+        with self.evaluating():
+            groups = self._micro_batches(encoded, rows, share=True)
+            return Trunk.join([self.pass_trunk(encoded[g], rows[g]) for g in groups])
+
+    def pass_trunk(self, prompts: Prompts, responses: Answers) -> Trunk:
+        """Do as :meth:`trunk` in one pass, for token ids without padding, ``n`` responses under each preference."""
+        prompts, responses, starts = without_preferences(prompts, responses)
+        packed = pack(prompts, responses, 0, True, self.weight_dtype, self.device)
+        if not packed.ids.numel():  # no response of these prompts is read
+            width = self.causal_lm.get_input_embeddings().weight.shape[1]
+            return Trunk(torch.zeros(0, width, dtype=self.weight_dtype, device=self.device), starts)
+        with torch.no_grad(), only_layers(self.body, slice(self.trunk_layers), whole=False), self.autocast():
+            return Trunk(self._states(packed, input_ids=packed.ids).squeeze(0), starts)
+
+    def _states(self, packed: Packed, **inputs: Tensor) -> Tensor:
+        """Return the states of all places of trees, ``(1, L, D)``."""
+        unused = torch.ones(1, 1, 1, 0, dtype=torch.bool, device=self.device)  # that no network makes a mask of its own
+        states: Tensor = self.body(
+            attention_mask=unused, position_ids=packed.positions, use_cache=False, branches=packed.branches, **inputs
+        ).last_hidden_state
+        return states
 
     def trees_log_prob(
         self,
@@ -561,6 +617,7 @@ class Policy(Recorded, nn.Module):
         preference: Tensor | None,
         responses: Answers,
         width: int,
+        trunk: Trunk | None = None,
     ) -> Tensor:
         """Do as :meth:`response_log_prob`, for token ids without padding.
 
@@ -569,6 +626,7 @@ class Policy(Recorded, nn.Module):
             preference: ``(B C, K)``, what the adapter reads; None while it is off.
             responses: ``n`` to each prompt under each preference, empty where it is not wanted.
             width: ``T``.
+            trunk: Of the same prompts and responses.
         """
         c = len(prompts[0])  # C
         gate = None if preference is None else self.gate_of(preference)  # (B C, R)
@@ -577,7 +635,11 @@ class Policy(Recorded, nn.Module):
             groups = self._micro_batches(prompts, responses, share=gate is None)
         parts = [
             self.pass_log_prob(
-                prompts[g], None if gate is None else gate[g.start * c : g.stop * c], responses[g], width
+                prompts[g],
+                None if gate is None else gate[g.start * c : g.stop * c],
+                responses[g],
+                width,
+                None if trunk is None else trunk[g],
             )
             for g in groups
         ]
@@ -589,14 +651,16 @@ class Policy(Recorded, nn.Module):
         gate: Tensor | None,
         responses: Answers,
         width: int,
+        trunk: Trunk | None = None,
     ) -> Tensor:
         """Do as :meth:`trees_log_prob`, under gates ``(B C, R)``, in one pass, the way that fits the network."""
         shape = (len(prompts), len(responses[0][0]), len(prompts[0]), width)  # B, n, C, T
         if not any(answer for under in responses for answers in under for answer in answers):
             # nothing is read: zeros, of which the adapter has a gradient where it trains, and it is zero
             return torch.zeros(shape, device=self.device) + sum(0 * p.sum() for p in self.adapter_parameters().values())
-        read = self.packed_log_prob if self.plain_attention else self.padded_log_prob
-        return read(prompts, gate, responses, width)
+        if self.plain_attention:
+            return self.packed_log_prob(prompts, gate, responses, width, trunk)
+        return self.padded_log_prob(prompts, gate, responses, width)
 
     def packed_log_prob(
         self,
@@ -604,16 +668,19 @@ class Policy(Recorded, nn.Module):
         gate: Tensor | None,
         responses: Answers,
         width: int,
+        trunk: Trunk | None = None,
     ) -> Tensor:
         """Read token ids as :meth:`trees_log_prob` takes them, under gates ``(B C, R)``, in one pass, as trees."""
         shape = (len(prompts), len(responses[0][0]), len(prompts[0]), width)  # B, n, C, T
         packed = pack(prompts, responses, width, gate is None, self.weight_dtype, self.device)
-        unused = torch.ones(1, 1, 1, 0, dtype=torch.bool, device=self.device)  # that no network makes a mask of its own
+        if trunk is None and gate is not None and len(prompts[0]) > 1 and self.shares_trunk:
+            trunk = self.pass_trunk(prompts, responses)
         with self.gate.set(None if gate is None else gate[packed.owner]), self.autocast():
-            hidden = self.body(
-                input_ids=packed.ids, attention_mask=unused, position_ids=packed.positions, use_cache=False,
-                branches=packed.branches,
-            ).last_hidden_state  # (1, L, D)  # fmt: skip
+            if trunk is None:
+                hidden = self._states(packed, input_ids=packed.ids)
+            else:
+                with only_layers(self.body, slice(self.trunk_layers, None), whole=True):
+                    hidden = self._states(packed, inputs_embeds=trunk.at(packed))
             values = self._read(hidden[0, packed.before], packed.targets)
         out = torch.zeros(shape, device=self.device).flatten()
         return out.index_put((packed.where,), values).view(shape)

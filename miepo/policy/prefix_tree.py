@@ -29,6 +29,8 @@ class Packed:
     ids: Tensor  # (1, L)
     positions: Tensor  # (1, L) in its own sequence, as if it were alone
     owner: Tensor  # (1, L) index among the B * C preferences of the one that a place belongs to; the first if shared
+    sequence: Tensor  # (L,) index among B * (1 + n): a prompt, and then its responses
+    token: Tensor  # (L,) place in the prompt or response
     branches: Branches  # what each place sees
     before: Tensor  # (n,) place of the token before each response token
     targets: Tensor  # (n,) the response tokens
@@ -79,17 +81,21 @@ class _Trees:
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     runs: list[tuple[list[int], int]] = field(default_factory=list)  # a path, and how many of its last places are new
     before: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     where: list[int] = field(default_factory=list)
 
-    def add(self, ids: Sequence[int], path: list[int], owner: int) -> list[int]:
-        """Continue ``path`` with ``ids``."""
+    def add(self, ids: Sequence[int], path: list[int], owner: int, sequence: int, first: int) -> list[int]:
+        """Continue ``path`` with ``ids``, the tokens from ``first`` on of a prompt or response."""
         start = len(self.ids)
         self.ids += ids
         self.positions += range(len(path), len(path) + len(ids))
         self.owners += [owner] * len(ids)
+        self.sequences += [sequence] * len(ids)
+        self.tokens += range(first, first + len(ids))
         path = [*path, *range(start, len(self.ids))]
         if ids:
             self.runs.append((path, len(ids)))
@@ -119,18 +125,19 @@ def pack(
     trees = _Trees()
     for b, (under, answers) in enumerate(zip(prompts, responses, strict=True)):
         count = len(under)
+        own = b * (1 + len(answers[0]))  # of the prompt, among the sequences
         for group in [[*range(count)]] if share else [[c] for c in range(count)]:
             group = [c for c in group if any(answers[c])]  # under which something is read
             if not group:
                 continue
             common = _common([under[c] for c in group])
-            root = trees.add(common, [], b * count + group[0])
+            root = trees.add(common, [], b * count + group[0], own, 0)
             for c in group:
                 owner = b * count + c
-                prompt = trees.add(under[c][len(common) :], root, owner)
+                prompt = trees.add(under[c][len(common) :], root, owner, own, len(common))
                 for i, answer in enumerate(answers[c]):
                     place = len(trees.ids)
-                    trees.add(answer[:-1], prompt, owner)  # nothing is predicted after its last token
+                    trees.add(answer[:-1], prompt, owner, own + 1 + i, 0)  # nothing is predicted after its last token
                     trees.before += [prompt[-1], *range(place, len(trees.ids))][: len(answer)]
                     trees.targets += answer
                     first = ((b * len(answers[c]) + i) * count + c) * width
@@ -143,6 +150,8 @@ def pack(
         flat(trees.ids).unsqueeze(0),
         flat(trees.positions).unsqueeze(0),
         flat(trees.owners).unsqueeze(0),
+        flat(trees.sequences),
+        flat(trees.tokens),
         Branches.of(trees.runs, dtype, device),
         flat(trees.before),
         flat(trees.targets),

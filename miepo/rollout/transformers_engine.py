@@ -29,7 +29,7 @@ class TransformersEngine(RolloutEngine):
         fused: Decode Llama-like networks with :class:`~miepo.rollout.fused_decoder.FusedDecoder`, about twice as fast.
             Other networks, and all with ``fused: false``, take Transformers' ``generate``.
         cuda_graph: On a GPU, record a token of the fused decoder as a CUDA graph over a cache of fixed size: no Python
-            between its kernels. On an H100 it draws the tokens of the plain decoder; it is off because nobody has timed it.
+            between its kernels. On an H100 it draws the tokens of the plain decoder. It is off, since it was not timed.
     """
 
     def __init__(self, stop: Sequence[str] = (), fused: bool = True, cuda_graph: bool = False) -> None:

@@ -83,6 +83,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "module": {"exploration": Matching(1.0, reuse=1.0)},
         "data": {"responses": 6, "feedback": "scalarised", "missing_eos_penalty": 1.0},
     },
+    "a trunk": {
+        "module": {"exploration": InfoNCE(0.1)},
+        "policy": {"lora_layers": 1},
+    },
     "information, generate, dropout": {
         "module": {"exploration": PairwiseInformation()},
         "data": {"engine": TransformersEngine(fused=False)},

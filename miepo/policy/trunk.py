@@ -1,0 +1,107 @@
+"""The layers below the adapter: what leaves them is the same under every preference and in the reference.
+
+An adapter on the upper layers alone (``lora_layers``) leaves the lower ones as the base has them. Where the preference
+acts through the gate, and so is not written in the prompt, their states are a function of the token ids. They need no
+gradient, and one pass through them serves the reference, w+ and every w-.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from miepo.policy.prefix_tree import Answers, Packed, Prompts
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """States that leave the layers below the adapter, of ``B`` prompts and ``n`` responses to each.
+
+    Attributes:
+        states: ``(L, D)`` one sequence after the other.
+        starts: ``(B, 1 + n)`` the place of the first token of each prompt, and of each of its responses.
+    """
+
+    states: Tensor
+    starts: Tensor
+
+    def __getitem__(self, prompts: slice) -> Trunk:
+        return Trunk(self.states, self.starts[prompts])
+
+    def at(self, packed: Packed) -> Tensor:
+        """Return the states of the places of trees of the same prompts and responses, ``(1, L, D)``."""
+        starts = self.starts.to(packed.sequence.device).flatten()
+        return self.states[starts[packed.sequence] + packed.token].unsqueeze(0)
+
+    @classmethod
+    def join(cls, parts: Sequence[Trunk]) -> Trunk:
+        """Join the trunks of successive prompts."""
+        offsets = accumulate((len(part.states) for part in parts), initial=0)
+        starts = [part.starts + offset for part, offset in zip(parts, offsets, strict=False)]
+        return cls(torch.cat([part.states for part in parts]), torch.cat(starts))
+
+
+def without_preferences(prompts: Prompts, responses: Answers) -> tuple[Prompts, Answers, Tensor]:
+    """Return prompts and all responses that are read under some preference, once each, and where each begins.
+
+    Args:
+        prompts: ``B`` prompts, the same under all ``C`` preferences.
+        responses: ``n`` to each prompt under each preference, empty where it is not wanted.
+
+    Returns:
+        Prompts and responses under one preference, and ``(B, 1 + n)`` places in their trees
+        (:func:`~miepo.policy.prefix_tree.pack`).
+    """
+    once = [[next((a for a in answers if a), answers[0]) for answers in zip(*each, strict=True)] for each in responses]
+    starts, place = [], 0
+    for under, answers in zip(prompts, once, strict=True):
+        sizes = [len(under[0]), *(max(len(answer) - 1, 0) for answer in answers)] if any(answers) else [0] * (
+            1 + len(answers)
+        )  # fmt: skip
+        places = list(accumulate(sizes, initial=place))
+        starts.append(places[:-1])
+        place = places[-1]
+    return [under[:1] for under in prompts], [[answers] for answers in once], torch.tensor(starts)
+
+
+def layers_below(body: Any, model: nn.Module) -> int:
+    """Return the number of a network's layers that compute alike whatever the adapter and the mode.
+
+    0 where that is not known: the network is not a list of layers between an embedding and a norm, something else than
+    its upper layers is adapted, or the lower ones have dropout.
+
+    Args:
+        body: The network without its head.
+        model: The network with its adapter.
+    """
+    layers, norm = getattr(body, "layers", None), getattr(body, "norm", None)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):
+        return 0
+    place = {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
+    head = {id(module) for module in model.modules()} - {id(module) for module in body.modules()}
+    adapted = [m for m in model.modules() if isinstance(m, LoraLayer) and id(m) not in head]
+    count = min((place.get(id(m), 0) for m in adapted), default=0)
+    dropout = getattr(body.config, "attention_dropout", 0.0) or any(
+        isinstance(m, nn.Dropout) and m.p > 0 for layer in layers[:count] for m in layer.modules()
+    )
+    return 0 if dropout else count
+
+
+@contextmanager
+def only_layers(body: Any, layers: slice, whole: bool) -> Iterator[None]:
+    """Within it, a network has these of its layers alone; and no norm after them, if ``whole`` is False."""
+    kept = {name: body._modules[name] for name in ("layers", "norm")}
+    body._modules["layers"] = body.layers[layers]
+    if not whole:
+        body._modules["norm"] = nn.Identity()
+    try:
+        yield
+    finally:
+        body._modules.update(kept)
