@@ -10,7 +10,8 @@ import statistics
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from unittest.mock import patch
@@ -21,6 +22,7 @@ from torch import Tensor
 from miepo.methods.micro_batches import in_micro_batches
 from miepo.policy import Policy, log_prob, tree_attention
 from miepo.policy import policy as policy_file
+from miepo.policy.trunk import Trunk
 from miepo.rollout import TransformersEngine, fused_decoder
 from miepo.types import Tokens
 from tools.benchmark import BASE, DTYPES, Workload, dtype_on, policy_of, prompts_of
@@ -72,17 +74,27 @@ def sampling_ways(policy: Policy, prompts: list[str], w: Tensor, tokens: int) ->
     }
 
 
-def step(policy: Policy, prompts: list[str], w: Tensor, responses: Tokens) -> None:
+def step(policy: Policy, prompts: list[str], w: Tensor, responses: Tokens, trunk: Trunk | None = None) -> None:
     """Take log-probabilities under every preference and their gradient, pass by pass."""
 
     def loss(some: range) -> tuple[Tensor, None]:
         part = slice(some.start, some.stop)
-        return policy.response_log_prob(prompts[part], w[part], responses[part]).mean(), None
+        below = None if trunk is None else trunk[part]
+        return policy.response_log_prob(prompts[part], w[part], responses[part], None, below).mean(), None
 
     parts = [range(g.start, g.stop) for g in policy.micro_batches(prompts, w, responses)]
     value, _ = in_micro_batches(loss, parts, list(policy.adapter_parameters().values()))  # type: ignore[arg-type]
     policy.zero_grad()
     value.backward()
+
+
+def refer_and_step(policy: Policy, prompts: list[str], w: Tensor, responses: Tokens, shared: bool) -> None:
+    """Take those of the reference first, as a rollout does; with ``shared`` all stand on one trunk."""
+    read = torch.ones(responses.ids.shape[:2], dtype=torch.bool)
+    with nullcontext() if shared else patch.object(policy, "trunk_layers", 0):
+        trunk = policy.trunk(prompts, responses, read)
+        policy.reference_response_log_prob(prompts, w[:, :1], responses, None, trunk)
+        step(policy, prompts, w, responses, trunk)
 
 
 def one_by_one(policy: Policy, prompts: list[str], w: Tensor, responses: Tokens) -> Tensor:
@@ -147,11 +159,24 @@ def main(arguments: list[str] | None = None) -> int:
             step(policy, prompts, w, responses)
 
     passes = in_turn({name: partial(run, name) for name in settings}, options.times)
+    half = policy.causal_lm.config.num_hidden_layers // 2
+    upper = policy_of(replace(workload, lora_layers=half), gated=True).build(["letters", "brevity"]).train()
+    trunks = in_turn(
+        {
+            f"reference and policy, gate on the upper {half} layers{', those below once' if shared else ''}": partial(
+                refer_and_step, upper, prompts, w, responses, shared
+            )
+            for shared in (False, True)
+        },
+        options.times,
+    )
     print("| | s | GB of tensors |\n|---|---|---|")
     for name, seconds in sampling.items():
         print(f"| {name} | {seconds:.1f} | |")
     for name, seconds in passes.items():
         print(f"| {name} | {seconds:.1f} | {peak_of(partial(run, name)) / 1e9:.2f} |")
+    for name, seconds in trunks.items():
+        print(f"| {name} | {seconds:.1f} | |")
     print("\n".join(["", *precision(workload, prompts[:3], w[:3], responses[:3])]))
     return 0
 

@@ -52,6 +52,7 @@ class Workload:
     objectives: int = 2
     counterfactuals: int = 1
     dtype: str = "float32"
+    lora_layers: int | None = None
 
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -165,6 +166,7 @@ def policy_of(workload: Workload, gated: bool) -> Any:
         workload.base, [GatedConditioning() if gated else PromptConditioning()], lora_rank=workload.rank,
         lora_alpha=2 * workload.rank, lora_dropout=0.0, dtype=workload.dtype, template="paper",
         gradient_checkpointing=workload.checkpointing, max_tokens_per_micro_batch=workload.tokens_per_pass,
+        lora_layers=workload.lora_layers,
     )  # fmt: skip
 
 
@@ -213,6 +215,7 @@ def run_trl(workload: Workload) -> None:
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
     from miepo.policy.base_model import load_base
+    from miepo.policy.policy import lower_layers
 
     reader = policy_of(workload, gated=False).build(["letters", "brevity"])  # for the same texts
     texts = [reader.template.text(p, reader.preference_text([0.5, 0.5])) for p in prompts_of(reader, workload)]
@@ -247,6 +250,7 @@ def run_trl(workload: Workload) -> None:
             peft_config=LoraConfig(
                 task_type="CAUSAL_LM", r=workload.rank, lora_alpha=2 * workload.rank, lora_dropout=0.0,
                 target_modules="all-linear",
+                exclude_modules=None if workload.lora_layers is None else lower_layers(model, workload.lora_layers),
             ),
         ).train()  # fmt: skip
 
@@ -325,6 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt_tokens", type=int, default=53)
     parser.add_argument("--response_tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--lora_layers", type=int, help="adapt so many of the upper layers alone, on every side")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--tokens_per_pass", type=int, help="of miepo's policy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -344,6 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
     workload = Workload(
         options.base, options.batch_size, options.prompt_tokens, options.response_tokens, options.rank,
         options.checkpointing, options.device, options.tokens_per_pass, dtype=dtype_on(options.dtype, options.device),
+        lora_layers=options.lora_layers,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         sides = [Side(name, workload, Path(folder) / f"{name}.log") for name in options.sides]
@@ -371,6 +377,7 @@ def table(sides: list[Side], flops: dict[str, int], workload: Workload, ceiling:
     lines = [
         f"{where}, torch {torch.__version__}; {workload.batch_size} prompts of {workload.prompt_tokens} tokens, 2 x "
         f"{workload.response_tokens} new tokens, LoRA rank {workload.rank}"
+        f"{'' if workload.lora_layers is None else f' on {workload.lora_layers} layers'}"
         f"{', gradient checkpointing' if workload.checkpointing else ''}; {len(sides[0].steps)} steps each, in turn",
         f"Ceilings: {ceiling / 1e9:.0f} GFLOP/s ({workload.dtype} product), {copy / 1e9:.0f} GB/s (copy)",
         "",
