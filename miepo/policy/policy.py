@@ -109,8 +109,8 @@ class Policy(Recorded, nn.Module):
         lora_alpha: LoRA scale; ``alpha / rank`` multiplies the update (paper: 128).
         lora_dropout: Dropout in front of the adapter, training only (paper: 0.05).
         lora_targets: Names of the layers to adapt, or ``all-linear``.
-        lora_layers: Adapt the last so many transformer layers alone: no gradient goes below them, which is faster. By
-            default all.
+        lora_layers: Adapt the last so many transformer layers alone, which is faster: no gradient goes below them, and
+            with a gate they are computed once for every preference and the reference. By default all.
         template: See :class:`~miepo.policy.template.PromptTemplate`.
         dialogue: See there.
         dtype: Type of the base weights. ``auto`` is bfloat16 where the device computes it natively and float32

@@ -28,6 +28,8 @@ ACROSS = {
     "__getitem__", "__set__", "__get__", "is_set_to", "set_", "size", "requires_grad_", "register_hook", "is_tensor",
     "_reduce_ex_internal", "__reduce_ex__", "_has_compatible_shallow_copy_type", "share_memory_", "is_shared",
 }  # fmt: skip
+# what gives a tensor where its first argument is, whatever the others are
+OF_THE_FIRST = {"copy_", "__setitem__", "set_", "expand_as", "view_as", "reshape_as", "__getitem__"}
 
 
 class OnGpu(torch.Tensor):
@@ -74,46 +76,46 @@ def _gpu(value: Any) -> Any:
 
 class _Pretending(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.device or getattr(func, "__name__", "") == "_parse_to":
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if func is torch.device or name == "_parse_to":
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name == "cuda":
-            return _gpu(args[0])
-        if name == "cpu":
-            return _plain(args[0])
+        if name in ("cuda", "cpu"):
+            return _gpu(args[0]) if name == "cuda" else _plain(args[0])
         if func in _device_constructors() and kwargs.get("device") is None:
             kwargs["device"] = default_device.CURRENT_DEVICE or CPU
+        target = _target(name, args, kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        devices = [torch.device(x) for x in (*args[1:2], kwargs.get("device")) if _names_device(x)]
-        target = devices[0] if devices else None
-        if name == "to" and target is None and len(args) > 1 and isinstance(args[1], torch.Tensor):
-            target = args[1].device
         on = [isinstance(x, OnGpu) for x in tensors]
-        if name not in ACROSS and any(on):
-            strangers = [x for x, there in zip(tensors, on, strict=True) if not there and x.dim()]
-            if strangers:
-                raise RuntimeError(
-                    f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
-                )
-        if name == "__getitem__" and not on[0] and any(on[1:]):
-            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-        generator = kwargs.get("generator")
-        if target is not None and target.type == "cuda" and generator is not None and generator.device.type == "cpu":
-            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        here = lambda x: CPU if _names_device(x) and torch.device(x).type == "cuda" else x  # noqa: E731
-        args, kwargs = tree_map(here, tuple(args)), {k: here(v) for k, v in kwargs.items()}
-        if name == "to":
-            args = tree_map(_plain, args) if target is not None else args
+        _check(name, tensors, on, target, kwargs.get("generator"))
+        args, kwargs = tree_map(_here, tuple(args)), {key: _here(value) for key, value in kwargs.items()}
         with torch._C.DisableTorchFunctionSubclass():
-            found = func(*args, **kwargs)
+            found = func(*(tree_map(_plain, args) if name == "to" and target is not None else args), **kwargs)
         if target is not None:
             return tree_map(_gpu if target.type == "cuda" else _plain, found)
-        own = name in ("copy_", "__setitem__", "set_", "expand_as", "view_as", "reshape_as", "type_as", "__getitem__")
-        there = on[0] if own and on else any(on)
-        if name == "type_as" and len(on) > 1:
-            there = on[1]
-        return tree_map(_gpu, found) if there else found
+        return tree_map(_gpu, found) if (on[0] if name in OF_THE_FIRST and on else any(on)) else found
+
+
+def _target(name: str, args: Any, kwargs: Any) -> torch.device | None:
+    """Return the device that a call names for its result."""
+    named = [torch.device(x) for x in (*args[1:2], kwargs.get("device")) if _names_device(x)]
+    if named:
+        return named[0]
+    like = args[1] if name in ("to", "type_as") and len(args) > 1 else None
+    return like.device if isinstance(like, torch.Tensor) else None
+
+
+def _check(name: str, tensors: list[Any], on: list[bool], target: torch.device | None, generator: Any) -> None:
+    """Raise what PyTorch does where devices do not fit."""
+    if name not in ACROSS and any(on) and any(x.dim() for x, there in zip(tensors, on, strict=True) if not there):
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices ({name})")
+    if name == "__getitem__" and not on[0] and any(on[1:]):
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+    if target is not None and target.type == "cuda" and generator is not None and generator.device.type == "cpu":
+        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+
+
+def _here(value: Any) -> Any:
+    return CPU if _names_device(value) and torch.device(value).type == "cuda" else value
 
 
 def _names_device(value: Any) -> bool:
