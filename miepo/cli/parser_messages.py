@@ -14,7 +14,7 @@ from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any
 
-from miepo.errors import cut
+from miepo.errors import cut, first_line
 from miepo.plugins import CALLBACKS, OBJECTIVES, plugins
 
 TRAINER = "lightning.pytorch.Trainer"
@@ -25,6 +25,7 @@ SETTING = re.compile(r"Option '(.*)' is not accepted$")
 GROUP = re.compile(r"(?:Group|Subcommand) '(.*)' does not accept option '(.*)'$")
 TYPE = re.compile(r"Expected an? (.*?)(?:\. Got value: (.*))?$", re.DOTALL)
 ATTRIBUTE = re.compile(r"module '(.*)' has no attribute '(.*)'$")
+PATH = re.compile(r"(?:- )?Expected a path but (.*) either not accessible or invalid$")
 SHORT = re.compile(r"Expected a dot import path string: (.*)$")
 
 
@@ -66,6 +67,8 @@ def _said(lines: Sequence[tuple[int, str]], path: list[str], kind: str | None) -
     if found := ATTRIBUTE.match(head):
         with suppress(ImportError):
             return f"{_where(path)}{found[1]} has no {found[2]}{_alike(found[2], dir(import_module(found[1])))}"
+    if (found := PATH.match(head)) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", found[1]):
+        return f"{_where(path)}expected the import path of a class, got '{found[1]}'{_not_imported(found[1])}"
     if found := SHORT.match(head):
         return (
             f"{_where(path)}expected the import path of a class, or the name of an installed one, got '{found[1]}'"
@@ -130,6 +133,16 @@ def _settings(path: str) -> list[str]:
         if parameter.kind in named and key != "self"
     ]
     return [*dict.fromkeys(found)]
+
+
+def _not_imported(path: str) -> str:
+    """Return why there is no class at an import path."""
+    module, _, name = path.rpartition(".")
+    try:
+        kinds = dir(import_module(module))
+    except Exception as error:
+        return f": {first_line(error)}"
+    return "" if name in kinds else f": {module} has no {name}{_alike(name, kinds)}"
 
 
 def _short_names() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import SUPPRESS
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -234,7 +235,29 @@ def command_parsers() -> dict[str, LightningArgumentParser]:
 
 def train(args: ArgsType) -> None:
     """Run ``miepo fit``, ``validate``, ``test`` or ``predict``."""
-    run_cli(save_config_callback=LogConfig, save_config_kwargs={"overwrite": True}, args=args)
+    words = with_nulls(args) if isinstance(args, list) else args
+    run_cli(save_config_callback=LogConfig, save_config_kwargs={"overwrite": True}, args=words)
+
+
+def with_nulls(args: Sequence[str]) -> list[str]:
+    """Write ``--model.policy.init_args.NAME null`` as a configuration, which may say so.
+
+    On the command line jsonargparse reads the text None for a class within a class.
+
+    >>> with_nulls(["fit", "--data.grid", "5", "--model.policy.lora_layers=null"])
+    ['fit', '--data.grid', '5', '--config', '{"model": {"policy": {"init_args": {"lora_layers": null}}}}']
+    """
+    found, rest = [], list(args)
+    while rest:
+        key, equals, value = (word := rest.pop(0)).partition("=")
+        if key.startswith("--model.policy.") and (value if equals else next(iter(rest), "")) == "null":
+            if not equals:
+                rest.pop(0)
+            name = key.removeprefix("--model.policy.").removeprefix("init_args.")
+            found += ["--config", json.dumps({"model": {"policy": {"init_args": {name: None}}}})]
+        else:
+            found.append(word)
+    return found
 
 
 def run_cli(**kwargs: Any) -> MiepoCLI:

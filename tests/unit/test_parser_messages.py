@@ -108,3 +108,35 @@ def test_what_it_does_not_know_stays_as_it_is() -> None:
     )
     long = "'" + "y" * 200 + "'"
     assert one_sentence(f"Expected a <class 'int'>. Got value: {long}") == f"expected int, got {long[:80]}.."
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("wrods.Words", "trainer.callbacks: expected the import path of a class, got 'wrods.Words': No module named 'wrods'"),
+        ("miepo.callbacks.Steerabilty", "miepo.callbacks has no Steerabilty: did you mean Steerability?"),
+    ],
+)  # fmt: skip
+def test_a_callback_that_cannot_be_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, sentence: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(CONFIG))
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", str(file), f"--trainer.callbacks+={given}", "--print_config"])
+    assert capsys.readouterr().err.strip().endswith(sentence)
+
+
+@pytest.mark.parametrize("key", ["model.policy.init_args.lora_layers", "model.policy.lora_layers"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_null_on_the_command_line_is_null(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, apart: bool
+) -> None:
+    """Of a class within a class jsonargparse reads the text None."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(changed(f"{POLICY}.lora_layers", 3)))
+    given = [f"--{key}", "null"] if apart else [f"--{key}=null"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", str(file), *given, "--print_config"])
+    module = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert module["policy"]["init_args"]["lora_layers"] is None
