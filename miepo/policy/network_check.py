@@ -118,11 +118,15 @@ def check_adapter(policy: Policy) -> None:
                     alone.append(_own(policy, [[prompts[b][c]]], [[answers[b][c]]]))
             truth = torch.cat(alone).view(len(prompts), len(preferences), -1, WIDTH).transpose(1, 2)
             _set(second, update)
-            trunk = policy.pass_trunk(prompts, answers) if policy.shares_trunk else None
-            wrong = _difference(policy, lambda: policy.pass_log_prob(prompts, gate, answers, WIDTH, trunk), truth)
-            if wrong and trunk is not None:  # the states between its layers are not all that they pass on
+
+            def read() -> Tensor:
+                trunk = policy.pass_trunk(prompts, answers) if policy.shares_trunk else None
+                return policy.pass_log_prob(prompts, gate, answers, WIDTH, trunk)
+
+            wrong = _difference(policy, read, truth)
+            if wrong and policy.shares_trunk:  # the network cannot be entered between its layers
                 policy.trunk_layers = 0
-                wrong = _difference(policy, lambda: policy.pass_log_prob(prompts, gate, answers, WIDTH), truth)
+                wrong = _difference(policy, read, truth)
         except FAILURES as error:
             wrong = _reason(error)
         finally:

@@ -265,7 +265,7 @@ class Policy(Recorded, nn.Module):
         for module in self.model.modules():
             if isinstance(module, LoraLayer):
                 module.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy of every input
-        self.trunk_layers = layers_below(self.body, self.model)
+        self.trunk_layers = layers_below(self.body)
         if _attends_to_all(model):
             self._plain = model.config._attn_implementation
             model.set_attn_implementation(BRANCHES)

@@ -71,27 +71,25 @@ def without_preferences(prompts: Prompts, responses: Answers) -> tuple[Prompts, 
     return [under[:1] for under in prompts], [[answers] for answers in once], torch.tensor(starts)
 
 
-def layers_below(body: Any, model: nn.Module) -> int:
+def layers_below(body: Any) -> int:
     """Return the number of a network's layers that compute alike whatever the adapter and the mode.
 
     0 where that is not known: the network is not a list of layers between an embedding and a norm, something else than
-    its upper layers is adapted, or the lower ones have dropout.
+    its upper layers is adapted, or there is dropout below them.
 
     Args:
-        body: The network without its head.
-        model: The network with its adapter.
+        body: The network without its head, with its adapter.
     """
     layers, norm = getattr(body, "layers", None), getattr(body, "norm", None)
     if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):
         return 0
-    place = {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
-    head = {id(module) for module in model.modules()} - {id(module) for module in body.modules()}
-    adapted = [m for m in model.modules() if isinstance(m, LoraLayer) and id(m) not in head]
-    count = min((place.get(id(m), 0) for m in adapted), default=0)
-    dropout = getattr(body.config, "attention_dropout", 0.0) or any(
-        isinstance(m, nn.Dropout) and m.p > 0 for layer in layers[:count] for m in layer.modules()
-    )
-    return 0 if dropout else count
+    place: dict[Any, int] = {module: i for i, layer in enumerate(layers) for module in layer.modules()}
+    adapted = [place.get(module, 0) for module in body.modules() if isinstance(module, LoraLayer)]
+    count = min(adapted, default=0)
+    below = [module for module in body.modules() if place.get(module, 0) < count]
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in below)
+    attention: float = getattr(body.config, "attention_dropout", 0.0)
+    return 0 if drops or attention else count
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def test_a_recording_samples_the_same_tokens(tiny_model: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_run(tiny_model: Path, tmp_path: Path, dtype: str, cuda_graph: bool) -> None:
-    """Rollouts, steps and an evaluation; both samples of a policy cover every objective."""
+    """Rollouts, steps and an evaluation."""
     trainer, module, data = tiny_run(
         tiny_model, tmp_path, policy={"dtype": dtype}, data={"engine": TransformersEngine(cuda_graph=cuda_graph)},
         trainer={"accelerator": "gpu", "devices": 1, "limit_val_batches": 1.0, "max_steps": 3},

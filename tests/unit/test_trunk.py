@@ -47,6 +47,14 @@ def gradients(policy: Policy, value: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((weights * value).sum(), list(policy.adapter_parameters().values())))
 
 
+def test_in_bfloat16_it_differs_by_rounding(deep: Path) -> None:
+    policy, tokens = deep_policy(deep, dtype="bfloat16"), answers()
+    assert policy.trunk_layers == 2
+    found = policy.response_log_prob(PROMPTS, W, tokens, READ)
+    policy.trunk_layers = 0
+    torch.testing.assert_close(found, policy.response_log_prob(PROMPTS, W, tokens, READ), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("given", [False, True])
 def test_values_and_gradients_are_those_of_the_whole_network(deep: Path, given: bool, checkpointing: bool) -> None:
@@ -145,6 +153,16 @@ def test_other_networks_of_layers_have_one(tmp_path: Path, kind: Any) -> None:
     found = policy.response_log_prob(PROMPTS, W, tokens, READ)
     policy.trunk_layers = 0
     torch.testing.assert_close(found, policy.response_log_prob(PROMPTS, W, tokens, READ), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_takes_no_states_is_read_whole(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LlamaModel.forward
+
+    def forward(self: Any, input_ids: Tensor, inputs_embeds: None = None, **kwargs: Any) -> Any:
+        return plain(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    assert deep_policy(deep).trunk_layers == 0
 
 
 def test_a_network_that_scales_what_it_is_given_is_found_out(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
