@@ -25,7 +25,7 @@ SETTING = re.compile(r"Option '(.*)' is not accepted$")
 GROUP = re.compile(r"(?:Group|Subcommand) '(.*)' does not accept option '(.*)'$")
 TYPE = re.compile(r"Expected an? (.*?)(?:\. Got value: (.*))?$", re.DOTALL)
 ATTRIBUTE = re.compile(r"module '(.*)' has no attribute '(.*)'$")
-PATH = re.compile(r"(?:- )?Expected a path but (.*) either not accessible or invalid$")
+PATH = re.compile(r"Expected a path but (.*) either not accessible or invalid$")
 SHORT = re.compile(r"Expected a dot import path string: (.*)$")
 
 
@@ -44,6 +44,7 @@ def _said(lines: Sequence[tuple[int, str]], path: list[str], kind: str | None) -
         kind: The class whose settings these are.
     """
     (_, head), *inside = lines
+    head = head.removeprefix("- ")
     if (found := KEY.match(head)) and inside:
         return _said(inside, [*path, found[1]], kind)
     if (found := CLASS.match(head)) and inside:
@@ -66,7 +67,7 @@ def _said(lines: Sequence[tuple[int, str]], path: list[str], kind: str | None) -
         return f"{owner} has no setting '{setting}'{_alike(setting.split('.')[0], known)}"
     if found := ATTRIBUTE.match(head):
         with suppress(ImportError):
-            return f"{_where(path)}{found[1]} has no {found[2]}{_alike(found[2], dir(import_module(found[1])))}"
+            return f"{_where(path)}{_lacks(found[1], found[2])}"
     if (found := PATH.match(head)) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", found[1]):
         return f"{_where(path)}expected the import path of a class, got '{found[1]}'{_not_imported(found[1])}"
     if found := SHORT.match(head):
@@ -139,10 +140,13 @@ def _not_imported(path: str) -> str:
     """Return why there is no class at an import path."""
     module, _, name = path.rpartition(".")
     try:
-        kinds = dir(import_module(module))
+        return f": {_lacks(module, name)}"
     except Exception as error:
         return f": {first_line(error)}"
-    return "" if name in kinds else f": {module} has no {name}{_alike(name, kinds)}"
+
+
+def _lacks(module: str, name: str) -> str:
+    return f"{module} has no {name}{_alike(name, dir(import_module(module)))}"
 
 
 def _short_names() -> list[str]:

@@ -240,21 +240,23 @@ def train(args: ArgsType) -> None:
 
 
 def with_nulls(args: Sequence[str]) -> list[str]:
-    """Write ``--model.policy.init_args.NAME null`` as a configuration, which may say so.
+    """Write ``--model.policy.init_args.NAME null``, and its like, as a configuration, which may say so.
 
-    On the command line jsonargparse reads the text None for a class within a class.
+    On the command line jsonargparse reads the text None for a setting of a class within a class.
 
-    >>> with_nulls(["fit", "--data.grid", "5", "--model.policy.lora_layers=null"])
-    ['fit', '--data.grid', '5', '--config', '{"model": {"policy": {"init_args": {"lora_layers": null}}}}']
+    >>> with_nulls(["fit", "--data.grid", "null", "--model.policy.lora_layers=null"])
+    ['fit', '--data.grid', 'null', '--config', '{"model": {"policy": {"init_args": {"lora_layers": null}}}}']
     """
     found, rest = [], list(args)
     while rest:
         key, equals, value = (word := rest.pop(0)).partition("=")
-        if key.startswith("--model.policy.") and (value if equals else next(iter(rest), "")) == "null":
+        names = [name for name in key.removeprefix("--").split(".") if name != "init_args"]
+        within = len(names) == 3 and names[0] in ("model", "data")  # setting, class, its setting
+        if within and (value if equals else next(iter(rest), "")) == "null":
             if not equals:
                 rest.pop(0)
-            name = key.removeprefix("--model.policy.").removeprefix("init_args.")
-            found += ["--config", json.dumps({"model": {"policy": {"init_args": {name: None}}}})]
+            outer, inner, name = names
+            found += ["--config", json.dumps({outer: {inner: {"init_args": {name: None}}}})]
         else:
             found.append(word)
     return found

@@ -140,3 +140,14 @@ def test_null_on_the_command_line_is_null(
         main(["fit", "--config", str(file), *given, "--print_config"])
     module = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
     assert module["policy"]["init_args"]["lora_layers"] is None
+
+
+def test_null_is_null_for_any_class_within_a_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    term = {"class_path": "miepo.exploration.Matching", "init_args": {"beta": 0.5}}
+    file.write_text(yaml.safe_dump(changed("model.exploration", term)))
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", str(file), "--model.exploration.init_args.beta", "null", "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["exploration"]
+    assert found["class_path"].endswith("Matching")
+    assert found["init_args"]["beta"] is None
