@@ -595,13 +595,14 @@ class Policy(Recorded, nn.Module):
 
     def pass_trunk(self, prompts: Prompts, responses: Answers) -> Trunk:
         """Do as :meth:`trunk` in one pass, for token ids without padding, ``n`` responses under each preference."""
-        prompts, responses, starts = without_preferences(prompts, responses)
+        prompts, responses = without_preferences(prompts, responses)
         packed = pack(prompts, responses, 0, True, self.weight_dtype, self.device)
-        if not packed.ids.numel():  # no response of these prompts is read
-            width = self.causal_lm.get_input_embeddings().weight.shape[1]
-            return Trunk(torch.zeros(0, width, dtype=self.weight_dtype, device=self.device), starts)
-        with torch.no_grad(), only_layers(self.body, slice(self.trunk_layers), whole=False), self.autocast():
-            return Trunk(self._states(packed, input_ids=packed.ids).squeeze(0), starts)
+        width = self.causal_lm.get_input_embeddings().weight.shape[1]
+        states = torch.zeros(0, width, dtype=self.weight_dtype, device=self.device)
+        if packed.ids.numel():  # some response of these prompts is read
+            with torch.no_grad(), only_layers(self.body, slice(self.trunk_layers), whole=False), self.autocast():
+                states = self._states(packed, input_ids=packed.ids).squeeze(0)
+        return Trunk.of(states, packed, len(prompts), len(responses[0][0]))
 
     def _states(self, packed: Packed, **inputs: Tensor) -> Tensor:
         """Return the states of all places of trees, ``(1, L, D)``."""

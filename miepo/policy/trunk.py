@@ -35,10 +35,16 @@ class Trunk:
     def __getitem__(self, prompts: slice) -> Trunk:
         return Trunk(self.states, self.starts[prompts])
 
+    @classmethod
+    def of(cls, states: Tensor, packed: Packed, prompts: int, responses: int) -> Trunk:
+        """Make one of the states ``(L, D)`` of trees under one preference, ``responses`` to each of the prompts."""
+        first = (packed.token == 0).nonzero().squeeze(1)  # of every sequence that has places
+        starts = torch.zeros(prompts * (1 + responses), dtype=torch.long, device=first.device)
+        return cls(states, starts.index_copy(0, packed.sequence[first], first).view(prompts, 1 + responses))
+
     def at(self, packed: Packed) -> Tensor:
         """Return the states of the places of trees of the same prompts and responses, ``(1, L, D)``."""
-        starts = self.starts.to(packed.sequence.device).flatten()
-        return self.states[starts[packed.sequence] + packed.token].unsqueeze(0)
+        return self.states[self.starts.flatten()[packed.sequence] + packed.token].unsqueeze(0)
 
     @classmethod
     def join(cls, parts: Sequence[Trunk]) -> Trunk:
@@ -48,27 +54,15 @@ class Trunk:
         return cls(torch.cat([part.states for part in parts]), torch.cat(starts))
 
 
-def without_preferences(prompts: Prompts, responses: Answers) -> tuple[Prompts, Answers, Tensor]:
-    """Return prompts and all responses that are read under some preference, once each, and where each begins.
+def without_preferences(prompts: Prompts, responses: Answers) -> tuple[Prompts, Answers]:
+    """Return prompts, and all responses that are read under some preference, once each: as under one preference.
 
     Args:
         prompts: ``B`` prompts, the same under all ``C`` preferences.
         responses: ``n`` to each prompt under each preference, empty where it is not wanted.
-
-    Returns:
-        Prompts and responses under one preference, and ``(B, 1 + n)`` places in their trees
-        (:func:`~miepo.policy.prefix_tree.pack`).
     """
     once = [[next((a for a in answers if a), answers[0]) for answers in zip(*each, strict=True)] for each in responses]
-    starts, place = [], 0
-    for under, answers in zip(prompts, once, strict=True):
-        sizes = [len(under[0]), *(max(len(answer) - 1, 0) for answer in answers)] if any(answers) else [0] * (
-            1 + len(answers)
-        )  # fmt: skip
-        places = list(accumulate(sizes, initial=place))
-        starts.append(places[:-1])
-        place = places[-1]
-    return [under[:1] for under in prompts], [[answers] for answers in once], torch.tensor(starts)
+    return [under[:1] for under in prompts], [[answers] for answers in once]
 
 
 def layers_below(body: Any) -> int:
