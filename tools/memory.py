@@ -14,6 +14,7 @@ import warnings
 import weakref
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from miepo.callbacks.throughput import peak_memory
 from miepo.cli.mistakes import user_error
@@ -40,7 +41,8 @@ from miepo.objectives import Objective
 from miepo.objectives.base import objectives_of
 from miepo.objectives.reward_model import ModelObjective
 from miepo.policy import Policy, log_prob, tree_attention
-from miepo.policy.base_model import base_folder
+from miepo.policy import policy as policy_file
+from miepo.policy.base_model import base_folder, give_padding
 from miepo.policy.policy import MAX_TOKENS
 from miepo.policy.precision import chosen_dtype
 from miepo.policy.prefix_tree import tree_size
@@ -377,6 +379,16 @@ def _config(source: str, what: str) -> Any:
 # -- the measurement ---------------------------------------------------------------------------------------------------
 
 
+def random_weights(base: str, dtype: str) -> tuple[Any, Any]:
+    """Make a model of the configuration and the tokenizer in a folder: :func:`load_base` where there are no weights."""
+    folder = base_folder(base)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # drawing billions takes a CPU minutes
+        model = AutoModelForCausalLM.from_config(_config(folder, f"the policy's base '{base}'"), dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    give_padding(model, tokenizer)
+    return model.to("cpu"), tokenizer
+
+
 class Watch(Callback):
     """Notes how much memory the process has before models are loaded, and how long prompts and responses are."""
 
@@ -439,6 +451,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt_tokens", type=int, default=512, help="longest prompt, preference text included")
     parser.add_argument("--response_tokens", type=int, help="longest response; by default what the config allows")
     parser.add_argument("--measure", action="store_true", help="run two steps, too, and plan for their mean lengths")
+    parser.add_argument(
+        "--random_weights", action="store_true", help="measure with random weights: a base's configuration is enough"
+    )
     options, rest = parser.parse_known_args(arguments)
     if options.measure and sys.platform == "linux" and EXACT not in os.environ and arguments is None:
         os.environ[EXACT] = "65536"
@@ -458,7 +473,8 @@ def main(arguments: list[str] | None = None) -> int:
             t = data.max_response_tokens if isinstance(data, SupervisedDataModule) else data.max_new_tokens
         cuda = options.card is not None
         if options.measure:
-            measured, watch = measure(cli)
+            with patch.object(policy_file, "load_base", random_weights) if options.random_weights else nullcontext():
+                measured, watch = measure(cli)
             p, t = watch.prompt_tokens, watch.response_tokens
             cuda = cli.trainer.strategy.root_device.type == "cuda"
         plan = plan_memory(cli.model, data, objectives, p, t, cuda)

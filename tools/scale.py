@@ -36,6 +36,7 @@ def measured(workload: Workload, side: str, steps: int) -> tuple[float, dict[str
     with tempfile.TemporaryDirectory() as folder:
         process = Side(side, workload, Path(folder) / "log")
         try:
+            process.ready()
             process.step()
             done = [process.step() for _ in range(steps)]
         finally:

@@ -203,6 +203,9 @@ class MiepoCLI(LightningCLI):
             callbacks = [c for c in callbacks if not isinstance(c, EvaluationRecord)]
         return super()._instantiate_trainer(config, callbacks)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, with_nulls(args) if isinstance(args, list) else args)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.extend(self._get(self.config_init, "objectives") or [])  # type: ignore[attr-defined]
@@ -235,8 +238,7 @@ def command_parsers() -> dict[str, LightningArgumentParser]:
 
 def train(args: ArgsType) -> None:
     """Run ``miepo fit``, ``validate``, ``test`` or ``predict``."""
-    words = with_nulls(args) if isinstance(args, list) else args
-    run_cli(save_config_callback=LogConfig, save_config_kwargs={"overwrite": True}, args=words)
+    run_cli(save_config_callback=LogConfig, save_config_kwargs={"overwrite": True}, args=args)
 
 
 def with_nulls(args: Sequence[str]) -> list[str]:
