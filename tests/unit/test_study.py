@@ -69,7 +69,7 @@ def test_every_method_of_a_study_is_a_configuration(
     [
         ("baseline: a", "baseline: c", "baseline names the unknown method 'c': there are a, b"),
         ("control: a", "control: z", r"methods.b.control names the unknown method 'z'"),
-        ("seeds: 2", "seeds: 2\nmetrics: [hv, mpi]", "unknown metric mpi: there are slope, side, hv_corrected"),
+        ("seeds: 2", "seeds: 2\nmetrics: [hv, mpi]", "unknown metric mpi: there are slope, median_slope, side, hv_corrected"),
         ("seeds: 2", "seeds: 0", "seeds must be a number of seeds or a list of them, got 0"),
         ("seeds: 2", "seeds: [1, 1]", r"expected different seeds, got \[1, 1\]"),
         ("seeds: 2", "seeds: 2\nseed: 3", "expected the keys .*, got seed"),
@@ -83,6 +83,12 @@ def test_every_method_of_a_study_is_a_configuration(
         ("control: a", "kontrol: a", "method 'b' takes config, control, label, set, got kontrol"),
         ("mo_odpo.yaml", "mo_odp.yaml", "expected a configuration at 'configs/methods/mo_odp.yaml'"),
         ("methods:", "methods: {", "expected YAML, got text that is not"),
+        (
+            "seeds: 2",
+            "seeds: 2\nat_equal_kl: [a, c]",
+            r"at_equal_kl must be a list of methods, of a, b, got \['a', 'c'\]",
+        ),
+        ("seeds: 2", "seeds: 2\nat_equal_kl: a", "at_equal_kl must be a list of methods, of a, b, got 'a'"),
     ],
 )
 def test_a_bad_study_file_is_one_sentence(old: str, new: str, message: str, tmp_path: Path) -> None:
@@ -223,6 +229,63 @@ def test_relative_margin_and_closed_gap() -> None:
 def test_the_true_fronts_mip_by_hand() -> None:
     vertices, grid = np.array([[0.0, 4.0], [3.0, 3.0], [4.0, 0.0]]), np.array([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
     assert analysis.true_mip(vertices, grid) == pytest.approx((4 + 3 + 4) / 3)
+
+
+def moved_table(gain: float) -> pd.DataFrame:
+    """Two methods of six seeds: HV is 0.2 for each nat and what the seed adds; the second moves twice as far."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for seed, of_seed in enumerate(generator.normal(0, 1, 6)):
+        for method, distance in (("a", 10.0), ("b", 20.0)):
+            kl = distance + generator.normal(0, 3)
+            hv = 0.2 * kl + of_seed + generator.normal(0, 0.1) + gain * (method == "b")
+            rows.append({"method": method, "seed": seed, "step": 5, "scored_responses": 10, "front/hv": hv, "kl": kl})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_what_distance_brings_is_taken_off(gain: float) -> None:
+    study, last = study_of("a", "b"), analysis.final(moved_table(gain))
+    assert analysis.paired(study, last, "b", "a")["front/hv"].mean > 1.5 + gain  # most of it for having moved
+    nat, methods = analysis.at_equal(study, last, ["a", "b"], "kl")["front/hv"]
+    assert nat.mean == pytest.approx(0.2, abs=0.05)
+    assert nat.excludes_zero
+    difference = methods["b"]
+    assert difference.low is not None
+    assert difference.high is not None
+    assert difference.low < gain < difference.high
+    assert difference.high - difference.low < 1
+    assert difference.excludes_zero == (gain > 0)
+
+
+def test_intervals_at_equal_distance_are_those_of_least_squares() -> None:
+    """By the residuals of a regression written otherwise: what the other columns explain is taken off first."""
+    last = analysis.final(moved_table(1.0))
+    _, methods = analysis.at_equal(study_of("a", "b"), last, ["b"], "kl")["front/hv"]
+    others = pd.get_dummies(last.seed).to_numpy(float)
+    others = np.column_stack([others, last.kl])
+
+    def rest(column: np.ndarray) -> np.ndarray:
+        return column - others @ np.linalg.lstsq(others, column, rcond=None)[0]
+
+    x, y = rest((last.method == "b").to_numpy(float)), rest(last["front/hv"].to_numpy(float))
+    value = x @ y / (x @ x)
+    half = 2.7764451 * np.sqrt(((y - value * x) ** 2).sum() / 4 / (x @ x))  # t of 12 runs less 8 parameters
+    found = methods["b"]
+    assert (found.mean, found.low, found.high) == pytest.approx((value, value - half, value + half))
+
+
+def test_no_comparison_at_equal_distance_without_enough_runs() -> None:
+    rows = moved_table(0.0)
+    assert analysis.at_equal(study_of("a", "b"), rows[rows.seed < 1], ["a", "b"], "kl") == {}
+    assert analysis.at_equal(study_of("a", "b"), rows.assign(kl=3.0), ["a", "b"], "kl") == {}
+
+
+def test_median_slope_and_how_many_are_clear() -> None:
+    kept = {"step": 1, "slope/a": 1.0, "slope/b": 5.0, "slope/c": 2.0, "slope_low/a": 0.1, "slope_low/b": -0.1}
+    last = analysis.tidy({("m", 0): [{"method": "m", "seed": 0, **kept}]})
+    assert last["median_slope"].tolist() == [2.0]
+    assert analysis.clear_slopes(last, "m") == (1, 2)
 
 
 def test_a_title_with_a_bar_stays_one_column_in_markdown() -> None:

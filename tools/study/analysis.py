@@ -11,6 +11,7 @@ import moocore
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 
 from miepo.errors import UserError
@@ -55,9 +56,12 @@ def estimate(values: Sequence[float]) -> Estimate:
 def tidy(found: Rows) -> pd.DataFrame:
     """Make a table of all rows, without the front, the grid and the objectives' names."""
     dropped = ("front", "grid", "names")
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {key: value for key, value in row.items() if key not in dropped} for rows in found.values() for row in rows
     )
+    if slopes := [column for column in table.columns if column.startswith("slope/")]:
+        table["median_slope"] = table[slopes].median(axis=1)
+    return table
 
 
 def final(table: pd.DataFrame) -> pd.DataFrame:
@@ -132,6 +136,51 @@ def relative(last: pd.DataFrame, method: str, other: str, column: str, ceiling: 
         return Estimate(float(value), None, None, n)
     low, high = jackknife_interval(value, ratio(a, b))
     return Estimate(float(value), float(low), float(high), n)
+
+
+def at_equal(
+    study: Study, last: pd.DataFrame, methods: Sequence[str], given: str
+) -> dict[str, tuple[Estimate, dict[str, Estimate]]]:
+    """Compare methods at an equal value of ``given``, as if a run of each had moved as far as the baseline's.
+
+    Every column is regressed on ``given``, the seed and the method, by least squares over the runs of ``methods``: one
+    slope for all of them, and residuals that are alike and independent.
+
+    Returns:
+        By column: what a unit of ``given`` goes with, and the difference of each method to the baseline; 95 % t
+        intervals. No column of which a value is missing, or which has too few runs for an interval.
+    """
+    others = [name for name in methods if name != study.baseline]
+    runs = last[last.method.isin([study.baseline, *others])]
+    seeds = sorted(runs.seed.unique())
+    x = np.column_stack(
+        [
+            runs[given],
+            *((runs.method == name).astype(float) for name in others),
+            *((runs.seed == seed).astype(float) for seed in seeds),
+        ]
+    )  # (n, 1 + methods + seeds)
+    result = {}
+    if np.linalg.matrix_rank(x) < x.shape[1]:  # methods that share no seed, or runs that moved alike
+        return {}
+    for column in columns(study, last):
+        y = runs[column].to_numpy(float)
+        free = len(y) - x.shape[1]
+        if column == given or free < 1 or not np.isfinite(y).all():
+            continue
+        inverse = np.linalg.inv(x.T @ x)
+        value = inverse @ x.T @ y
+        sd = np.sqrt(np.diag(inverse) * ((y - x @ value) ** 2).sum() / free)
+        wide = stats.t.ppf(0.975, free) * sd
+        found = [Estimate(v, v - h, v + h, len(seeds)) for v, h in zip(value.tolist(), wide.tolist(), strict=True)]
+        result[column] = found[0], dict(zip(others, found[1:], strict=False))
+    return result
+
+
+def clear_slopes(last: pd.DataFrame, method: str) -> tuple[int, int]:
+    """Return how many slopes of a method's runs are above 0 by their interval over prompts, and how many there are."""
+    lows = last.loc[last.method == method, [c for c in last.columns if c.startswith("slope_low/")]].to_numpy(float)
+    return int((lows > 0).sum()), lows.size
 
 
 def hull_points(vertices: np.ndarray, steps: int = 2000) -> np.ndarray:

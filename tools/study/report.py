@@ -74,7 +74,7 @@ def write_report(study: Study, found: Rows, notes: Sequence[str], runs: Sequence
 def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) -> list[dict[str, Any]]:
     """Return the tables of the report.
 
-    Means, differences to the baseline, differences to each control, relative margins.
+    Means, slopes above zero, differences to the baseline, at equal KL, and to each control, relative margins.
 
     Args:
         study: What is reported.
@@ -104,6 +104,8 @@ def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) ->
         table("Means over seeds", "In brackets: 95 % t interval over seeds.",
               {f"{label[n]} ({seeds[n]})": v for n, v in means.items()}, False),
     ]  # fmt: skip
+    if any(column.startswith("slope_low/") for column in last.columns):
+        sections.append(_obeying(last, label))
     base = study.baseline
     others = [n for n in means if n != base]
     if base in means and others:
@@ -117,6 +119,15 @@ def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) ->
             front = " and ".join(f"{MARGINS[column]} {value:.3f}" for column, value in ceilings.items())
             note += f" Gap: share of the distance to the true front, which has {front}, that is closed."
         sections.append(table(f"Relative to {label[base]}, per cent", note, margins, True))
+    if base in means and (moved := analysis.at_equal(study, last, [n for n in study.at_equal_kl if n in means], "kl")):
+        compared = list(next(iter(moved.values()))[1])
+        differences = {"a nat of KL": {c: kl for c, (kl, _) in moved.items()}}
+        differences |= {label[n]: {c: values[n] for c, (_, values) in moved.items()} for n in compared}
+        note = f"What a nat of KL goes with, and what differs from {label[base]} beyond it: a linear regression on KL, "
+        note += f"seed and method. {chance(seeds, compared, len(moved))}"
+        section = table(f"At the KL of {label[base]}", note, differences, True)
+        section["head"] = [titles[column] for column in moved]
+        sections.append(section)
     pairs = [(n, c) for n in means for c in study.methods[n].controls if c in means]
     if pairs:
         differences = {f"{label[n]} − {label[c]}": analysis.paired(study, last, n, c) for n, c in pairs}
@@ -124,6 +135,16 @@ def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) ->
         note += chance(seeds, [n for n, _ in pairs], len(titles))
         sections.append(table("Difference to the controls", note, differences, True))
     return sections
+
+
+def _obeying(last: pd.DataFrame, label: Mapping[str, str]) -> dict[str, Any]:
+    """Return the table that counts which slopes are above zero by their interval over prompts."""
+    rows = []
+    for name, text in label.items():
+        above, whole = analysis.clear_slopes(last, name)
+        rows.append({"label": text, "cells": [{"text": f"{above} of {whole}", "clear": False}]})
+    note = "By the 95 % t interval of each over the prompts of its run."
+    return {"title": "Slopes above zero", "note": note, "head": ["slopes"], "rows": rows}
 
 
 def chance(seeds: Mapping[str, int], methods: Sequence[str], figures: int) -> str:

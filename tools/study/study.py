@@ -32,10 +32,12 @@ from tools.study.rows import Rows
 FAILED, LOG, READY, FINGERPRINT = "failed.txt", "log.txt", "ready", "fingerprint.txt"
 LOCK = Lock()  # runs end in threads of their own
 KEYS = {"prepare", "config", "set", "seeds", "baseline", "metrics", "methods", "true_front", "processes", "threads"}
+KEYS |= {"at_equal_kl"}  # and what a comparison holds equal
 
 # what a report can show: name -> (logged key, title, better when)
 METRICS = {
     "slope": ("slope/*", "slope", "up"),  # a column for each objective: along its own weight, sd
+    "median_slope": ("median_slope", "median slope", "up"),  # over objectives
     "side": ("side/*", "side effect", ""),  # of a weight on another objective, sd
     "hv_corrected": ("front/hv_corrected", "HV", "up"),  # without the bias that resampling the prompts shows
     "hv": ("front/hv", "HV with its bias", "up"),
@@ -79,6 +81,7 @@ class Study:
     threads: int
     rows: Path  # where the rows of finished runs are kept
     machine: dict[str, Any] = field(default_factory=dict)  # where runs compute, and in which type; their rows name both
+    at_equal_kl: Sequence[str] = ()  # methods that are also compared at the baseline's distance from the reference
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,9 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: metrics must be a list of {', '.join(METRICS)}, got {metrics!r}")
     if unknown := [m for m in metrics if m not in METRICS]:
         raise UserError(f"{path}: unknown metric {', '.join(map(str, unknown))}: there are {', '.join(METRICS)}")
+    moved = values.get("at_equal_kl", [])
+    if not isinstance(moved, list) or any(name not in methods for name in moved):
+        raise UserError(f"{path}: at_equal_kl must be a list of methods, of {', '.join(methods)}, got {moved!r}")
     seeds = list(range(values["seeds"])) if isinstance(values["seeds"], int) else values["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise UserError(f"{path}: seeds must be a number of seeds or a list of them, got {values['seeds']!r}")
@@ -152,7 +158,7 @@ def read_study(path: Path) -> Study:
     return Study(
         path.stem, _file(path, values["config"]), methods, seeds, values["baseline"], metrics, values.get("set") or {},
         values.get("prepare"), values.get("true_front"), values.get("processes", 1), values.get("threads", 1),
-        path.with_suffix(".jsonl"),
+        path.with_suffix(".jsonl"), at_equal_kl=moved,
     )  # fmt: skip
 
 
