@@ -79,6 +79,23 @@ def dtype_on(dtype: str, device: str) -> str:
 # -- a side ------------------------------------------------------------------------------------------------------------
 
 
+def operations_of(op: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Return floating-point operations of a call, 0 where it is no product."""
+    name = op.name()
+    if "scaled_dot_product" in name:  # PyTorch's formula refuses keys that several heads share
+        backward = "backward" in name
+        query, key, value = args[backward : backward + 3]
+        rows = query.shape[:-1].numel() * key.shape[-2]
+        if backward:  # weights again, then gradients of the four operands
+            return int(2 * rows * (3 * query.shape[-1] + 2 * value.shape[-1]))
+        return int(2 * rows * (query.shape[-1] + value.shape[-1]))
+    if op._overloadpacket in flop_registry:
+        return int(flop_registry[op._overloadpacket](*args, **kwargs, out_val=out))
+    if name.startswith("mkldnn::_linear_pointwise"):
+        return int(2 * args[0].numel() * out.shape[-1])
+    return 0
+
+
 class Products(TorchDispatchMode):
     """Notes the matrix products of each part; PyTorch's own counter cannot stand a gradient taken within a step."""
 
@@ -90,12 +107,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
-        flops = 0
-        if op._overloadpacket in flop_registry:
-            flops = flop_registry[op._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        elif op.name().startswith("mkldnn::_linear_pointwise"):
-            flops = 2 * args[0].numel() * out.shape[-1]
-        if flops:
+        if flops := operations_of(op, args, kwargs or {}, out):
             tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
             self.found[self.part()][flops, sum(x.numel() * x.element_size() for x in tensors)] += 1
         return out
@@ -462,11 +474,15 @@ def main(arguments: list[str] | None = None) -> int:
                     side.steps.append(side.step())
                 rates.append(matrix_rate(options.device, workload.dtype))
                 copies.append(copy_rate(options.device))
-            products = {side.name: side.step("count")["products"] for side in sides}
             ceilings = statistics.median(rates), statistics.median(copies)
+            products: dict[str, Any] = {}
+            try:
+                products |= {side.name: side.step("count")["products"] for side in sides}
+            except SystemExit as error:  # what was timed is worth more than what could not be counted
+                print(f"{error}\n")
             print(table(sides, products, workload, *ceilings))
             for side in sides:
-                if side.name != "trl":
+                if side.name != "trl" and side.name in products:
                     print("\n".join(["", *parts_table(side, products[side.name], *ceilings)]))
         finally:
             for side in sides:
@@ -507,7 +523,7 @@ def table(
     for side in sides:
         memory, base = (max(s["memory"] for s in x.steps) - x.loaded for x in (side, first))
         paired = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(side.steps, first.steps, strict=True))
-        part, flops = side.parts(), operations(products[side.name])
+        part, flops = side.parts(), operations(products.get(side.name, {}))
         known = "sampling" in part  # not of TRL
         rest = side.median() - part.get("sampling", 0) - part.get("reference", 0) - part.get("scoring", 0)
         cells = [
@@ -517,8 +533,7 @@ def table(
             *(digits(part[key]) if known else "-" for key in ("sampling", "reference")),
             f"{memory:.2f}",
             f"{memory / base:.2f}",
-            f"{flops / 1e12:.2f}",
-            f"{flops / side.median() / ceiling:.0%}",
+            *((f"{flops / 1e12:.2f}", f"{flops / side.median() / ceiling:.0%}") if flops else ("-", "-")),
             *(f"{tokens / seconds:.0f}" if known else "-" for seconds in (part.get("sampling", 1), rest)),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -8,14 +8,13 @@ takes no other with it. ``--device cpu --tiny`` tries the whole on any machine, 
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -55,15 +54,15 @@ def parts_of(options: Namespace, folder: Path) -> list[Part]:
     """Return all parts, what matters most first."""
     tiny, here = options.tiny, ["--device", options.device, "--base", options.base]
     own = [*here, *(["--tiny"] if tiny else [])]
-    parts = [Part("Tests", ["pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_gpu.py"], 90)]
-    parts += [Part("Decoding", ["tools.gpu_day", "--only", "decoding", *own], 120)]
+    parts = [Part("Tests", ["pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_gpu.py"], 45)]
+    parts += [Part("Decoding", ["tools.gpu_day", "--only", "decoding", *own], 75)]
     sides = ["--sides", "trl", "mo_odpo_gated", "miepo_gated"]
     sizes = ["--batch_size", "2", "--response_tokens", "8", "--steps", "1", "--rank", "2"] if tiny else (
-        ["--batch_size", "32", "--response_tokens", "128", "--steps", "3"]
+        ["--batch_size", "32", "--response_tokens", "64", "--steps", "3"]
     )  # fmt: skip
     for dtype in ("float32",) if tiny else ("bfloat16", "float32"):  # a CPU may have to emulate the other
         command = ["tools.benchmark", *here, *sides, *sizes, "--dtype", dtype]
-        parts.append(Part(f"A step beside TRL, {dtype}", [*command, *options.benchmark], 150))
+        parts.append(Part(f"A step beside TRL, {dtype}", command, 100))
     for name, shape in ({"tiny": TINY} if tiny else {"0.1B": None, **SHAPES}).items():
         base = options.base if shape is None else str(random_base(folder / name, shape, options.base))
         plan = ["tools.memory", "--measure", *([] if shape is None else ["--random_weights"])]
@@ -71,8 +70,8 @@ def parts_of(options: Namespace, folder: Path) -> list[Part]:
             plan += ["--config", config]
         plan += ["--model.policy.init_args.base", base, "--trainer.accelerator", options.device.replace("cuda", "gpu")]
         plan += ["--trainer.enable_progress_bar", "false", "--model.policy.init_args.lora_layers", "null"]
-        parts.append(Part(f"Memory plan, {name}", [*plan, "--data.max_new_tokens", "8" if tiny else "256"], 100))
-    return [*parts, Part("Compiled policy pass", ["tools.gpu_day", "--only", "compiled", *own], 90)]
+        parts.append(Part(f"Memory plan, {name}", [*plan, "--data.max_new_tokens", "8" if tiny else "256"], 70))
+    return [*parts, Part("Compiled policy pass", ["tools.gpu_day", "--only", "compiled", *own], 60)]
 
 
 def random_base(folder: Path, shape: dict[str, object], tokenizer: str) -> Path:
@@ -85,7 +84,7 @@ def random_base(folder: Path, shape: dict[str, object], tokenizer: str) -> Path:
 # -- parts of this file ------------------------------------------------------------------------------------------------
 
 
-def median_seconds(work: Callable[[], object], device: str, times: int = 3) -> float:
+def median_seconds(work: Callable[[], object], device: str, times: int = 2) -> float:
     """Return the median seconds of ``work``, after one call that warms up."""
 
     def once() -> float:
@@ -101,10 +100,10 @@ def median_seconds(work: Callable[[], object], device: str, times: int = 3) -> f
 def workload_of(options: Namespace, dtype: str) -> Workload:
     if options.tiny:
         return Workload(options.base, 2, 40, 8, 2, False, options.device, dtype=dtype)
-    return Workload(options.base, 32, 53, 128, 16, False, options.device, dtype=dtype)
+    return Workload(options.base, 32, 53, 64, 16, False, options.device, dtype=dtype)
 
 
-def decoding(options: Namespace) -> list[str]:
+def decoding(options: Namespace) -> Iterator[str]:
     """Compare ways of sampling by milliseconds a token of all rows, beside what the weights and products take."""
     dtype = "float32" if options.device == "cpu" else "bfloat16"
     workload = workload_of(options, dtype)
@@ -122,8 +121,9 @@ def decoding(options: Namespace) -> list[str]:
         ways["vLLM"] = VLLMEngine(options={"disable_log_stats": True})
     rate, copy = matrix_rate(options.device, dtype), copy_rate(options.device)
     weights = sum(p.numel() for p in policy.parameters())
-    lines = [f"{dtype}; ms for a token of every row ({workload.response_tokens} tokens each, median of 3)", ""]
-    lines += [f"| rows | floor | {' | '.join(ways)} |", f"|---|---|{'---|' * len(ways)}"]
+    yield f"{dtype}; ms for a token of every row ({workload.response_tokens} tokens each, median of 2). Ceilings: "
+    yield from (f"{rate / 1e9:.0f} GFLOP/s (product), {copy / 1e9:.0f} GB/s (copy).", *notes, "")
+    yield from (f"| rows | floor | {' | '.join(ways)} |", f"|---|---|{'---|' * len(ways)}")
     for batch in (2, 4) if options.tiny else (4, 32, 128):
         prompts = (prompts_of(policy, workload) * batch)[:batch]
         w = torch.full((batch, 2), 0.5, device=options.device)
@@ -133,12 +133,10 @@ def decoding(options: Namespace) -> list[str]:
             seeds = list(range(batch))
             draw = partial(engine.draw, policy, prompts, w, 2, workload.response_tokens, seeds)
             cells.append(f"{1e3 * median_seconds(draw, options.device) / workload.response_tokens:.2f}")
-        lines.append(f"| {2 * batch} | {1e3 * floor:.2f} | {' | '.join(cells)} |")
-    lines += ["", f"Ceilings: {rate / 1e9:.0f} GFLOP/s (product), {copy / 1e9:.0f} GB/s (copy).", *notes]
-    return lines
+        yield f"| {2 * batch} | {1e3 * floor:.2f} | {' | '.join(cells)} |"
 
 
-def compiled(options: Namespace) -> list[str]:
+def compiled(options: Namespace) -> Iterator[str]:
     """Compare the policy pass, forward and backward under w+ and w-, as it is and through ``torch.compile``."""
     dtype = "float32" if options.device == "cpu" else "bfloat16"
     workload = workload_of(options, dtype)
@@ -149,32 +147,32 @@ def compiled(options: Namespace) -> list[str]:
     w = torch.tensor([[0.5, 0.5], [0.9, 0.1]], device=options.device).expand(n, 2, 2)
     drawn = TransformersEngine().draw(policy, prompts, w[:, 0], 2, workload.response_tokens, list(range(n)))
     work = partial(step, policy, prompts, w, drawn.tokens)
-    lines = [f"{dtype}, {n} prompts, gated", "", "| | s |", "|---|---|"]
-    lines.append(f"| plain | {median_seconds(work, options.device):.3f} |")
+    yield from (f"{dtype}, {n} prompts, gated", "", "| | s |", "|---|---|")
+    yield f"| plain | {median_seconds(work, options.device):.3f} |"
     for layer in policy.body.layers:  # type: ignore[union-attr]
         layer.compile(dynamic=True)  # all of them share what was compiled for one
     start = perf_counter()
     work()
     first = perf_counter() - start
-    lines.append(f"| compiled (first call {first:.0f} s) | {median_seconds(work, options.device):.3f} |")
-    return lines
+    yield f"| compiled (first call {first:.0f} s) | {median_seconds(work, options.device):.3f} |"
 
 
 # -- the parent --------------------------------------------------------------------------------------------------------
 
 
 def said(part: Part, limit: float) -> tuple[str, float]:
-    """Run a part; return what it printed, or its last lines and how it ended, and its seconds."""
+    """Run a part; return what it printed by its end or the limit, of a failure its last lines, and its seconds."""
     start = perf_counter()
-    command = [sys.executable, "-m", *part.command]
+    command = [sys.executable, "-u", "-m", *part.command]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"not finished in {limit:.0f} s", perf_counter() - start
+    except subprocess.TimeoutExpired as error:
+        printed = (error.stdout or b"").decode().strip()
+        return f"not finished in {limit:.0f} s:\n\n{printed}", perf_counter() - start
     if done.returncode == 0:
         return done.stdout.strip(), perf_counter() - start
-    tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
-    return f"exit status {done.returncode}:\n\n```\n{tail}\n```", perf_counter() - start
+    tail = "\n".join(done.stderr.strip().splitlines()[-12:])
+    return f"exit status {done.returncode}:\n\n{done.stdout.strip()}\n\n```\n{tail}\n```", perf_counter() - start
 
 
 def heading(device: str) -> list[str]:
@@ -191,16 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9, help="for all parts together")
     parser.add_argument("--tiny", action="store_true", help="shapes of a trial")
     parser.add_argument("--parts", nargs="+", help="titles that begin so, in place of all")
-    parser.add_argument("--benchmark", nargs="+", default=[], help="further options of tools.benchmark, as one JSON")
     parser.add_argument("--only", choices=["decoding", "compiled"], help="(the parent's)")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_day: error: expected a GPU, there is none (--device cpu --tiny tries the command)", file=sys.stderr)
         return 2
     if options.only:
-        print("\n".join({"decoding": decoding, "compiled": compiled}[options.only](options)))
+        for line in {"decoding": decoding, "compiled": compiled}[options.only](options):
+            print(line, flush=True)
         return 0
-    options.benchmark = [word for text in options.benchmark for word in json.loads(text)]
     end = perf_counter() + 60 * options.minutes
     failed = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -69,7 +69,11 @@ def test_every_method_of_a_study_is_a_configuration(
     [
         ("baseline: a", "baseline: c", "baseline names the unknown method 'c': there are a, b"),
         ("control: a", "control: z", r"methods.b.control names the unknown method 'z'"),
-        ("seeds: 2", "seeds: 2\nmetrics: [hv, mpi]", "unknown metric mpi: there are slope, median_slope, side, hv_corrected"),
+        (
+            "seeds: 2",
+            "seeds: 2\nmetrics: [hv, mpi]",
+            "unknown metric mpi: there are slope, median_slope, side, hv_corrected",
+        ),
         ("seeds: 2", "seeds: 0", "seeds must be a number of seeds or a list of them, got 0"),
         ("seeds: 2", "seeds: [1, 1]", r"expected different seeds, got \[1, 1\]"),
         ("seeds: 2", "seeds: 2\nseed: 3", "expected the keys .*, got seed"),
