@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Trainer
 
@@ -25,7 +26,7 @@ from miepo.cli.command import COMMANDS, main
 from miepo.methods import RewardsInContextDataModule
 from miepo.serving.app import make_app
 from miepo.serving.batcher import Batcher
-from tests.helpers.fit import Batches, tiny_run
+from tests.helpers.fit import Batches, rollout, tiny_run
 from tests.helpers.serving import running
 from tests.integration.test_cli import config, run
 
@@ -39,6 +40,7 @@ YOURS = (
     "exclamations.py",
     "questions.py",
     "damped.py",
+    "margin.py",
     "excitement.yaml",
     "NAME.yaml",
     "config.yaml",
@@ -121,7 +123,10 @@ def test_train_in_python(
         (BASE, str(tiny_model)),
         ("limit_train_batches=40", "limit_train_batches=1, accelerator='cpu', enable_progress_bar=False"),
         ("validation_limit=20", "validation_limit=2, max_new_tokens=24, normalise_on=8"),
-        ("Cheerfulness(),", "Brevity(name='cheerfulness'),"),  # a random model never says a cheerful word
+        (
+            'CheerfulWords(name="cheerfulness")',
+            "Brevity(name='cheerfulness')",
+        ),  # a random model never says a cheerful word
     ):
         assert python.count(stated) == 1
         python = python.replace(stated, small)
@@ -189,6 +194,38 @@ def test_a_loss_of_ones_own(tiny_model: Path, tmp_path: Path, monkeypatch: pytes
     assert run[1].configuration()["model"]["init_args"]["policy"]["class_path"].endswith("Policy")
 
 
+@pytest.mark.parametrize("responses", [2, 6])
+def test_a_loss_in_place_of_dpos(tiny_model: Path, tmp_path: Path, responses: int) -> None:
+    """By hand: with all rewards 0 it is the square of half of 1 / beta_c, and 0 of a tie."""
+    (python,) = [b for b in blocks("python") if "class IPO" in b]
+    found: dict[str, Any] = {}
+    exec(compile(python, "miepo/README.md", "exec"), found)
+    module, batch, _ = rollout(tiny_model, tmp_path, method=found["IPO"], data={"responses": responses})
+    zeros = torch.zeros(batch.responses.tokens.mask.shape[:2])
+    loss = module.alignment(batch, zeros)
+    assert torch.equal(loss, torch.where(batch.labels == 0, 0.0, (1 / 0.2) ** 2))
+    assert batch.pairs.shape[1] == (1 if responses == 2 else 2)
+    objective, prompt = 1, int((batch.labels[:, 1] != 0).nonzero()[0])
+    first, second = batch.pairs[prompt, min(objective, batch.pairs.shape[1] - 1)].tolist()
+    zeros[prompt, first], zeros[prompt, second] = 2.0, -1.0
+    expected = (3.0 * float(batch.labels[prompt, objective]) - 5.0) ** 2
+    assert module.alignment(batch, zeros)[prompt, objective].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("responses", [2, 6])
+def test_a_term_of_ones_own(tiny_model: Path, tmp_path: Path, responses: int) -> None:
+    (python,) = [b for b in blocks("python") if "class Margin" in b]
+    found: dict[str, Any] = {}
+    exec(compile(python, "miepo/README.md", "exec"), found)
+    term = found["Margin"](margin=1.0, weight=0.5, num_counterfactuals=2)
+    _, batch, logged = rollout(
+        tiny_model, tmp_path, module={"exploration": term}, data={"responses": responses}
+    )  # fmt: skip
+    assert batch.counterfactual.shape[1] == 2
+    assert logged["exploration"] == pytest.approx(0.5)  # every gap is 0 at first, so that the whole margin is missing
+    assert not batch.anchors.all() or responses == 2
+
+
 def test_a_figure_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
     (python,) = [b for b in blocks("python") if "EvaluationCallback" in b]
     found: dict[str, Any] = {}
@@ -199,7 +236,7 @@ def test_a_figure_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_every_python_example_is_one_that_is_run() -> None:
-    assert len(blocks("python")) == 6  # of the tests above
+    assert len(blocks("python")) == 8  # of the tests above
 
 
 def test_export_and_report(quickstart_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
