@@ -63,12 +63,19 @@ def _find(value: str) -> str:
 
 
 def check_yaml(args: Sequence[str]) -> None:
-    """Refuse a configuration file in which a key stands twice: the parser would drop the first without a word."""
+    """Refuse a configuration file that is no YAML, or in which a key stands twice.
+
+    Of the first the parser says no line; of two keys it drops the first without a word.
+    """
     for _, _, file in _configurations(args):
         if not is_file(Path(file)):  # a pipe can be read once, by the parser
             continue
         try:
             nodes = [yaml.compose(Path(file).read_text())]
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+            raise UserError(f"'{file}': expected YAML, got what is none{place}: {error.problem or error}") from None
         except (OSError, ValueError, yaml.YAMLError):
             continue  # the parser says what it is
         looked_at: set[int] = set()

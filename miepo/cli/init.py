@@ -32,6 +32,7 @@ def main(args: Sequence[str]) -> None:
     if not re.fullmatch(r"\w[\w.-]*", path.stem):
         raise UserError(f"expected a name of letters, digits, _, - and dots, got '{path.stem}'")
     text = (packaged_folder() / "template.yaml").read_text(encoding="utf-8")
+    text = re.sub(r"^# (Run on|Result):.*\n(?:# {8,}.*\n)*", "", text, flags=re.M)  # of the template's own run
     text = text.replace("configs/template.yaml", str(path)).replace("name: template", f'name: "{path.stem}"')
     changes: dict[str, str | None] = {}
     if options.base is not None:

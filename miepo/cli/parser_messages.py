@@ -26,6 +26,7 @@ GROUP = re.compile(r"(?:Group|Subcommand) '(.*)' does not accept option '(.*)'$"
 TYPE = re.compile(r"Expected an? (.*?)(?:\. Got value: (.*))?$", re.DOTALL)
 ATTRIBUTE = re.compile(r"module '(.*)' has no attribute '(.*)'$")
 PATH = re.compile(r"Expected a path but (.*) either not accessible or invalid$")
+MODULE = re.compile(r"No module named '(.*)'$")
 SHORT = re.compile(r"Expected a dot import path string: (.*)$")
 
 
@@ -68,6 +69,8 @@ def _said(lines: Sequence[tuple[int, str]], path: list[str], kind: str | None) -
     if found := ATTRIBUTE.match(head):
         with suppress(ImportError):
             return f"{_where(path)}{_lacks(found[1], found[2])}"
+    if found := MODULE.match(head):
+        return f"{_where(path)}{_no_module(found[1])}"
     if (found := PATH.match(head)) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", found[1]):
         return f"{_where(path)}expected the import path of a class, got '{found[1]}'{_not_imported(found[1])}"
     if found := SHORT.match(head):
@@ -141,8 +144,14 @@ def _not_imported(path: str) -> str:
     module, _, name = path.rpartition(".")
     try:
         return f": {_lacks(module, name)}"
+    except ModuleNotFoundError as error:
+        return f": {_no_module(error.name or module)}"
     except Exception as error:
         return f": {first_line(error)}"
+
+
+def _no_module(name: str) -> str:
+    return f"there is no module {name}, neither in the current folder nor installed"
 
 
 def _lacks(module: str, name: str) -> str:

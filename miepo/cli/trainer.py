@@ -21,7 +21,7 @@ from miepo.cli.parser_messages import one_sentence
 from miepo.cli.quiet import quiet
 from miepo.cli.resume import _loggers, continue_logs, last_checkpoint
 from miepo.data.module import OnlinePreferenceDataModule
-from miepo.errors import UserError, first_line
+from miepo.errors import NoBase, UserError, first_line
 from miepo.methods.base import PolicyModule
 from miepo.methods.mi_epo import MIEPO
 from miepo.objectives import Objective
@@ -184,7 +184,10 @@ class MiepoCLI(LightningCLI):
         type(self).began = True
         if isinstance(self.model, PolicyModule):  # before objectives load their models
             self.model.check_trainer(self.trainer, subcommand)
-            base_folder(self.model.policy.base)
+            try:
+                base_folder(self.model.policy.base)
+            except NoBase as error:
+                raise NoBase(f"policy.base: {error}") from None
         if subcommand == "fit" and not self.config.fit.ckpt_path:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunCheckpoint):

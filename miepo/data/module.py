@@ -192,17 +192,17 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
         if stage == "predict":
             if self.predict_prompts is None:
                 raise UserError("predict needs prompts to answer: expected data.predict_prompts, got none")
-            self.answer_set = self._load(self.predict_prompts, "test")
+            self.answer_set = self._load("data.predict_prompts", self.predict_prompts, "test")
             preferences = self.predict_preferences
             given = [parse_preference(w, names, "data.predict_preferences") for w in preferences or []]
             rows = given or self.grid
             self.answer_grid = torch.stack(list(rows))
             return
-        self.train_set = self._load(self.prompts, "train")
+        self.train_set = self._load("data.prompts", self.prompts, "train")
         if self.validation_prompts is not None:
-            validation = self._load(self.validation_prompts, "test")
+            validation = self._load("data.validation_prompts", self.validation_prompts, "test")
         elif isinstance(self.prompts, PreferenceDataset):
-            validation = self._load(self.prompts, "test")
+            validation = self._load("data.prompts", self.prompts, "test")
         else:
             self.train_set, validation = split_rows(self.train_set, self.validation_fraction, self.seed)
         say_repeated(self.train_set, validation)
@@ -217,12 +217,15 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
             return None
         return offline_responses(self.prompts if self.normalise_on == "offline" else self.normalise_on)  # type: ignore[arg-type]
 
-    def _load(self, source: Any, split: Split) -> list[str]:
+    def _load(self, setting: str, source: Any, split: Split) -> list[str]:
         if isinstance(source, PreferenceDataset):
             check_dialogue(source, self._policy)
             return source.prompts(split)
         splits = ("train",) if split == "train" else ("validation", "test", "train")
-        return load_prompts(source, self.prompt_field, splits, self._policy.dialogue)
+        try:
+            return load_prompts(source, self.prompt_field, splits, self._policy.dialogue)
+        except UserError as error:
+            raise UserError(f"{setting}: {error}") from None
 
     def train_dataloader(self) -> DataLoader:
         trainer, prompts = self._trainer, OnlinePrompts(self._fitting(self.train_set, "training"), self.seed)

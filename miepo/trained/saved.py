@@ -62,6 +62,8 @@ class Saved:
             hint = ""
             if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
                 hint = ", which is a model for Transformers and PEFT: of those miepo reads exports of the whole simplex"
+            elif (path / "config.yaml").is_file():
+                hint = ", which is a run without a checkpoint"
             elif runs := sorted(path.glob("version_*/checkpoints/last.ckpt")):
                 hint = f", which holds runs such as '{runs[-1].parents[1]}'"
             raise UserError(f"expected a run's folder, a checkpoint or a folder of miepo export, got '{path}'{hint}")

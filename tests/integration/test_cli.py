@@ -431,11 +431,11 @@ MISTAKES: dict[str, tuple[dict, str]] = {
         {"objectives": [{"class_path": "miepo.objectives.Brevity"}] * 2},
         "expected objectives with different names, got two named brevity",
     ),
-    "missing prompt file": ({"data__prompts": "nowhere.jsonl"}, "expected a file at 'nowhere.jsonl'"),
+    "missing prompt file": ({"data__prompts": "nowhere.jsonl"}, "data.prompts: expected a file at 'nowhere.jsonl'"),
     "no prompts": ({"data__prompts": []}, "expected at least one prompt, got none"),
     "missing model": (
         {"model__policy__init_args__base": "/nowhere/model"},
-        "expected a model folder at '/nowhere/model'",
+        "policy.base: expected a model folder at '/nowhere/model'",
     ),
     "missing gguf": (
         {"model__policy__init_args__base": "/nowhere/m.gguf"},
@@ -662,6 +662,24 @@ def test_a_key_that_stands_twice_is_refused(
         main(["fit", "--config", str(tmp_path / "fit.yaml")])
     assert error.value.code == 2
     assert "has the key 'data' in lines 1 and" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model:\n  beta_c: 0.1\n   learning_rate: 2\n", "in line 3, column 17: mapping values are not allowed here"),
+        ("model: {\n", "in line 2, column 1: expected"),
+        ("a: *b\n", "in line 1, column 4: found undefined alias"),
+    ],
+)
+def test_what_is_no_yaml_is_refused_with_its_line(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", str(tmp_path / "bad.yaml")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"miepo: error: '{tmp_path}/bad.yaml': expected YAML, got what is none {said}")
 
 
 def test_a_mistake_shows_before_objectives_load(

@@ -87,6 +87,12 @@ def assert_same(found: dict, policy: Policy, weights: dict[str, float]) -> None:
     torch.testing.assert_close(found["logits"], logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"got '.*', which is a run without a checkpoint$"):
+        Saved.read(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_an_adapter_for_a_preference(way: str, tiny_model: Path, tmp_path: Path) -> None:

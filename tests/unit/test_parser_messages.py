@@ -48,7 +48,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
          "objectives: miepo.objectives has no Brevty: did you mean Brevity?"),
         ("objectives.0.class_path", "Brevty",
          "objectives: expected the import path of a class, or the name of an installed one, got 'Brevty': did you mean Brevity?"),
-        ("objectives.0.class_path", "mine.vowels.Vowel", "objectives: No module named 'mine'"),
+        ("objectives.0.class_path", "mine.vowels.Vowel", "objectives: there is no module mine, neither in the current folder nor installed"),
         ("objectives.0.init_args", {"charcters": 10},
          "objectives: Brevity has no setting 'charcters': did you mean characters?"),
         ("objectives.0.init_args", {"characters": "ten"}, "objectives.characters: expected int, got 'ten'"),
@@ -113,7 +113,7 @@ def test_what_it_does_not_know_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("wrods.Words", "trainer.callbacks: expected the import path of a class, got 'wrods.Words': No module named 'wrods'"),
+        ("wrods.Words", "trainer.callbacks: expected the import path of a class, got 'wrods.Words': there is no module wrods, neither in the current folder nor installed"),
         ("miepo.callbacks.Steerabilty", "miepo.callbacks has no Steerabilty: did you mean Steerability?"),
     ],
 )  # fmt: skip
