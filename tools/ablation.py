@@ -62,15 +62,17 @@ def _logits_twice(
 
 
 def sampling_ways(policy: Policy, prompts: list[str], w: Tensor, tokens: int) -> dict[str, Callable[[], object]]:
-    def sample(fused: bool, ordered: bool) -> None:
+    def sample(fused: bool, ordered: bool = False, half: bool = False) -> None:
         orders = fused_decoder.orders_weights if ordered else lambda weight: False
-        with patch.object(fused_decoder, "orders_weights", orders):
+        halves = fused_decoder._in_half if half else lambda weights: None
+        with patch.multiple(fused_decoder, orders_weights=orders, _in_half=halves):
             TransformersEngine(fused=fused).sample(policy, prompts, w, 2, tokens, 0)
 
     return {
-        "sampling: Transformers' generate": lambda: sample(False, False),
-        "sampling: fused": lambda: sample(True, False),
-        "sampling: fused, weights in oneDNN's order": lambda: sample(True, True),
+        "sampling: Transformers' generate": lambda: sample(False),
+        "sampling: fused": lambda: sample(True),
+        "sampling: fused, weights in oneDNN's order": lambda: sample(True, ordered=True),
+        "sampling: fused, weights as the policy keeps them": lambda: sample(True, ordered=True, half=True),
     }
 
 

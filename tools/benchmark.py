@@ -91,7 +91,7 @@ def operations_of(op: Any, args: Any, kwargs: Any, out: Any) -> int:
         return int(2 * rows * (query.shape[-1] + value.shape[-1]))
     if op._overloadpacket in flop_registry:
         return int(flop_registry[op._overloadpacket](*args, **kwargs, out_val=out))
-    if name.startswith("mkldnn::_linear_pointwise"):
+    if name.startswith(("mkldnn::_linear_pointwise", "quantized::linear_dynamic_fp16")):
         return int(2 * args[0].numel() * out.shape[-1])
     return 0
 
@@ -109,7 +109,10 @@ class Products(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         if flops := operations_of(op, args, kwargs or {}, out):
             tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-            self.found[self.part()][flops, sum(x.numel() * x.element_size() for x in tensors)] += 1
+            moved = sum(x.numel() * x.element_size() for x in tensors)
+            if "linear_dynamic_fp16" in op.name():  # its weight is no tensor that can be asked
+                moved += 2 * args[0].shape[-1] * out.shape[-1]
+            self.found[self.part()][flops, moved] += 1
         return out
 
 

@@ -138,11 +138,13 @@ def plan_memory(
     plan, policy = Plan(), module.policy
     device = "cuda" if cuda else "cpu"
     config = _config(base_folder(policy.base), f"the policy's base '{policy.base}'")
+    published = config.dtype  # before a model of it is made in another
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=_policy_dtype(policy, cuda))
         policy.adapt(model, [o.name for o in objectives])
         networks = {o.name: _network(o) for o in objectives if isinstance(o, ModelObjective)}
     policy.train()
+    samples_in_half = not cuda and _in_half_precision(policy, data, published)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         # the tensors say that they are on a CPU
@@ -155,6 +157,7 @@ def plan_memory(
             orders_weights=lambda weight: not cuda and orders_weights(weight),
             _packed=_in_order,
             _laid_out=_in_place,
+            _in_half=lambda weights: _in_place(weights, ()) if samples_in_half else None,
         ),
     ):
         _materialise(policy)
@@ -165,6 +168,7 @@ def plan_memory(
             "adapter": trained,
             "gradients": trained,
             "Adam": 2 * trained,
+            **({"weights for sampling": _decoded(policy)} if samples_in_half else {}),
             **({} if cuda else {"kernels and libraries": int(LIBRARIES)}),
         }
         for parameter in adapter:
@@ -279,6 +283,26 @@ def _decode(policy: Policy, n: int, count: int, p: int, t: int) -> None:
         decoder.place.fill_(p + t - 2)
         decoder.step.fill_(t - 2)
         draw_tokens(decoder.next(torch.zeros(n * count, dtype=torch.long)), uniform)
+
+
+def _in_half_precision(policy: Policy, data: Any, published: torch.dtype | None) -> bool:
+    """Return whether a copy of the weights in half precision is kept for sampling.
+
+    ``published`` is the type in which they can be had.
+    """
+    return (
+        getattr(getattr(data, "engine", None), "fused", False)
+        and fused_decoder.fits(policy)
+        and policy.weight_dtype == torch.float32
+        and published in (torch.bfloat16, torch.float16)
+    )
+
+
+def _decoded(policy: Policy) -> int:
+    """Return the bytes, in half precision, of the weights that every token is multiplied by."""
+    layers: Any = policy.body.layers
+    frozen = {m.weight for m in layers.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad}
+    return 2 * sum(weight.numel() for weight in {*frozen, policy.causal_lm.get_output_embeddings().weight})
 
 
 def _in_order(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:

@@ -4,8 +4,11 @@ In the network that trains each of seven projections per layer is a product with
 cast, a scale and a sum. Here the projections that read the same states are one product, adapter included, and the
 prompt is computed once for all its responses. How much that saves is in ``tools/benchmarks/README.md``.
 
-On a CPU the weights are copied into the order that its kernels read, for as long as a rollout lasts, or as nothing is
-trained. Elsewhere the network's own weights are laid out so, once, one below the other: no copy of them exists.
+On a CPU that computes in float32, weights that half precision holds without loss, as those of models published in 16
+bits, are read from a copy in half precision, which is made once: what binds there is how fast weights are read, and
+sums are of float32. Other weights are copied into the order that the CPU's kernels read, for as long as a rollout
+lasts, or as nothing is trained. Elsewhere the network's own weights are laid out so, once, one below the other: no copy
+of them exists.
 
 With a cache of fixed size every token is the same kernels on the same memory, which a CUDA graph records once and
 replays without Python.
@@ -23,12 +26,16 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import DynamicCache
 
 from miepo.policy import Policy
 from miepo.policy.policy import ADAPTER
 from miepo.types import Tokens
 
+HALF_ERROR = 2.0**-25  # of the numbers that half precision holds with fewer digits, half of the distance between two
+# the first of some weights -> what they were when they were copied, and the copy in half precision, if there is one
+_HALVES = WeakTensorKeyDictionary()
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -39,6 +46,19 @@ def orders_weights(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def holds_in_half(weights: Sequence[Tensor]) -> bool:
+    """Return whether half precision holds float32 weights, as of a model in 16 bits, and this CPU multiplies by it.
+
+    Half precision has three digits more than bfloat16; what it loses are last digits of numbers below 6e-5.
+    """
+    if any(w.device.type != "cpu" or w.dtype != torch.float32 for w in weights):
+        return False
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    parts = (part for w in weights for part in w.detach().split(4096))  # without a second copy of the largest
+    return all(bool((part.half().float() - part).abs().amax() <= HALF_ERROR) for part in parts)
 
 
 def fits(policy: Policy) -> bool:
@@ -61,10 +81,12 @@ class _Projection:
     bias: Tensor | None  # (O,)
 
     @classmethod
-    def of(cls, layers: list[Any], rows: int, lasting: bool) -> _Projection:
+    def of(cls, layers: list[Any], rows: int, lasting: bool) -> _Projection | _HalfProjection:
         """Lay layers out for ``rows`` states at a time; their weights last, or are gathered for a rollout."""
         adapted = [isinstance(layer, LoraLayer) for layer in layers]
         plain: list[Any] = [layer.base_layer if a else layer for layer, a in zip(layers, adapted, strict=True)]
+        if lasting and (half := _in_half([layer.weight for layer in plain])) is not None:
+            return _HalfProjection.of(half, layers, adapted, plain)
         weights: list[nn.Parameter] = [layer.weight for layer in plain]
         dtype = weights[0].dtype
         first: list[Tensor] = []
@@ -75,16 +97,11 @@ class _Projection:
                 second.append((layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]).to(dtype).T)
             else:
                 second.append(weight.new_zeros(0, len(weight)))
-        bias = None
-        if any(layer.bias is not None for layer in plain):
-            bias = torch.cat(
-                [w.new_zeros(len(w)) if p.bias is None else p.bias for p, w in zip(plain, weights, strict=True)]
-            )
         if orders_weights(weights[0]):
             product = _packed(torch.cat([*weights, *first]), rows)
         else:
             product = _laid_out(weights, first) if lasting else partial(F.linear, weight=torch.cat([*weights, *first]))
-        return cls(product, torch.block_diag(*second) if first else None, bias)
+        return cls(product, torch.block_diag(*second) if first else None, _bias_of(plain))
 
     def __call__(self, states: Tensor, gate: Tensor | None) -> Tensor:
         """Return ``(N, D), (N, R) -> (N, O)``."""
@@ -96,6 +113,68 @@ class _Projection:
                 low = (low.unflatten(1, (-1, gate.shape[1])) * gate.unsqueeze(1)).flatten(1)
             out = torch.addmm(out[:, :size], low, self.second)
         return out if self.bias is None else out + self.bias
+
+
+@dataclass(frozen=True)
+class _HalfProjection:
+    """Linear layers that read the same states: their weights in half precision, and LoRA's factors as they are."""
+
+    product: Callable[[Tensor], Tensor]  # (N, D) -> (N, O)
+    first: Tensor | None  # (L R, D) of L layers with an adapter of rank R
+    second: list[tuple[int, Tensor]]  # of each, where its output begins, and (R, o), scaled
+    bias: Tensor | None  # (O,)
+
+    @classmethod
+    def of(
+        cls, product: Callable[[Tensor], Tensor], layers: list[Any], adapted: list[bool], plain: list[Any]
+    ) -> _HalfProjection:
+        """Lay out the factors of the adapted layers beside ``product``, that of the plain ones."""
+        first, second, start = [], [], 0
+        for layer, a, base in zip(layers, adapted, plain, strict=True):
+            if a:
+                first.append(layer.lora_A[ADAPTER].weight.detach())
+                factor = layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]
+                second.append((start, factor.detach().T.contiguous()))
+            start += len(base.weight)
+        return cls(product, torch.cat(first) if first else None, second, _bias_of(plain))
+
+    def __call__(self, states: Tensor, gate: Tensor | None) -> Tensor:
+        """Return ``(N, D), (N, R) -> (N, O)``."""
+        out = self.product(states)
+        if self.first is not None:
+            low = F.linear(states, self.first).unflatten(1, (len(self.second), -1))  # (N, L, R)
+            if gate is not None:
+                low = low * gate.unsqueeze(1)
+            for part, (start, factor) in zip(low.unbind(1), self.second, strict=True):
+                out[:, start : start + factor.shape[1]].addmm_(part, factor)
+        return out if self.bias is None else out + self.bias
+
+
+def _bias_of(layers: Sequence[Any]) -> Tensor | None:
+    """Return the biases of layers below one another, 0 where a layer has none; None where none has."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat([x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in layers])
+
+
+def _in_half(weights: Sequence[nn.Parameter]) -> Callable[[Tensor], Tensor] | None:
+    """Return the product with the copy of weights in half precision, made at the first call; None where there is none.
+
+    What was trained since is seen by the weight's version.
+    """
+    state = [(w.data_ptr(), w._version) for w in weights]
+    known, packed = _HALVES.get(weights[0], (None, None))
+    if known != state:
+        packed = None
+        if holds_in_half(weights):
+            packed = torch.ops.quantized.linear_prepack_fp16(torch.cat([w.detach() for w in weights]), None)
+        _HALVES[weights[0]] = state, packed
+    return None if packed is None else partial(_product_in_half, packed=packed)
+
+
+def _product_in_half(states: Tensor, packed: Any) -> Tensor:
+    product: Tensor = torch.ops.quantized.linear_dynamic_fp16(states, packed)
+    return product
 
 
 class Layout:
@@ -110,8 +189,11 @@ class Layout:
         body: Any = policy.body
         self.layers = [_layer(layer, rows, policy.shards is None) for layer in body.layers]
         head = policy.causal_lm.get_output_embeddings()
-        packs = orders_weights(head.weight) and head.bias is None
-        self.head = _packed(head.weight, rows) if packs else None
+        self.head: Callable[[Tensor], Tensor] | None = None
+        if head.bias is None:
+            self.head = _in_half([head.weight]) if policy.shards is None else None
+            if self.head is None and orders_weights(head.weight):
+                self.head = _packed(head.weight, rows)
 
 
 def _packed(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:

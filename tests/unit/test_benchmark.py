@@ -30,6 +30,15 @@ def test_products_by_hand() -> None:
     assert products.found == {"x": {(2 * 3 * 5 * 7, 4 * (15 + 35 + 21)): 2}}
 
 
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no kernels")
+def test_a_product_in_half_precision_reads_half_the_bytes() -> None:
+    packed = torch.ops.quantized.linear_prepack_fp16(torch.ones(7, 5), None)
+    products = Products(lambda: "x")
+    with products:
+        torch.ops.quantized.linear_dynamic_fp16(torch.ones(3, 5), packed)
+    assert products.found == {"x": {(2 * 3 * 5 * 7, 4 * (15 + 21) + 2 * 35): 1}}
+
+
 @pytest.mark.parametrize("groups", [4, 2])  # heads that share keys, too
 def test_attention_by_hand(groups: int) -> None:
     query = torch.randn(2, 4, 6, 8, requires_grad=True)

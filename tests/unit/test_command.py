@@ -121,7 +121,10 @@ def test_init_writes_the_template(
     main(["init", "mine"])
     assert capsys.readouterr().out == "Configuration: mine.yaml\nRun it: miepo fit --config mine.yaml\n"
     text = (tmp_path / "mine.yaml").read_text()
-    assert re.findall(r"^# ([A-Z]\w+(?: on)?):", text, re.M) == ["Purpose", "Command"]  # what ran elsewhere is not of this file
+    assert re.findall(r"^# ([A-Z]\w+(?: on)?):", text, re.M) == [
+        "Purpose",
+        "Command",
+    ]  # what ran elsewhere is not of this file
     written, template = yaml.safe_load(text), yaml.safe_load((ROOT / "configs/template.yaml").read_text())
     for logger in template["trainer"]["logger"]:
         logger["init_args"]["name"] = "mine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,80 @@ def expected_logits(policy: Policy, prompts: list[str], w: torch.Tensor, rows: t
     return torch.stack(out)  # (N, T, V)
 
 
+def in_bfloat16(policy: Policy) -> Policy:
+    """Round the base's weights as those of a model that was published in bfloat16."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("no kernels for half precision")
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if not parameter.requires_grad:
+                parameter.copy_(parameter.bfloat16().float())
+    return policy
+
+
+def test_half_precision_is_for_weights_that_it_holds() -> None:
+    weight = torch.randn(64, 32)
+    assert not decoding.holds_in_half([weight])  # of 24 bits
+    published = weight.bfloat16().float()
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        assert decoding.holds_in_half([published, (1e-4 * published).bfloat16().float()])
+    assert not decoding.holds_in_half([published, weight])
+    assert not decoding.holds_in_half([1e6 * published])  # beyond its range
+    assert not decoding.holds_in_half([published.where(published < 1, torch.nan)])
+    assert not decoding.holds_in_half([published.bfloat16()])
+
+
+def test_the_copy_in_half_precision_is_made_once_and_follows_the_weights(
+    networks: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = in_bfloat16(randomise_adapter(tiny_policy(networks["qwen2"], [GatedConditioning()])))
+    packed: list[int] = []
+    asked = decoding.holds_in_half
+    monkeypatch.setattr(decoding, "holds_in_half", lambda weights: packed.append(len(weights)) or asked(weights))
+
+    def sample(policy: Policy) -> torch.Tensor:
+        return TransformersEngine().sample(policy, PROMPTS, W, 2, 5, 0).tokens.ids
+
+    first, layers = sample(policy), len(policy.body.layers)
+    assert sorted(packed) == sorted([1] + [3, 1, 2, 1] * layers)  # the head, and four products of a layer
+    assert torch.equal(sample(policy), first)
+    randomise_adapter(policy, seed=1)
+    assert not torch.equal(sample(policy), first)  # the new adapter was read
+    assert len(packed) == 1 + 4 * layers
+    with torch.no_grad():
+        policy.body.layers[0].mlp.down_proj.base_layer.weight.zero_()
+    sample(policy)
+    assert len(packed) == 2 + 4 * layers
+    count = len(decoding._HALVES)
+    del policy
+    gc.collect()
+    assert len(decoding._HALVES) <= count - 1 - 4 * layers  # the copies go with the weights
+
+
 @pytest.mark.parametrize("network", ["llama", *NETWORKS])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "down_proj"]])
-@pytest.mark.parametrize(("ordered", "fixed"), [(True, False), (False, False), (False, True)])  # on a CPU, elsewhere
+@pytest.mark.parametrize(
+    ("ordered", "fixed", "half"),  # on a CPU, elsewhere
+    [(True, False, False), (True, False, True), (False, False, False), (False, True, False), (True, True, True)],
+)
 def test_logits_are_those_of_the_network(
-    networks: dict[str, Path], monkeypatch: pytest.MonkeyPatch, network: str, targets: Any, ordered: bool, fixed: bool
+    networks: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    network: str,
+    targets: Any,
+    ordered: bool,
+    fixed: bool,
+    half: bool,
 ) -> None:
     monkeypatch.setattr(decoding, "orders_weights", lambda weight: ordered)
     ways = [GatedConditioning(), PromptConditioning()]
     policy = randomise_adapter(tiny_policy(networks[network], ways, lora_targets=targets))
     assert fits(policy)
+    if half:
+        in_bfloat16(policy)
+    attention = policy.body.layers[0].self_attn
+    projection = decoding._Projection.of([attention.q_proj, attention.k_proj], 4, True)
+    assert isinstance(projection, decoding._HalfProjection) == half
     rows = torch.randint(5, 100, (4, 5), generator=torch.Generator().manual_seed(0))  # two responses per prompt
     with policy.evaluating():
         decoder = FusedDecoder(policy, policy.encode(PROMPTS, W), W, 2, 6, fixed)

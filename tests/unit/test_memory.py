@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from miepo import MIEPO, OnlinePreferenceDataModule
 from miepo.exploration import InfoNCE
@@ -23,8 +24,8 @@ P, T, BATCH = 24, 12, 3
 
 
 def module_of(folder: Path, beta_w: float = 0.01, **settings: Any) -> MIEPO:
-    settings = {"conditioning": [PromptConditioning(), GatedConditioning()], "lora_rank": 2} | settings
-    policy = Policy(str(folder), lora_alpha=4, dtype="bfloat16", **settings)
+    usual = {"conditioning": [PromptConditioning(), GatedConditioning()], "lora_rank": 2, "dtype": "bfloat16"}
+    policy = Policy(str(folder), lora_alpha=4, **(usual | settings))
     return MIEPO(policy, exploration=InfoNCE(beta_w))
 
 
@@ -81,6 +82,26 @@ def test_the_plan_is_what_is_alive(model: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(fused_decoder, "_laid_out", memory._in_place)
     real = memory.peak_of(lambda: memory._decode(policy, BATCH, 2, P, T))
     assert plan.phases["sampling"] == pytest.approx(real, rel=0.02)
+
+
+def test_the_plan_has_the_copy_of_the_weights_that_sampling_reads(tmp_path: Path) -> None:
+    """Of a base that was published in bfloat16, where the CPU computes in float32."""
+    folder = save_tiny_model(tmp_path / "model")
+    plain = plan_of(module_of(folder, dtype="float32"))
+    assert "weights for sampling" not in plain.resident
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    network.save_pretrained(folder)
+    plan = plan_of(module_of(folder, dtype="float32"))
+    layers = [m.weight.numel() for m in network.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert plan.resident["weights for sampling"] == 2 * (sum(layers) + network.lm_head.weight.numel())
+    assert plan.phases["sampling"] < plain.phases["sampling"]  # which has a copy in oneDNN's order
+    assert "weights for sampling" not in plan_of(module_of(folder)).resident  # which computes in bfloat16
+
+    policy = module_of(folder, dtype="float32").policy.build(["letter_a", "letter_b"])
+    if fused_decoder.holds_in_half([policy.causal_lm.get_output_embeddings().weight]):
+        memory._decode(policy, BATCH, 2, P, T)  # which makes the copy
+        real = memory.peak_of(lambda: memory._decode(policy, BATCH, 2, P, T))
+        assert plan.phases["sampling"] == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.slow
