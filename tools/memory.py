@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 import weakref
 from argparse import ArgumentParser
@@ -488,7 +489,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("card", "prompt_tokens", "response_tokens"):
             if (value := getattr(options, name)) is not None and value <= 0:
                 raise UserError(f"--{name} must be positive, got {value:g}")
-        short = ["--trainer.fast_dev_run=2"] if options.measure else []
+        folder = tempfile.TemporaryDirectory()  # of what the two steps write
+        short = ["--trainer.fast_dev_run=2", f"--trainer.default_root_dir={folder.name}"] if options.measure else []
         cli = MiepoCLI(run=False, save_config_callback=None, args=[*rest, *short], seed_everything_default=0)
         objectives = objectives_of(cli.trainer) if cli.model.conditioned else []
         data = cli.datamodule

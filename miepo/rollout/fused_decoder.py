@@ -51,7 +51,8 @@ def orders_weights(weight: Tensor) -> bool:
 def holds_in_half(weights: Sequence[Tensor]) -> bool:
     """Return whether half precision holds float32 weights, as of a model in 16 bits, and this CPU multiplies by it.
 
-    Half precision has three digits more than bfloat16; what it loses are last digits of numbers below 6e-5.
+    Half precision has three bits more than bfloat16 for a number's digits; what it loses are last digits of numbers
+    below 6e-5.
     """
     if any(w.device.type != "cpu" or w.dtype != torch.float32 for w in weights):
         return False
