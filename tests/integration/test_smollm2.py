@@ -10,7 +10,8 @@ import yaml
 
 from miepo.errors import UserError
 from miepo.policy import GatedConditioning, Policy
-from miepo.rollout import TransformersEngine
+from miepo.rollout import TransformersEngine, fused_decoder
+from miepo.rollout.fused_decoder import FusedDecoder
 from miepo.types import Tokens
 
 SETTINGS = yaml.safe_load((Path(__file__).parents[2] / "configs/quickstart.yaml").read_text())
@@ -71,3 +72,27 @@ def test_a_converted_model_is_reused(policy: Policy, monkeypatch: pytest.MonkeyP
         base_model.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("converted twice")
     )
     assert Path(base_model.base_folder(POLICY["base"])).is_dir()
+
+
+def test_what_is_sampled_from_is_what_trains(policy: Policy) -> None:
+    """The decoder's log-probabilities beside the trainer's, adapter and gate included, whatever it keeps weights in."""
+    prompts = ["What is the capital of France?", "Tell me about rain"]
+    w = torch.tensor([[0.2, 0.8], [0.9, 0.1]])
+    with torch.no_grad():
+        for i, parameter in enumerate(policy.adapter_parameters().values()):
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    tokens = TransformersEngine().sample(policy, prompts, w, 2, 16, seed=0).tokens
+    with policy.evaluating():
+        decoder = FusedDecoder(policy, policy.encode(prompts, w), w, 2, 16)
+        rows = tokens.ids.flatten(0, 1)  # (N, T)
+        logits = [decoder.start(), *(decoder.next(rows[:, t]) for t in range(rows.shape[1] - 1))]
+        found = (torch.stack(logits, 1) / policy.temperature).log_softmax(-1).gather(2, rows.unsqueeze(2)).squeeze(2)
+        both = [x.repeat_interleave(2, 0) for x in (policy.encode(prompts, w).ids, policy.encode(prompts, w).mask, w)]
+        expected = policy.log_prob(Tokens(*both[:2]), both[2], Tokens(rows, tokens.mask.flatten(0, 1)))
+    gap = (found - expected)[tokens.mask.flatten(0, 1)].abs()
+    if policy.weight_dtype == torch.float32:
+        assert gap.max() < 1e-3
+        if "fbgemm" in torch.backends.quantized.supported_engines:
+            assert isinstance(decoder.layout.layers[0]["down"], fused_decoder._HalfProjection)
+    else:
+        assert gap.mean() < 0.1
