@@ -485,11 +485,11 @@ def main(arguments: list[str] | None = None) -> int:
         os.execv(sys.executable, [sys.executable, "-m", "tools.memory", *sys.argv[1:]])
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")
+    folder = tempfile.TemporaryDirectory()  # of what the two steps write
     try:
         for name in ("card", "prompt_tokens", "response_tokens"):
             if (value := getattr(options, name)) is not None and value <= 0:
                 raise UserError(f"--{name} must be positive, got {value:g}")
-        folder = tempfile.TemporaryDirectory()  # of what the two steps write
         short = ["--trainer.fast_dev_run=2", f"--trainer.default_root_dir={folder.name}"] if options.measure else []
         cli = MiepoCLI(run=False, save_config_callback=None, args=[*rest, *short], seed_everything_default=0)
         objectives = objectives_of(cli.trainer) if cli.model.conditioned else []
@@ -510,6 +510,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"memory: error: {mistake}", file=sys.stderr)
         return 2
+    finally:
+        folder.cleanup()
     print(report(plan, p, t, options.card))
     if options.measure:
         print(f"Measured: {measured:.2f} GB; the plan is {plan.peak / GB / measured - 1:+.1%}")
