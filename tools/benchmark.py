@@ -20,13 +20,12 @@ import tempfile
 from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -157,7 +156,7 @@ class Turns:
         if word not in ("step", "count"):
             sys.stdout.flush()
             os._exit(0)
-        self._synchronise()
+        synchronise(self.device)
         if word == "count":
             self.on_count()
             self.products: Any = Products(self._part)
@@ -181,14 +180,10 @@ class Turns:
         return self.within[-1] if self.within else "the rest"
 
     def _lap(self) -> None:
-        self._synchronise()
+        synchronise(self.device)
         now = perf_counter()
         self.seconds[self._part()] += now - self.mark
         self.mark = now
-
-    def _synchronise(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
     def _memory(self) -> float:
         from miepo.callbacks.throughput import peak_memory
@@ -254,7 +249,6 @@ def run_miepo(workload: Workload, beta_w: float, gated: bool, anchors: int) -> N
     turns = Turns(workload.device)
     engine = TransformersEngine(cuda_graph=workload.cuda_graph)
     turns.on_count = lambda: setattr(engine, "cuda_graph", False)  # what is replayed cannot be noted
-    parts = ExitStack()
 
     class Gate(Callback):
         def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -270,7 +264,7 @@ def run_miepo(workload: Workload, beta_w: float, gated: bool, anchors: int) -> N
                 (torch.autograd, "grad", "policy backward"),
                 (torch.Tensor, "backward", "policy backward"),
             ):
-                parts.enter_context(patch.object(owner, name, turns.within_part(part, getattr(owner, name))))
+                setattr(owner, name, turns.within_part(part, getattr(owner, name)))  # for as long as the process
             turns.ready(module)
 
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
@@ -296,6 +290,7 @@ def run_miepo(workload: Workload, beta_w: float, gated: bool, anchors: int) -> N
         accelerator="gpu" if workload.device == "cuda" else "cpu", devices=1, max_epochs=1, logger=False,
         callbacks=[*objectives, Gate()], enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+        default_root_dir=tempfile.gettempdir(),
     )  # fmt: skip
     trainer.fit(MIEPO(policy, exploration=InfoNCE(beta_w, workload.counterfactuals, anchors=anchors)), data)
 
@@ -360,6 +355,7 @@ class Side:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tools.benchmark", "--side", name, "--workload", json.dumps(asdict(workload))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
+            env=os.environ | {"TMPDIR": str(log.parent)},  # the parent clears away what a side leaves, which is killed
         )  # fmt: skip
         self.loaded = 0.0
 
@@ -397,34 +393,36 @@ class Side:
         self.process.wait()
 
 
+def synchronise(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_seconds(work: Callable[[], object], device: str, times: int, warm: int = 1) -> float:
+    """Return the median seconds of ``times`` calls, after ``warm`` that do not count."""
+
+    def once() -> float:
+        start = perf_counter()
+        work()
+        synchronise(device)
+        return perf_counter() - start
+
+    return statistics.median([once() for _ in range(warm + times)][warm:])
+
+
 def matrix_rate(device: str, dtype: str) -> float:
     """Return FLOP per second of a large product."""
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-
-    def once() -> float:
-        start = perf_counter()
-        torch.mm(a, b)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return perf_counter() - start
-
-    return 2 * size**3 / statistics.median([once() for _ in range(12)][2:])
+    return 2 * size**3 / median_seconds(lambda: torch.mm(a, b), device, 10, warm=2)
 
 
 def copy_rate(device: str) -> float:
     """Return bytes read and written per second by a copy."""
     a = torch.ones(2**27, device=device)
     b = torch.empty_like(a)
-
-    def once() -> float:
-        start = perf_counter()
-        b.copy_(a)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return perf_counter() - start
-
-    return 2 * a.nbytes / statistics.median([once() for _ in range(7)][2:])
+    return 2 * a.nbytes / median_seconds(lambda: b.copy_(a), device, 5, warm=2)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -445,12 +443,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of each side, after one that warms up")
     parser.add_argument("--side", choices=SIDES, help="(the parent's)")
     parser.add_argument("--workload", help="(the parent's)")
-    parser.set_defaults(**USUAL)
-    if arguments is None:
-        arguments = sys.argv[1:]
-    if "--quick" in arguments:
-        parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
+    for name, value in (QUICK if options.quick else USUAL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if options.side:
         workload = Workload(**json.loads(options.workload))
         if options.side == "trl":

@@ -9,12 +9,11 @@ takes no other with it. ``--device cpu --tiny`` tries the whole on any machine, 
 from __future__ import annotations
 
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -28,7 +27,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from miepo.policy.base_model import base_folder
 from miepo.rollout import RolloutEngine, TransformersEngine, VLLMEngine
 from tools.ablation import step
-from tools.benchmark import BASE, Workload, copy_rate, matrix_rate, policy_of, prompts_of
+from tools.benchmark import BASE, Workload, copy_rate, matrix_rate, median_seconds, policy_of, prompts_of
 
 LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 4096}
 SHAPES = {  # of Llama 3.2 and 3.1
@@ -84,19 +83,6 @@ def random_base(folder: Path, shape: dict[str, object], tokenizer: str) -> Path:
 # -- parts of this file ------------------------------------------------------------------------------------------------
 
 
-def median_seconds(work: Callable[[], object], device: str, times: int = 2) -> float:
-    """Return the median seconds of ``work``, after one call that warms up."""
-
-    def once() -> float:
-        start = perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return perf_counter() - start
-
-    return statistics.median([once() for _ in range(1 + times)][1:])
-
-
 def workload_of(options: Namespace, dtype: str) -> Workload:
     if options.tiny:
         return Workload(options.base, 2, 40, 8, 2, False, options.device, dtype=dtype)
@@ -132,7 +118,7 @@ def decoding(options: Namespace) -> Iterator[str]:
         for engine in ways.values():
             seeds = list(range(batch))
             draw = partial(engine.draw, policy, prompts, w, 2, workload.response_tokens, seeds)
-            cells.append(f"{1e3 * median_seconds(draw, options.device) / workload.response_tokens:.2f}")
+            cells.append(f"{1e3 * median_seconds(draw, options.device, 2) / workload.response_tokens:.2f}")
         yield f"| {2 * batch} | {1e3 * floor:.2f} | {' | '.join(cells)} |"
 
 
@@ -148,13 +134,13 @@ def compiled(options: Namespace) -> Iterator[str]:
     drawn = TransformersEngine().draw(policy, prompts, w[:, 0], 2, workload.response_tokens, list(range(n)))
     work = partial(step, policy, prompts, w, drawn.tokens)
     yield from (f"{dtype}, {n} prompts, gated", "", "| | s |", "|---|---|")
-    yield f"| plain | {median_seconds(work, options.device):.3f} |"
+    yield f"| plain | {median_seconds(work, options.device, 2):.3f} |"
     for layer in policy.body.layers:  # type: ignore[union-attr]
         layer.compile(dynamic=True)  # all of them share what was compiled for one
     start = perf_counter()
     work()
     first = perf_counter() - start
-    yield f"| compiled (first call {first:.0f} s) | {median_seconds(work, options.device):.3f} |"
+    yield f"| compiled (first call {first:.0f} s) | {median_seconds(work, options.device, 2):.3f} |"
 
 
 # -- the parent --------------------------------------------------------------------------------------------------------

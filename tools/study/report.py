@@ -97,8 +97,8 @@ def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) ->
             }
             for text, values in rows.items()
         ]
-        head = list(titles.values()) if rows and next(iter(rows.values())).keys() == titles.keys() else None
-        return {"title": title, "note": note, "head": head or list(next(iter(rows.values()))), "rows": cells}
+        head = [titles.get(column, column) for column in next(iter(rows.values()))]
+        return {"title": title, "note": note, "head": head, "rows": cells}
 
     sections = [
         table("Means over seeds", "In brackets: 95 % t interval over seeds.",
@@ -125,9 +125,7 @@ def sections_of(study: Study, last: pd.DataFrame, ceilings: dict[str, float]) ->
         differences |= {label[n]: {c: values[n] for c, (_, values) in moved.items()} for n in compared}
         note = f"What a nat of KL goes with, and what differs from {label[base]} beyond it: a linear regression on KL, "
         note += f"seed and method. {chance(seeds, compared, len(moved))}"
-        section = table(f"At the KL of {label[base]}", note, differences, True)
-        section["head"] = [titles[column] for column in moved]
-        sections.append(section)
+        sections.append(table(f"At the KL of {label[base]}", note, differences, True))
     pairs = [(n, c) for n in means for c in study.methods[n].controls if c in means]
     if pairs:
         differences = {f"{label[n]} − {label[c]}": analysis.paired(study, last, n, c) for n, c in pairs}

@@ -31,8 +31,10 @@ from tools.study.rows import Rows
 
 FAILED, LOG, READY, FINGERPRINT = "failed.txt", "log.txt", "ready", "fingerprint.txt"
 LOCK = Lock()  # runs end in threads of their own
-KEYS = {"prepare", "config", "set", "seeds", "baseline", "metrics", "methods", "true_front", "processes", "threads"}
-KEYS |= {"at_equal_kl"}  # and what a comparison holds equal
+KEYS = {
+    "prepare", "config", "set", "seeds", "baseline", "metrics", "methods", "true_front", "processes", "threads",
+    "at_equal_kl",
+}  # fmt: skip
 
 # what a report can show: name -> (logged key, title, better when)
 METRICS = {
