@@ -1,8 +1,14 @@
-"""A CSV log that a crash leaves whole and a resumed run continues; W&B without warnings that no one asked for."""
+"""A CSV log that a crash leaves whole and a resumed run continues; W&B without warnings that no one asked for.
+
+A run that a mistake ends before it has measured anything leaves no folder of either.
+"""
 
 from __future__ import annotations
 
 import csv
+import shutil
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,9 @@ from lightning.pytorch.loggers import CSVLogger as LightningCSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers.wandb import WandbLogger as LightningWandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+SETTINGS = {"config.yaml", "hparams.yaml"}  # what is written before anything is done
 
 
 class CSVLogger(LightningCSVLogger):
@@ -22,14 +31,28 @@ class CSVLogger(LightningCSVLogger):
 
     def __init__(self, save_dir: str, resume: bool = False, **kwargs: Any) -> None:
         super().__init__(save_dir, **kwargs)
-        self._continues = resume
+        self._continues, self._new = resume, False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
+            self._new = not Path(self.log_dir).exists()
             self._experiment = _Writer(self.log_dir, self._continues)
         return self._experiment
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left; take a new folder back that has nothing but settings when a mistake ends the run."""
+        super().finalize(status)
+        folder = Path(self.log_dir)
+        if (
+            status == "failed"
+            and self._new
+            and folder.is_dir()
+            and {file.name for file in folder.iterdir()} <= SETTINGS
+        ):
+            shutil.rmtree(folder)
 
     def forget_from(self, step: int) -> None:
         """Drop rows of ``step`` and later: what was logged after the checkpoint comes again."""
@@ -56,6 +79,23 @@ class WandbLogger(LightningWandbLogger):
         if self._experiment is None and self.save_dir is not None:
             Path(self.save_dir).mkdir(parents=True, exist_ok=True)  # W&B looks for a repository around it
         return super().experiment
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Do as Lightning does; take an offline run back that has logged nothing when a mistake ends it."""
+        super().finalize(status)
+        run = self._experiment
+        if status != "failed" or run is None or not run.offline or run.step:
+            return
+        folder = Path(run.dir).parent
+        with redirect_stderr(StringIO()):  # how to send to the server what is about to go
+            run.finish(exit_code=1)
+        shutil.rmtree(folder, ignore_errors=True)
+        for link in folder.parent.glob("*"):
+            if link.is_symlink() and not link.exists():  # W&B's to the newest run
+                link.unlink()
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
 
 
 class _Writer(ExperimentWriter):

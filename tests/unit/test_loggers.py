@@ -66,3 +66,33 @@ def test_wandb_has_nothing_to_warn_of(tmp_path: Path, monkeypatch: pytest.Monkey
     wandb.finish()
     assert said == []
     assert list((tmp_path / "runs/wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_run_that_never_began_leaves_nothing(logged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    loggers = logger(tmp_path), WandbLogger(project="miepo", save_dir=str(tmp_path), offline=True)
+    for log in loggers:
+        log.log_hyperparams({"batch_size": 4})
+        if logged:
+            log.log_metrics({"loss": 1.0}, step=0)
+        log.finalize("failed")
+    assert (tmp_path / "run/version_0").exists() == logged
+    assert bool(list(tmp_path.glob("wandb/offline-run-*"))) == (tmp_path / "wandb").exists() == logged
+
+
+def test_what_was_there_before_a_mistake_stays(tmp_path: Path) -> None:
+    (tmp_path / "run/version_0").mkdir(parents=True)  # named by the user
+    log = logger(tmp_path)
+    log.log_hyperparams({"batch_size": 4})
+    log.finalize("failed")
+    assert (tmp_path / "run/version_0/hparams.yaml").exists()
+    log = CSVLogger(str(tmp_path), name="run", version=1)
+    log.log_hyperparams({"batch_size": 4})
+    (tmp_path / "run/version_1/checkpoints").mkdir()
+    log.finalize("failed")
+    assert (tmp_path / "run/version_1/checkpoints").exists()
+    log = CSVLogger(str(tmp_path), name="run", version=2)
+    log.log_hyperparams({"batch_size": 4})
+    log.finalize("success")
+    assert (tmp_path / "run/version_2").exists()
