@@ -1,8 +1,8 @@
 """The network of a Llama-like policy laid out for decoding, adapter and gate included.
 
 In the network that trains each of seven projections per layer is a product with the weights, two with the adapter, a
-cast, a scale and a sum. Here the projections that read the same states are one product, adapter included, and the
-prompt is computed once for all its responses. How much that saves is in ``tools/benchmarks/README.md``.
+cast, a scale and a sum. Here the projections that read the same states are one product, adapter included. The prompt is
+computed once for all its responses, by the same products. How much that saves is in ``tools/benchmarks/README.md``.
 
 On a CPU that computes in float32, weights that half precision holds without loss, as those of models published in 16
 bits, are read from a copy in half precision, which is made once: what binds there is how fast weights are read, and
@@ -27,7 +27,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import DynamicCache
 
 from miepo.policy import Policy
 from miepo.policy.policy import ADAPTER
@@ -278,42 +277,23 @@ class FusedDecoder:
         self.replay: Callable[[], Tensor] | None = None
         body: Any = policy.body
         config: Any = policy.causal_lm.config
+        self.rotary = body.rotary_emb
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.eps, self.norm = config.rms_norm_eps, body.norm.weight
         self.embedding: Tensor = body.embed_tokens.weight
-        cache = DynamicCache()
-        lengths = prompts.mask.sum(-1)  # (B,)
-        with policy.conditioned(preference):
-            hidden = body(
-                input_ids=prompts.ids,
-                attention_mask=prompts.mask.long(),
-                position_ids=(prompts.mask.long().cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state  # (B, P, D)
-        self.first = hidden[:, -1].repeat_interleave(count, 0)  # (N, D)
         width = prompts.ids.shape[1]
-        rows = len(self.first)  # N
-        self.keys: list[Tensor] = []  # (N, groups, size, P + T) each
-        self.values: list[Tensor] = []  # (N, groups, P + T, size)
-        layers: Any = cache.layers
-        for layer in layers:
-            size = layer.keys.shape[-1]
-            keys = layer.keys.new_zeros(rows, self.groups, size, width + max_new_tokens)  # what is hidden is a number
-            values = layer.keys.new_zeros(rows, self.groups, width + max_new_tokens, size)
-            keys[..., :width] = layer.keys.transpose(-1, -2).repeat_interleave(count, 0)
-            values[:, :, :width] = layer.values.repeat_interleave(count, 0)
-            self.keys.append(keys)
-            self.values.append(values)
-            layer.keys = layer.values = None  # both caches of all layers would be too much
-        del cache
-        self.layout = layout or Layout(policy, rows)  # not before the prompts are computed, which take memory, too
+        rows = count * len(prompts.ids)  # N
         dtype = self.embedding.dtype
-        gate = policy.gate_of(preference.repeat_interleave(count, 0))
-        self.gate = None if gate is None else gate.to(dtype)  # (N, R)
+        self.layout = layout or Layout(policy, rows)
+        gate = policy.gate_of(preference)
+        gate = None if gate is None else gate.to(dtype)  # (B, R)
+        self.gate = None if gate is None else gate.repeat_interleave(count, 0)  # (N, R)
+        self.keys: list[Tensor] = []  # (N, groups, size, P + T) each; what is hidden is a number
+        self.values: list[Tensor] = []  # (N, groups, P + T, size)
+        self.first = self._read(prompts, gate, count, max_new_tokens).repeat_interleave(count, 0)  # (N, D)
+        lengths = prompts.mask.sum(-1)  # (B,)
         positions = lengths.repeat_interleave(count).unsqueeze(1) + torch.arange(max_new_tokens, device=lengths.device)
-        cos, sin = body.rotary_emb(self.first.to(dtype), positions)  # (N, T, size)
-        self.cos, self.sin = cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
+        self.cos, self.sin = self._turns(positions)  # (N, T, 1, size)
         seen = F.pad(prompts.mask, (0, max_new_tokens)).repeat_interleave(count, 0)  # (N, P + T)
         bias = torch.zeros(seen.shape, dtype=dtype, device=lengths.device)
         self.bias = bias.masked_fill(~seen, torch.finfo(dtype).min)[:, None, None]  # (N, 1, 1, P + T)
@@ -339,36 +319,98 @@ class FusedDecoder:
         self.place += 1
         return logits
 
+    def _read(self, prompts: Tokens, gate: Tensor | None, count: int, max_new_tokens: int) -> Tensor:
+        """Compute prompts, whose keys and values fill the caches of ``count`` responses, to last states ``(B, D)``."""
+        width, groups = prompts.ids.shape[1], self.groups
+        cos, sin = (x.flatten(0, 1) for x in self._turns((prompts.mask.long().cumsum(1) - 1).clamp(min=0)))
+        gate = None if gate is None else gate.repeat_interleave(width, 0)  # (B P, R)
+        # what pads is read by itself, so that its states are numbers
+        seen = torch.ones(width, width, dtype=torch.bool, device=prompts.ids.device).tril() & prompts.mask.unsqueeze(1)
+        seen |= torch.eye(width, dtype=torch.bool, device=seen.device)
+        states = F.embedding(prompts.ids.flatten(), self.embedding)  # (B P, D)
+        for layer in self.layout.layers:
+
+            def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float = layer["scale"]) -> Tensor:
+                # (B P, heads, size) -> (B, heads, P, size)
+                queries, keys, values = (
+                    x.unflatten(0, (-1, width)).transpose(1, 2) for x in (queries, keys, values)
+                )  # fmt: skip
+                self.keys.append(F.pad(keys.transpose(2, 3), (0, max_new_tokens)).repeat_interleave(count, 0))
+                self.values.append(F.pad(values, (0, 0, 0, max_new_tokens)).repeat_interleave(count, 0))
+                read = F.scaled_dot_product_attention(
+                    queries, keys, values, seen.unsqueeze(1), scale=scale, enable_gqa=self.heads != groups
+                )
+                return read.transpose(1, 2).flatten(0, 1).flatten(1)
+
+            states = self._layer(layer, states, cos, sin, gate, attend)
+        last = states.unflatten(0, (-1, width))[:, -1]
+        return F.rms_norm(last, last.shape[-1:], self.norm, self.eps)
+
+    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines by which states at positions ``(B, P)`` turn, ``(B, P, 1, size)``."""
+        cos, sin = self.rotary(self.embedding[:1], positions)
+        return cos.to(self.embedding.dtype).unsqueeze(2), sin.to(self.embedding.dtype).unsqueeze(2)
+
     def _next(self) -> Tensor:
         states = F.embedding(self.tokens, self.embedding)  # (N, D)
         cos, sin = (x.index_select(1, self.step).squeeze(1) for x in (self.cos, self.sin))  # (N, 1, size)
         self.bias.index_fill_(-1, self.place, 0)
-        heads, groups, end = self.heads, self.groups, self.bias.shape[-1] if self.fixed else self.end
+        end = self.bias.shape[-1] if self.fixed else self.end
         bias = self.bias[..., :end]
-        for layer, keys, values in zip(self.layout.layers, self.keys, self.values, strict=True):
-            read = layer["attention"](F.rms_norm(states, states.shape[-1:], layer["norm"], self.eps), self.gate)
-            each = read.unflatten(1, (heads + 2 * groups, -1))  # (N, heads, size)
-            size = each.shape[-1]
-            turned = each[:, : heads + groups]
-            if layer["query_norm"] is not None:
-                turned = torch.cat(
-                    [
-                        F.rms_norm(turned[:, :heads], (size,), layer["query_norm"], self.eps),
-                        F.rms_norm(turned[:, heads:], (size,), layer["key_norm"], self.eps),
-                    ],
-                    1,
-                )
-            half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), -1)
-            turned = turned * cos + half * sin
-            keys.index_copy_(-1, self.place, turned[:, heads:].unsqueeze(-1))
-            values.index_copy_(2, self.place, each[:, heads + groups :].unsqueeze(2))
-            queries = turned[:, :heads].unflatten(1, (groups, -1)) * layer["scale"]  # (N, groups, heads / groups, size)
-            weights = (queries @ keys[..., :end] + bias).softmax(-1)
-            states = states + layer["output"]((weights @ values[:, :, :end]).flatten(1), self.gate)
-            read = layer["up"](F.rms_norm(states, states.shape[-1:], layer["second_norm"], self.eps), self.gate)
-            gate, up = read.chunk(2, 1)
-            states = states + layer["down"](F.silu(gate) * up, self.gate)
+        for i, layer in enumerate(self.layout.layers):
+
+            def attend(queries: Tensor, keys: Tensor, values: Tensor, i: int = i, layer: Any = layer) -> Tensor:
+                self.keys[i].index_copy_(-1, self.place, keys.unsqueeze(-1))
+                self.values[i].index_copy_(2, self.place, values.unsqueeze(2))
+                queries = queries.unflatten(1, (self.groups, -1)) * layer["scale"]  # (N, groups, heads / groups, size)
+                weights = (queries @ self.keys[i][..., :end] + bias).softmax(-1)
+                return (weights @ self.values[i][:, :, :end]).flatten(1)
+
+            states = self._layer(layer, states, cos, sin, self.gate, attend)
         return self._logits(F.rms_norm(states, states.shape[-1:], self.norm, self.eps))
+
+    def _layer(
+        self,
+        layer: dict[str, Any],
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        gate: Tensor | None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Compute a layer of the network.
+
+        Args:
+            layer: Of the layout.
+            states: ``(N, D)``.
+            cos: ``(N, 1, size)``, as ``sin``.
+            sin: By which queries and keys are turned.
+            gate: ``(N, R)``.
+            attend: Of queries ``(N, heads, size)``, keys and values ``(N, groups, size)`` to ``(N, heads size)``.
+
+        Returns:
+            ``(N, D)``.
+        """
+        heads, groups = self.heads, self.groups
+        read = layer["attention"](F.rms_norm(states, states.shape[-1:], layer["norm"], self.eps), gate)
+        each = read.unflatten(1, (heads + 2 * groups, -1))  # (N, heads + 2 groups, size)
+        size = each.shape[-1]
+        turned = each[:, : heads + groups]
+        if layer["query_norm"] is not None:
+            turned = torch.cat(
+                [
+                    F.rms_norm(turned[:, :heads], (size,), layer["query_norm"], self.eps),
+                    F.rms_norm(turned[:, heads:], (size,), layer["key_norm"], self.eps),
+                ],
+                1,
+            )
+        half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), -1)
+        turned = turned * cos + half * sin
+        read = attend(turned[:, :heads], turned[:, heads:], each[:, heads + groups :])
+        states = states + layer["output"](read, gate)
+        read = layer["up"](F.rms_norm(states, states.shape[-1:], layer["second_norm"], self.eps), gate)
+        left, right = read.chunk(2, 1)
+        return states + layer["down"](F.silu(left) * right, gate)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows ``(n,)`` alone."""
