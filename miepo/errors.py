@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from traceback import extract_tb
 from typing import Any
 
 
@@ -54,6 +55,12 @@ def short(value: object) -> str:
 def cut(text: str) -> str:
     """Return a text as long as a message has room for."""
     return text if len(text) <= 80 else f"{text[:80]}.."
+
+
+def place_of(error: BaseException) -> tuple[str, int] | None:
+    """Return file and line where an error was raised, or where a library was called that raised it."""
+    frames = [frame for frame in extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    return (frames[-1].filename, frames[-1].lineno or 0) if frames else None
 
 
 def first_line(error: BaseException) -> str:

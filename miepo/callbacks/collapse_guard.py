@@ -83,6 +83,13 @@ class CollapseGuard(Recorded, Callback):
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             parameter.grad = None  # which the optimiser passes over
 
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.skipped:
+            rank_zero_warn(
+                f"of {trainer.global_step} steps {self.skipped} were left out, since their "
+                "gradients were not finite (a loss that is not a number, such as of a response without a score)"
+            )
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         pl_module.log("count/skipped_steps", float(self.skipped), batch_size=len(batch))
         if not isinstance(batch, PreferenceBatch):

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from miepo.errors import ObjectiveError, UserError
+from miepo.errors import ObjectiveError, UserError, place_of
 from miepo.recorded import Recorded, import_path
 from miepo.renamed import current_class
 
@@ -105,7 +105,12 @@ class Objective(Recorded, Callback):
         except UserError:
             raise
         except Exception as error:
-            raise ObjectiveError(f"objective {self.name} failed to score: {type(error).__name__}: {error}") from error
+            where = (
+                "" if (place := place_of(error)) is None or place[0] == __file__ else " ({}, line {})".format(*place)
+            )
+            raise ObjectiveError(
+                f"objective {self.name} failed to score: {type(error).__name__}: {error}{where}"
+            ) from error
         if scores.shape != (len(prompts),):
             raise ObjectiveError(
                 f"objective {self.name}: expected scores of shape ({len(prompts)},), one per response, "

@@ -247,10 +247,12 @@ class Policy(Recorded, nn.Module):
             exclude_modules=None if self.lora_layers is None else lower_layers(model, self.lora_layers),
         )
         targets = [] if isinstance(self.lora_targets, str) else self.lora_targets
-        layers = [f".{name}" for name, _ in model.named_modules()]
+        layers = {f".{name}": module for name, module in model.named_modules()}
         if unknown := [target for target in targets if not any(layer.endswith(f".{target}") for layer in layers)]:
+            linear = {name.rpartition(".")[2] for name, module in layers.items() if isinstance(module, nn.Linear)}
             raise UserError(
-                f"lora_targets {targets} do not fit the model '{self.base}': it has no layer {', '.join(unknown)}"
+                f"policy.lora_targets {targets} do not fit the model '{self.base}': it has no layer "
+                f"{', '.join(unknown)}, but {', '.join(sorted(linear - {'lm_head'}))}"
             )
         try:
             with warnings.catch_warnings():

@@ -31,13 +31,14 @@ class CSVLogger(LightningCSVLogger):
 
     def __init__(self, save_dir: str, resume: bool = False, **kwargs: Any) -> None:
         super().__init__(save_dir, **kwargs)
-        self._continues, self._new = resume, False
+        self._continues = resume
+        self._made: list[Path] = []
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            self._new = not Path(self.log_dir).exists()
+            self._made = _missing(Path(self.log_dir))
             self._experiment = _Writer(self.log_dir, self._continues)
         return self._experiment
 
@@ -46,13 +47,9 @@ class CSVLogger(LightningCSVLogger):
         """Write what is left; take a new folder back that has nothing but settings when a mistake ends the run."""
         super().finalize(status)
         folder = Path(self.log_dir)
-        if (
-            status == "failed"
-            and self._new
-            and folder.is_dir()
-            and {file.name for file in folder.iterdir()} <= SETTINGS
-        ):
-            shutil.rmtree(folder)
+        if status == "failed" and folder in self._made and {file.name for file in folder.glob("*")} <= SETTINGS:
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_empty(self._made)
 
     def forget_from(self, step: int) -> None:
         """Drop rows of ``step`` and later: what was logged after the checkpoint comes again."""
@@ -70,6 +67,7 @@ class WandbLogger(LightningWandbLogger):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._made: list[Path] = []
         if self._wandb_init.get("anonymous") is None:
             self._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it is
 
@@ -77,6 +75,7 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None and self.save_dir is not None:
+            self._made = _missing(Path(self.save_dir) / "wandb")
             Path(self.save_dir).mkdir(parents=True, exist_ok=True)  # W&B looks for a repository around it
         return super().experiment
 
@@ -91,11 +90,25 @@ class WandbLogger(LightningWandbLogger):
         with redirect_stderr(StringIO()):  # how to send to the server what is about to go
             run.finish(exit_code=1)
         shutil.rmtree(folder, ignore_errors=True)
+        others = sorted(folder.parent.glob("*run-*-*"), key=lambda path: path.name.partition("run-")[2])
         for link in folder.parent.glob("*"):
-            if link.is_symlink() and not link.exists():  # W&B's to the newest run
+            if link.is_symlink() and not link.exists():  # W&B's, of the newest run
+                target = str(link.readlink())
                 link.unlink()
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+                if others:
+                    link.symlink_to(target.replace(folder.name, others[-1].name))
+        _remove_empty(self._made)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Return those of a folder and the folders around it that do not exist, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 class _Writer(ExperimentWriter):

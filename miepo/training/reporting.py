@@ -22,6 +22,8 @@ def log_evaluation(trainer: Trainer, module: Any, metrics: Mapping[str, Any]) ->
     """
     numbers = {}
     for key, value in metrics.items():
+        if key in module.measured:
+            raise UserError(f"the figure {key} of an evaluation is returned by two callbacks: expected another name")
         try:
             module.measured[key] = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError):

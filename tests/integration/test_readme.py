@@ -226,6 +226,30 @@ def test_a_term_of_ones_own(tiny_model: Path, tmp_path: Path, responses: int) ->
     assert not batch.anchors.all() or responses == 2
 
 
+def test_a_method_of_ones_own(tiny_base_model: Path, tmp_path: Path) -> None:
+    (python,) = [b for b in blocks("python") if "class Reinforce" in b]
+    found: dict[str, Any] = {}
+    exec(compile(python, "miepo/README.md", "exec"), found)
+    module, batch, logged = rollout(tiny_base_model, tmp_path, method=found["Reinforce"], data={"responses": 2})
+    assert logged["kl"] == 0  # before a step
+    module.zero_grad()
+    module.log_step, module.beta = lambda *_: None, 0.0
+    module.training_step(batch, 0).backward()
+    better = (batch.preference.unsqueeze(1) * batch.scores).sum(-1).argmax(1)  # (B,)
+    before = module.policy.response_log_prob(batch.prompts, batch.preference.unsqueeze(1), batch.responses.tokens).sum(
+        (2, 3)
+    )
+    with torch.no_grad():
+        for parameter in module.policy.adapter_parameters().values():
+            parameter -= 1e-2 * parameter.grad
+        after = module.policy.response_log_prob(
+            batch.prompts, batch.preference.unsqueeze(1), batch.responses.tokens
+        ).sum((2, 3))  # (B, n)
+    rows = torch.arange(len(better))
+    change = after - before
+    assert (change[rows, better] - change[rows, 1 - better]).mean() > 0
+
+
 def test_a_figure_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
     (python,) = [b for b in blocks("python") if "EvaluationCallback" in b]
     found: dict[str, Any] = {}
@@ -236,7 +260,7 @@ def test_a_figure_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_every_python_example_is_one_that_is_run() -> None:
-    assert len(blocks("python")) == 8  # of the tests above
+    assert len(blocks("python")) == 9  # of the tests above
 
 
 def test_export_and_report(quickstart_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,11 @@ def test_instantiates_and_has_a_header(file: Path, monkeypatch: pytest.MonkeyPat
 def test_overlays_are_the_methods_they_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     plain = instantiate(QUICKSTART)
-    assert plain.model.exploration.beta_w > 0
+    assert not plain.model.exploration.active  # no term has beaten its control there
+    paper = instantiate(QUICKSTART, CONFIGS / "methods/mi_epo.yaml").model.exploration
+    assert (paper.beta_w, paper.anchors, paper.num_counterfactuals) == (0.01, 2, 1)
+    third = instantiate(QUICKSTART, CONFIGS / "methods/infonce.yaml").model.exploration
+    assert (third.beta_w, third.anchors) == (0.003, 1)
     assert plain.datamodule.feedback == "per_objective"
     mo_odpo = instantiate(QUICKSTART, CONFIGS / "methods/mo_odpo.yaml")
     assert (mo_odpo.model.exploration.beta_w, mo_odpo.datamodule.feedback) == (0.0, "per_objective")

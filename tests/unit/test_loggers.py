@@ -71,14 +71,34 @@ def test_wandb_has_nothing_to_warn_of(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("logged", [False, True])
 def test_a_run_that_never_began_leaves_nothing(logged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    loggers = logger(tmp_path), WandbLogger(project="miepo", save_dir=str(tmp_path), offline=True)
-    for log in loggers:
+    root = tmp_path / "runs"
+    board, files = WandbLogger(project="miepo", save_dir=str(root), offline=True), logger(root)
+    _ = board.experiment, files.experiment  # in Lightning's order
+    for log in (files, board):
         log.log_hyperparams({"batch_size": 4})
         if logged:
             log.log_metrics({"loss": 1.0}, step=0)
         log.finalize("failed")
-    assert (tmp_path / "run/version_0").exists() == logged
-    assert bool(list(tmp_path.glob("wandb/offline-run-*"))) == (tmp_path / "wandb").exists() == logged
+    assert (tmp_path / "runs/run/version_0").exists() == logged
+    assert bool(list(tmp_path.glob("runs/wandb/offline-run-*"))) == (tmp_path / "runs").exists() == logged
+    board.experiment.finish()
+
+
+def test_links_to_the_newest_run_are_of_one_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("kept", "mistaken"):
+        log = WandbLogger(project="miepo", save_dir=str(tmp_path), offline=True, version=name)
+        log.log_hyperparams({"batch_size": 4})
+        if name == "kept":
+            log.log_metrics({"loss": 1.0}, step=0)
+            wandb.finish()
+    log.finalize("failed")
+    (kept,) = tmp_path.glob("wandb/offline-run-*")
+    links = [path.resolve() for path in (tmp_path / "wandb").iterdir() if path.is_symlink()]
+    assert kept in links
+    assert all(kept in (link, *link.parents) for link in links)
 
 
 def test_what_was_there_before_a_mistake_stays(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from miepo import load
-from miepo.callbacks import EvaluationCallback, RunCheckpoint
+from miepo.callbacks import EvaluationCallback, RunCheckpoint, Steerability
 from miepo.errors import UserError
 from miepo.feedback import of_pairs
 from miepo.losses import alignment_loss, implicit_reward
@@ -58,6 +58,20 @@ class Worded(EvaluationCallback):
 
     def on_evaluation_end(self, trainer, module) -> dict[str, Any]:
         return {"answers/word": "most"}
+
+
+class Twice(EvaluationCallback):
+    """Returns a figure by another's name."""
+
+    def on_evaluation_end(self, trainer, module) -> dict[str, Any]:
+        return {"steerability/length": 3.0}
+
+
+def test_a_name_is_of_one_figure(tiny_model: Path, tmp_path: Path) -> None:
+    callbacks = [Steerability(), Twice()]
+    trainer, module, data = tiny_run(tiny_model, tmp_path, trainer={"callbacks": callbacks, "limit_val_batches": 1.0})
+    with pytest.raises(UserError, match="the figure steerability/length of an evaluation is returned by two callbacks"):
+        trainer.validate(module, data, verbose=False)
 
 
 def test_a_figure_that_is_none_is_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_ends_that_the_generation_settings_alone_name(tiny_model: Path, tmp_path
 
 
 def test_bad_targets(tiny_model: Path) -> None:
-    with pytest.raises(UserError, match="it has no layer out_proj"):
+    with pytest.raises(UserError, match="it has no layer out_proj, but down_proj, gate_proj, k_proj"):
         tiny_policy(tiny_model, lora_targets=["q_proj", "out_proj"])
     with pytest.raises(UserError, match=r"lora_targets \['nowhere'\] do not fit"):
         tiny_policy(tiny_model, lora_targets=["nowhere"])
