@@ -60,6 +60,7 @@ class Workload:
     dtype: str = "float32"
     lora_layers: int | None = None
     cuda_graph: bool = False
+    responses: int = 2
 
 
 PARTS = ("sampling", "reference", "scoring", "policy forward", "policy backward", "optimiser", "the rest")
@@ -284,7 +285,7 @@ def run_miepo(workload: Workload, beta_w: float, gated: bool, anchors: int) -> N
     objectives = [PythonObjective(f"tools.benchmark.{name}", normalisation=normalisation) for name in names]
     data = OnlinePreferenceDataModule(
         prompts * 1000, validation_prompts=["x"], batch_size=workload.batch_size,
-        max_new_tokens=workload.response_tokens, engine=engine,
+        max_new_tokens=workload.response_tokens, engine=engine, responses=workload.responses,
     )  # fmt: skip
     trainer = Trainer(
         accelerator="gpu" if workload.device == "cuda" else "cpu", devices=1, max_epochs=1, logger=False,

@@ -1,7 +1,7 @@
 """How a step grows: ``python -m tools.scale``.
 
 Real steps of MI-EPO, each shape in a process of its own: one shape at hand, and others that differ from it in one
-dimension. And what log-probabilities take of memory with a large vocabulary.
+dimension, a larger base among them. And what log-probabilities take of memory with a large vocabulary.
 """
 
 from __future__ import annotations
@@ -14,21 +14,30 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from miepo.policy.log_prob import token_log_prob
 from tools.benchmark import BASE, DTYPES, Side, Workload, dtype_on
+from tools.gpu_day import random_base
 from tools.memory import peak_of
 
-AXES = {
+AXES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "batch_size": ("B", (2, 4, 8)),
+    "responses": ("n", (2, 4, 8)),
     "response_tokens": ("T", (32, 64, 128)),
     "prompt_tokens": ("P", (53, 106, 212)),
     "objectives": ("K", (2, 3, 4)),
     "counterfactuals": ("C", (1, 2, 4)),
 }
+# of SmolLM2-360M, whose layers have the width 960 in place of 576
+LARGER = {
+    "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+    "num_key_value_heads": 5, "vocab_size": 49_152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def measured(workload: Workload, side: str, steps: int) -> tuple[float, dict[str, float], float]:
@@ -46,21 +55,31 @@ def measured(workload: Workload, side: str, steps: int) -> tuple[float, dict[str
     return seconds, parts, max(step["memory"] for step in done) - process.loaded
 
 
-def steps_table(base: Workload, side: str, steps: int) -> list[str]:
+def larger_base(folder: Path, tokenizer: str) -> Path:
+    """Write a model of the shape :data:`LARGER` into ``folder``, with random weights in bfloat16."""
+    random_base(folder, LARGER, tokenizer)
+    config = AutoConfig.from_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def steps_table(base: Workload, side: str, steps: int, larger: Path) -> list[str]:
     lines = [
         "| | s a step | sampling | reference | policy and the rest | GB above the model |",
         "|---|---|---|---|---|---|",
     ]
     known: dict[Workload, tuple[float, dict[str, float], float]] = {}
-    for axis, (letter, values) in AXES.items():
-        for value in values:
+    axes = {axis: (letter, {str(value): value for value in values}) for axis, (letter, values) in AXES.items()}
+    axes["base"] = ("base", {"135M": base.base, "360M": str(larger)})
+    for axis, (letter, values) in axes.items():
+        for label, value in values.items():
             workload = replace(base, **{axis: value})
             if workload not in known:
                 known[workload] = measured(workload, side, steps)
             seconds, parts, memory = known[workload]
             rest = seconds - sum(parts.values())
             lines.append(
-                f"| {letter} = {value} | {seconds:.1f} | {parts['sampling']:.1f} | {parts['reference']:.1f} | "
+                f"| {letter} = {label} | {seconds:.1f} | {parts['sampling']:.1f} | {parts['reference']:.1f} | "
                 f"{rest:.1f} | {memory:.2f} |"
             )
     return lines
@@ -106,18 +125,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m tools.scale", description=__doc__)
     parser.add_argument("--base", default=BASE)
     parser.add_argument("--side", default="miepo", choices=["miepo", "miepo_gated"])
+    parser.add_argument("--lora_layers", type=int, help="adapt so many of the last layers; by default all")
     parser.add_argument("--steps", type=int, default=2, help="of each shape, after one that warms up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="by default what the device computes natively")
     options = parser.parse_args(arguments)
     dtype = dtype_on(options.dtype, options.device)
-    base = Workload(options.base, 4, 53, 64, 16, False, options.device, dtype=dtype)
+    base = Workload(options.base, 4, 53, 64, 16, False, options.device, dtype=dtype, lora_layers=options.lora_layers)
     print("\n".join([*head_table(dtype), ""]), flush=True)
-    print(
-        "\n".join(
-            ["B = 4, P = 53, T = 64, K = 2, C = 1, but for one:", "", *steps_table(base, options.side, options.steps)]
-        )
-    )
+    print("B = 4, n = 2, T = 64, P = 53, K = 2, C = 1, but for one:\n")
+    with tempfile.TemporaryDirectory() as folder:
+        larger = larger_base(Path(folder), options.base)
+        print("\n".join(steps_table(base, options.side, options.steps, larger)))
     return 0
 
 
