@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -63,11 +63,10 @@ def larger_base(folder: Path, tokenizer: str) -> Path:
     return folder
 
 
-def steps_table(base: Workload, side: str, steps: int, larger: Path) -> list[str]:
-    lines = [
-        "| | s a step | sampling | reference | policy and the rest | GB above the model |",
-        "|---|---|---|---|---|---|",
-    ]
+def steps_table(base: Workload, side: str, steps: int, larger: Path) -> Iterator[str]:
+    """Yield the table's lines, each as it is measured."""
+    yield "| | s a step | sampling | reference | policy and the rest | GB above the model |"
+    yield "|---|---|---|---|---|---|"
     known: dict[Workload, tuple[float, dict[str, float], float]] = {}
     axes = {axis: (letter, {str(value): value for value in values}) for axis, (letter, values) in AXES.items()}
     axes["base"] = ("base", {"135M": base.base, "360M": str(larger)})
@@ -78,11 +77,10 @@ def steps_table(base: Workload, side: str, steps: int, larger: Path) -> list[str
                 known[workload] = measured(workload, side, steps)
             seconds, parts, memory = known[workload]
             rest = seconds - sum(parts.values())
-            lines.append(
+            yield (
                 f"| {letter} = {label} | {seconds:.1f} | {parts['sampling']:.1f} | {parts['reference']:.1f} | "
                 f"{rest:.1f} | {memory:.2f} |"
             )
-    return lines
 
 
 def head_table(dtype: str, tokens: int = 1024, width: int = 576, vocabulary: int = 151_936) -> list[str]:
@@ -136,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("B = 4, n = 2, T = 64, P = 53, K = 2, C = 1, but for one:\n")
     with tempfile.TemporaryDirectory() as folder:
         larger = larger_base(Path(folder), options.base)
-        print("\n".join(steps_table(base, options.side, options.steps, larger)))
+        for line in steps_table(base, options.side, options.steps, larger):
+            print(line, flush=True)
     return 0
 
 

@@ -102,7 +102,8 @@ def _without_limits(keys: Sequence[str]) -> list[str]:
 def _cell(figures: Mapping[str, float], key: str) -> str:
     if isnan(figures.get(key, nan)):
         return "-"
-    text = f"{figures[key]:.3g}" if abs(figures[key]) < 0.01 else f"{figures[key]:.3f}"
+    value = figures[key] if abs(figures[key]) > 1e-9 else 0.0  # what rounding left
+    text = f"{value:.3g}" if abs(value) < 0.01 else f"{value:.3f}"
     if key == "front/hv_above_chance" and "front/hv_p" in figures:
         text += f" (p {figures['front/hv_p']:.3f})"
     if not isnan(figures.get(f"{key}_low", nan)):

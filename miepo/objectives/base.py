@@ -105,12 +105,10 @@ class Objective(Recorded, Callback):
         except UserError:
             raise
         except Exception as error:
-            where = (
-                "" if (place := place_of(error)) is None or place[0] == __file__ else " ({}, line {})".format(*place)
-            )
-            raise ObjectiveError(
-                f"objective {self.name} failed to score: {type(error).__name__}: {error}{where}"
-            ) from error
+            place = place_of(error)
+            where = f" ({place[0]}, line {place[1]})" if place and place[0] != __file__ else ""
+            message = f"objective {self.name} failed to score: {type(error).__name__}: {error}{where}"
+            raise ObjectiveError(message) from error
         if scores.shape != (len(prompts),):
             raise ObjectiveError(
                 f"objective {self.name}: expected scores of shape ({len(prompts)},), one per response, "

@@ -332,9 +332,7 @@ class FusedDecoder:
 
             def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float = layer["scale"]) -> Tensor:
                 # (B P, heads, size) -> (B, heads, P, size)
-                queries, keys, values = (
-                    x.unflatten(0, (-1, width)).transpose(1, 2) for x in (queries, keys, values)
-                )  # fmt: skip
+                queries, keys, values = (x.unflatten(0, (-1, width)).transpose(1, 2) for x in (queries, keys, values))
                 self.keys.append(F.pad(keys.transpose(2, 3), (0, max_new_tokens)).repeat_interleave(count, 0))
                 self.values.append(F.pad(values, (0, 0, 0, max_new_tokens)).repeat_interleave(count, 0))
                 read = F.scaled_dot_product_attention(
