@@ -13,6 +13,7 @@ from miepo.callbacks.evaluation_callback import EvaluationCallback
 from miepo.callbacks.pareto_front import ParetoFront
 from miepo.evaluation import Evaluation
 from miepo.metrics import follows
+from miepo.metrics.steerability import without_limits
 from miepo.training.reporting import log_table
 
 # what the callbacks of miepo measure: the table has a part of it, under other names
@@ -73,7 +74,7 @@ def table_rows(columns: Sequence[Mapping[str, float]]) -> list[list[str]]:
     The figures of a user's own callbacks come last, under the names that they are logged by.
     """
     keys = sorted({key for figures in columns for key in figures})
-    slopes = _without_limits([key for key in keys if key.startswith("steerability/")])
+    slopes = without_limits([key for key in keys if key.startswith("steerability/")])
     named = {f"slope of {key.removeprefix('steerability/')}, sd (up)": key for key in slopes}
     named |= {
         "HV (up)": "front/hv",
@@ -88,15 +89,9 @@ def table_rows(columns: Sequence[Mapping[str, float]]) -> list[list[str]]:
     named["answers that ended (up)"] = "front/finished"
     if any(figures.get("front/left_out") for figures in columns):
         named["answers without a score"] = "front/left_out"
-    named |= {key: key for key in _without_limits([key for key in keys if key.split("/")[0] not in NAMED])}
+    named |= {key: key for key in without_limits([key for key in keys if key.split("/")[0] not in NAMED])}
     rows = [[title, *(_cell(figures, key) for figures in columns)] for title, key in named.items()]
     return [row for row in rows if any(cell != "-" for cell in row[1:])]
-
-
-def _without_limits(keys: Sequence[str]) -> list[str]:
-    """Leave out the ends of intervals, which are shown with the figure that they belong to."""
-    limits = {f"{key}_{end}" for key in keys for end in ("low", "high")}
-    return [key for key in keys if key not in limits]
 
 
 def _cell(figures: Mapping[str, float], key: str) -> str:

@@ -72,6 +72,12 @@ def interval_figures(key: str, interval: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"{key}{end}": figure for end, figure in zip(("", "_low", "_high"), interval, strict=True)}
 
 
+def without_limits(keys: Sequence[str]) -> list[str]:
+    """Leave out the ends of intervals, as :func:`interval_figures` names them, of figures that are among ``keys``."""
+    limits = {f"{key}_{end}" for key in keys for end in ("low", "high")}
+    return [key for key in keys if key not in limits]
+
+
 def rank_correlation(means: Tensor, grid: Tensor) -> Tensor:
     """Return Spearman's correlation of each weight and its mean reward over the grid, ``(M, K), (M, K) -> (K,)``.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from miepo.evaluation import Answers, Evaluation
 from miepo.metrics.front_plot import draw_front
+from miepo.metrics.steerability import without_limits
 from miepo.report.runs import RunRecord
 from miepo.report.text import visible
 
@@ -193,9 +194,8 @@ def curves(runs: Sequence[RunRecord]) -> tuple[list[str], list[str], list[str]]:
 
     A metric with fewer than two points has none, nor the limits and the ceiling that are drawn with another.
     """
-    every: Mapping[str, None] = dict.fromkeys(key for run in runs for key in run.series)
-    limits = {f"{key}_{end}" for key in every for end in ("low", "high")} | {"information/ceiling"}
-    keys = [k for k in every if k not in limits and any(len(run.series.get(k, ())) > 1 for run in runs)]
+    every = without_limits([*dict.fromkeys(key for run in runs for key in run.series if key != "information/ceiling")])
+    keys = [k for k in every if any(len(run.series.get(k, ())) > 1 for run in runs)]
     zero = [k for k in keys if all(v == 0 for run in runs for _, v in run.series.get(k, ()))]
     first = (
         "loss", "kl", "reward/", "agreement/", "information/infonce", "information/preference",

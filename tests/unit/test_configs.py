@@ -47,7 +47,7 @@ def test_instantiates_and_has_a_header(file: Path, monkeypatch: pytest.MonkeyPat
 def test_overlays_are_the_methods_they_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     plain = instantiate(QUICKSTART)
-    assert not plain.model.exploration.active  # no term has beaten its control there
+    assert not plain.model.exploration.active  # no term was shown to help there
     paper = instantiate(QUICKSTART, CONFIGS / "methods/mi_epo.yaml").model.exploration
     assert (paper.beta_w, paper.anchors, paper.num_counterfactuals) == (0.01, 2, 1)
     third = instantiate(QUICKSTART, CONFIGS / "methods/infonce.yaml").model.exploration

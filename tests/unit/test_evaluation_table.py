@@ -42,7 +42,13 @@ def test_slopes_are_the_headline() -> None:
 
 
 def test_figures_of_other_callbacks_come_last_under_their_own_names() -> None:
-    own = {"answers/questions": 0.25, "answers/questions_low": 0.2, "answers/questions_high": 0.3, "fluency": 1e-3, "nothing": -2e-14}
+    own = {
+        "answers/questions": 0.25,
+        "answers/questions_low": 0.2,
+        "answers/questions_high": 0.3,
+        "fluency": 1e-3,
+        "nothing": -2e-14,
+    }
     hidden = {"count/failed/long": 2.0, "information/feedback/long": 0.1, "steerability_rank/long": 1.0}
     assert table_rows([{"front/hv": 2.0, **hidden}, own]) == [
         ["HV (up)", "2.000", "-"],
