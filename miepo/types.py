@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -92,10 +93,15 @@ class Responses:
     texts: Sequence[Sequence[str]]  # B x n, decoded without control tokens
     finished: Tensor  # (B, n) bool: ended by itself rather than at the token limit
     log_prob: Tensor | None = None  # (B, n, T) by the engine, where it is not the model that trains
+    counts: dict[str, int] = field(default_factory=dict)  # by the engine, of the whole batch
 
     def __getitem__(self, rows: slice) -> Responses:
         log_prob = None if self.log_prob is None else self.log_prob[rows]
-        return Responses(self.tokens[rows], self.texts[rows], self.finished[rows], log_prob)
+        return Responses(self.tokens[rows], self.texts[rows], self.finished[rows], log_prob, self.counts)
+
+    def to(self, device: torch.device | str) -> Responses:
+        log_prob = None if self.log_prob is None else self.log_prob.to(device)
+        return replace(self, tokens=self.tokens.to(device), finished=self.finished.to(device), log_prob=log_prob)
 
     @property
     def empty(self) -> Tensor:
@@ -131,6 +137,8 @@ class PreferenceBatch:
     reference_log_prob: Tensor  # (B, n, T) under w+, adapter off; 0 where not compared
     counterfactual_reference_log_prob: Tensor  # (B, n, C, T) of the anchors under w-, adapter off
     trunk: Trunk | None = None  # states below the adapter, which the reference and the policy have in common
+    staleness: int | None = None  # optimiser steps since the responses were begun; None where none lies between
+    max_gap: float = inf  # from the engine's log-probabilities, in nats a token, beyond which something is wrong
     counts: dict[str, int] = field(default_factory=dict)  # ties, nan scores, empty responses
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, scoring, reference
 
@@ -149,7 +157,7 @@ class PreferenceBatch:
 
     def __getitem__(self, prompts: slice) -> PreferenceBatch:
         """Return some of the prompts, with all that belongs to them; counts and seconds are of the whole."""
-        kept = {"counts", "seconds"} | ({"trunk"} if self.trunk is None else set())
+        kept = {"counts", "seconds", "staleness", "max_gap"} | ({"trunk"} if self.trunk is None else set())
         return replace(self, **{f.name: getattr(self, f.name)[prompts] for f in fields(self) if f.name not in kept})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,10 +13,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from miepo.data.ahead import RolloutsAhead
 from miepo.data.datasets import PreferenceDataset
 from miepo.data.datasets.base import Split
 from miepo.data.prompts import load_prompts, say_repeated, split_rows
-from miepo.data.rollout import PAIR, Learner, RolloutSettings, evaluate, roll_out
+from miepo.data.rollout import (
+    PAIR,
+    BegunRollout,
+    Learner,
+    RolloutSettings,
+    begin_rollout,
+    evaluate,
+    finish_rollout,
+)
 from miepo.data.samplers import EvaluationShare, GridPrompts, OnlinePrompts, RunLoader, RunPositions
 from miepo.errors import UserError
 from miepo.feedback import Feedback
@@ -42,10 +51,10 @@ from miepo.recorded import Recorded
 from miepo.rollout import RolloutEngine, TransformersEngine
 from miepo.router import SampleRouter
 from miepo.seeding import RandomStream, generator, torch_seeds
-from miepo.training.distributed import gathered, together
+from miepo.training.distributed import gathered, gathered_rows, together
 from miepo.training.progress import place_in_run
 from miepo.training.reporting import run_folder
-from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch
+from miepo.types import EvaluationBatch, PreferenceBatch, PromptBatch, Responses
 
 MOST_VECTORS = 10_000
 
@@ -92,6 +101,9 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
         preferences: Distribution of w+ and w-.
         grid: Preference vectors of the evaluation: their number, a list of them, or the paper's grids by default.
         engine: What samples.
+        staleness: Batches whose sampling begins before they are trained on, beside the training of those before them:
+            their responses are of the policy as it was so many steps earlier. More than 0 takes an engine that samples
+            elsewhere, such as :class:`~miepo.rollout.ServerEngine`.
         feedback: ``per_objective``, the paper's, or ``scalarised``, one order by ``sum_k w_k R_k`` (arXiv 2503.00295).
         normalise_on: Where objectives without a given normalisation measure theirs: on the rollouts of this many
             prompts before training; on ``offline``, the responses in the preference data set given as ``prompts``; or
@@ -118,6 +130,7 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
         preferences: PreferenceSampler | None = None,
         grid: int | list[list[float]] | None = None,
         engine: RolloutEngine | None = None,
+        staleness: int = 0,
         feedback: Feedback = "per_objective",
         normalise_on: int | str = 64,
         normalisation: str | None = None,
@@ -153,6 +166,15 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
             raise UserError("data.normalise_on offline needs a preference data set as data.prompts")
         self.predict_prompts, self.predict_preferences = predict_prompts, predict_preferences
         self.seed = seed
+        if staleness < 0:
+            raise UserError(f"data.staleness must not be negative, got {staleness}")
+        if staleness and not self.engine.samples_elsewhere:
+            raise UserError(
+                f"data.staleness {staleness} needs an engine that samples beside the training, such as ServerEngine, "
+                f"got {type(self.engine).__name__}"
+            )
+        self.staleness = staleness
+        self.ahead = RolloutsAhead(staleness)
         _ = self.rollout_settings  # whose mistakes show now
         self.scored_responses = 0  # in training: the budget by which methods are compared
         self.train_set: list[str] = []
@@ -172,10 +194,15 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scored_responses": self.scored_responses}
+        state: dict[str, Any] = {"scored_responses": self.scored_responses}
+        if self.staleness:
+            state["ahead"] = gathered_rows(self._trainer, self.ahead.state())
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.scored_responses = state_dict["scored_responses"]
+        if self.staleness:
+            self.ahead.load_state(state_dict.get("ahead", []))
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
@@ -232,6 +259,7 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
         positions = RunPositions(
             len(prompts), self.batch_size, lambda: place_in_run(trainer), trainer.global_rank, trainer.world_size
         )
+        self._training = (prompts, positions)
         return RunLoader(prompts, batch_size=self.batch_size, sampler=positions, collate_fn=prompts.collate)
 
     def val_dataloader(self) -> DataLoader:
@@ -292,10 +320,31 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
     def rollout(self, batch: PromptBatch) -> PreferenceBatch:
         """Turn prompts into responses of the current policy with pairwise feedback."""
         self.ensure_normalised()
+        learner, settings, step = self._module.learner, self.rollout_settings, self._trainer.global_step
+
+        def begin(prompts: PromptBatch, begun_at: int | None, known: Responses | None) -> BegunRollout:
+            return begin_rollout(prompts, learner, settings, step if begun_at is None else begun_at, known)
+
         with self._trainer.profiler.profile("rollout"):
-            found = roll_out(batch, self._module.learner, self.rollout_settings, self._together)
+            begun = self.ahead.take(batch, self._following(batch), begin)
+            found = finish_rollout(begun, learner, settings, self._together, step)
         self.scored_responses += self.responses * len(batch) * self._trainer.world_size
         return found
+
+    def _following(self, batch: PromptBatch) -> Iterator[PromptBatch]:
+        """Yield the batches after ``batch`` that this epoch still has, as far as the trainer's limits go."""
+        trainer, loader = self._trainer, self._training
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # this one included
+        steps = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else trainer.num_training_batches
+        left = min(trainer.num_training_batches - done, steps * trainer.accumulate_grad_batches - 1)
+        prompts, positions = loader
+        start = positions.mine.index(batch.positions[0]) + len(batch)
+        for _ in range(int(max(left, 0))):
+            rows = [(batch.epochs[0], position) for position in positions.mine[start : start + self.batch_size]]
+            if not rows:
+                return
+            yield prompts.collate([prompts[row] for row in rows])
+            start += len(rows)
 
     def evaluation(self, batch: PromptBatch) -> EvaluationBatch:
         """Answer prompts under the preference vectors of the evaluation, and score the answers unless predicting."""

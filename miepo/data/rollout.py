@@ -91,6 +91,27 @@ class Learner:
     exploration: Exploration | None = None
 
 
+@dataclass(frozen=True)
+class BegunRollout:
+    """A rollout whose responses are being sampled.
+
+    Attributes:
+        prompts: ``B`` prompts and their places in the run.
+        preference: w+, ``(B, K)``.
+        counterfactual: w-, ``(B, C, K)``.
+        step: Optimiser steps that the policy had taken when sampling began.
+        responses: Waits for the responses.
+        seconds: That it took to begin, which is the sampling where the engine computes in this process.
+    """
+
+    prompts: PromptBatch
+    preference: Tensor
+    counterfactual: Tensor
+    step: int
+    responses: Callable[[], Responses]
+    seconds: float = 0.0
+
+
 def roll_out(
     prompts: PromptBatch, learner: Learner, settings: RolloutSettings, together: Together = alone
 ) -> PreferenceBatch:
@@ -102,20 +123,65 @@ def roll_out(
         settings: How to sample and judge.
         together: Calls the scoring on all processes of a run.
     """
-    policy, objectives, exploration = learner.policy, learner.objectives, learner.exploration
-    device, seed, places = policy.device, settings.seed, (prompts.epochs, prompts.positions)
+    return finish_rollout(begin_rollout(prompts, learner, settings), learner, settings, together)
+
+
+def begin_rollout(
+    prompts: PromptBatch,
+    learner: Learner,
+    settings: RolloutSettings,
+    step: int = 0,
+    known: Responses | None = None,
+) -> BegunRollout:
+    """Draw preferences and begin to sample responses under w+.
+
+    Args:
+        prompts: ``B`` prompts and their places in the run.
+        learner: The method that learns from the rollout.
+        settings: How to sample.
+        step: Optimiser steps that the policy has taken.
+        known: The responses, where they were sampled before a run was stopped.
+    """
+    exploration, places = learner.exploration, (prompts.epochs, prompts.positions)
     preference, counterfactual = draw_preferences(
-        settings.preferences, seed, *places,
-        exploration.num_counterfactuals if exploration else 0, len(objectives),
+        settings.preferences, settings.seed, *places,
+        exploration.num_counterfactuals if exploration else 0, len(learner.objectives),
     )  # fmt: skip
+    if known is not None:
+        known = known.to(learner.policy.device)
+        return BegunRollout(prompts, preference, counterfactual, step, lambda: known)
+    start = perf_counter()
+    seeds = torch_seeds(RandomStream.SAMPLING, settings.seed, *places)
+    waiting = settings.engine.begin(
+        learner.policy, prompts.prompts, preference, settings.responses, settings.max_new_tokens, seeds
+    )
+    return BegunRollout(prompts, preference, counterfactual, step, waiting, perf_counter() - start)
+
+
+def finish_rollout(
+    begun: BegunRollout,
+    learner: Learner,
+    settings: RolloutSettings,
+    together: Together = alone,
+    step: int = 0,
+) -> PreferenceBatch:
+    """Wait for the responses, let the objectives judge them, and ask the reference.
+
+    Args:
+        begun: From :func:`begin_rollout`.
+        learner: The method that learns from the rollout.
+        settings: How to judge.
+        together: Calls the scoring on all processes of a run.
+        step: Optimiser steps that the policy has taken by now.
+    """
+    policy, objectives, exploration = learner.policy, learner.objectives, learner.exploration
+    prompts, preference, counterfactual = begun.prompts, begun.preference, begun.counterfactual
+    device, seed, places = policy.device, settings.seed, (prompts.epochs, prompts.positions)
     routing = learner.router.route(preference, routing_draws(seed, *places))  # (B, K)
 
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    start = perf_counter()
-    seeds = torch_seeds(RandomStream.SAMPLING, seed, *places)
-    responses = settings.engine.sample(
-        policy, prompts.prompts, preference, settings.responses, settings.max_new_tokens, seeds
-    )
+    start = perf_counter() - begun.seconds
+    responses = begun.responses()
     sampled = perf_counter()
     # an objective of weight 0 is not asked, unless the exploration term wants to know what it would say
     every = exploration is not None and exploration.needs_feedback
@@ -156,7 +222,9 @@ def roll_out(
         reference_log_prob=reference,
         counterfactual_reference_log_prob=counterfactual_reference,
         trunk=trunk,
-        counts=feedback_counts(feedback.labels, scores, asked, empty) | take_failures(objectives),
+        staleness=step - begun.step if settings.engine.samples_elsewhere else None,
+        max_gap=settings.engine.max_gap if step == begun.step else inf,
+        counts=feedback_counts(feedback.labels, scores, asked, empty) | take_failures(objectives) | responses.counts,
         seconds={
             "sampling": sampled - start,
             "reference": perf_counter() - sampled - judging,

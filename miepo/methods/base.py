@@ -255,8 +255,11 @@ class PolicyModule(Recorded, LightningModule):
             text = yaml.safe_dump(self.configuration(), sort_keys=False, allow_unicode=True)
             (run_folder(self.trainer) / "config.yaml").write_text(text, encoding="utf-8")
 
-    def log_step(self, batch: PreferenceBatch, loss: Tensor, values: Mapping[str, Tensor]) -> None:
+    def log_step(self, batch: PreferenceBatch, loss: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Log a step of training: the loss, the responses and their rewards, and what a method adds.
+
+        Returns:
+            What is logged but counts, of all processes together.
 
         Args:
             batch: The rollout.
@@ -274,9 +277,10 @@ class PolicyModule(Recorded, LightningModule):
         size = len(batch)
         # NaN where no pair had a label: a value left out would be logged as it was the step before
         means, sums = over_processes(self.trainer.strategy, figures, counts)
-        self.log("loss", means.pop("loss"), prog_bar=True, batch_size=size)
-        self.log_dict(means | sums, batch_size=size)
+        self.log("loss", means["loss"], prog_bar=True, batch_size=size)
+        self.log_dict({name: value for name, value in means.items() if name != "loss"} | sums, batch_size=size)
         self.log("learning_rate", self.lr_schedulers().get_last_lr()[0], batch_size=size)  # type: ignore[union-attr]
+        return means
 
     def on_train_start(self) -> None:
         """Take the learning rate and the place in its schedule from the configuration, not from the checkpoint."""

@@ -128,6 +128,12 @@ class MIEPO(PolicyModule):
         return self.exploration.active and len(self.names) > 1
 
     @property
+    def logged(self) -> bool:
+        """Whether the loggers see the figures of this step."""
+        trainer: Any = self.trainer
+        return (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0
+
+    @property
     def learner(self) -> Learner:
         """What a rollout needs to know of this method."""
         return Learner(self.policy, self.objectives, self.router, self.exploration if self.exploring else None)
@@ -178,10 +184,8 @@ class MIEPO(PolicyModule):
 
         Another pass, where the network has dropout, and where they are learnt from or this step is logged.
         """
-        trainer: Any = self.trainer
-        logged = (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0
-        asked = self.exploring and (self.exploration.reads_information or logged)
-        asked |= batch.responses.log_prob is not None and logged
+        asked = self.exploring and (self.exploration.reads_information or self.logged)
+        asked |= batch.responses.log_prob is not None and self.logged
         if not asked or not self.policy.drops_out:
             return log_prob.detach(), counterfactual.detach()
         with self.policy.evaluating():
@@ -235,4 +239,11 @@ class MIEPO(PolicyModule):
             values |= {"exploration": terms.exploration, "information/infonce": terms.bound}
         if terms.logprob_drift is not None:
             values["rollout/gap"] = terms.logprob_drift
-        self.log_step(batch, loss, values)
+        if batch.staleness is not None:
+            values["rollout/staleness"] = torch.tensor(float(batch.staleness))
+        means = self.log_step(batch, loss, values)
+        if self.logged and "rollout/gap" in means and not means["rollout/gap"] <= batch.max_gap:
+            raise UserError(
+                f"the engine's log-probabilities are {float(means['rollout/gap']):.3g} nats a token from the policy's: "
+                f"expected at most {batch.max_gap:g} (data.engine.max_gap)"
+            )

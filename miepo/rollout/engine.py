@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import inf
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +27,14 @@ class RolloutEngine(Recorded, ABC):
 
     Args:
         stop: Texts that end a response, as an end token does: the tokens that spell one count, its text is cut off.
+
+    Attributes:
+        samples_elsewhere: Whether it samples while the policy trains on, from the policy as it was when it began.
+        max_gap: Largest mean distance of its log-probabilities from the policy's, in nats a token; beyond, a run ends.
     """
+
+    samples_elsewhere: ClassVar[bool] = False
+    max_gap: float = inf
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
@@ -54,7 +63,23 @@ class RolloutEngine(Recorded, ABC):
             seed: Fixes the draw; the global random state is left as it was. With one for each prompt a prompt's
                 responses do not depend on the others in the batch.
         """
-        return self.draw(policy, prompts, preference, count, max_new_tokens, prompt_seeds(seed, len(prompts)))
+        return self.begin(policy, prompts, preference, count, max_new_tokens, prompt_seeds(seed, len(prompts)))()
+
+    def begin(
+        self,
+        policy: Policy,
+        prompts: Sequence[str],
+        preference: Tensor,
+        count: int,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+    ) -> Callable[[], Responses]:
+        """Begin to sample as :meth:`draw` does, and return what waits for the responses.
+
+        An engine that computes in this process has sampled when this returns.
+        """
+        responses = self.draw(policy, prompts, preference, count, max_new_tokens, seeds)
+        return lambda: responses
 
     @abstractmethod
     def draw(
@@ -105,6 +130,29 @@ def make_responses(policy: Policy, ids: Tensor, stop: Sequence[str] = ()) -> Res
     width = max(int(mask.sum(-1).max()), 1)
     ids, mask, finished = ids[..., :width], mask[..., :width].to(ids.device), finished.to(ids.device)
     return Responses(Tokens(torch.where(mask, ids, policy.tokenizer.pad_token_id), mask), texts, finished)
+
+
+def responses_with_log_prob(
+    policy: Policy, answers: Sequence[Sequence[tuple[Sequence[int], Sequence[float]]]], stop: Sequence[str] = ()
+) -> Responses:
+    """Return what an engine of its own has sampled as a record.
+
+    Args:
+        policy: Whose tokens they are.
+        answers: ``N`` rows of ``n`` pairs: the ids of a response, and the engine's log-probability of each.
+        stop: As of :class:`RolloutEngine`.
+    """
+    longest = max(len(ids) for row in answers for ids, _ in row)
+    ids = torch.full((len(answers), len(answers[0]), max(longest, 1)), policy.end_id)
+    log_prob = torch.zeros(ids.shape)
+    for i, row in enumerate(answers):
+        for j, (tokens, values) in enumerate(row):
+            ids[i, j, : len(tokens)] = torch.tensor(tokens, dtype=ids.dtype)
+            log_prob[i, j, : len(tokens)] = torch.tensor(values)
+    responses = make_responses(policy, ids.to(policy.device), stop)
+    mask = responses.tokens.mask
+    masked = torch.where(mask, log_prob[..., : mask.shape[-1]].to(mask.device), 0.0)
+    return replace(responses, log_prob=masked)
 
 
 def _cut_tokens(tokenizer: Any, row: Tensor, stop: Sequence[str]) -> tuple[str, int | None]:

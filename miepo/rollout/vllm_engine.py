@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from miepo.errors import UserError, first_line
 from miepo.policy import Policy
 from miepo.policy.base_model import base_folder
-from miepo.rollout.engine import RolloutEngine, make_responses
+from miepo.rollout.adapter_files import AdapterFile, AdapterFiles
+from miepo.rollout.engine import RolloutEngine, responses_with_log_prob
 from miepo.types import Responses
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has room for
@@ -46,11 +42,7 @@ class VLLMEngine(RolloutEngine):
             raise UserError(f"VLLMEngine.memory is a share of the card, above 0 and at most 1, got {memory}")
         self.adapters, self.memory, self.options = adapters, memory, dict(options or {})
         self.llm: Any = None
-        self.folder = Path(tempfile.mkdtemp(prefix="miepo_adapters_"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        self.loaded = 0  # adapters so far; each has a number of its own, by which vLLM knows it
-        self.known: dict[bytes, tuple[int, Path]] = {}  # gate -> number and folder of the adapter as it is now
-        self.version: tuple[int, ...] = ()
+        self.files = AdapterFiles()
 
     def draw(
         self,
@@ -77,22 +69,20 @@ class VLLMEngine(RolloutEngine):
         for i, (ids, mask) in enumerate(zip(tokens.ids, tokens.mask, strict=True)):
             requests.append({"prompt_token_ids": ids[mask].tolist()})
             settings.append(SamplingParams(**sampling, seed=seeds[i] % 2**62))
-            number, folder = self._adapter(policy, preference[i : i + 1])
-            adapters.append(LoRARequest(f"adapter-{number}", number, str(folder)))
+            adapter = self._adapter(policy, preference[i : i + 1])
+            adapters.append(LoRARequest(adapter.name, adapter.number, str(adapter.folder)))
         outputs = self.llm.generate(requests, settings, lora_request=adapters, use_tqdm=False)
-        ids = torch.full((len(prompts), count, max_new_tokens), policy.end_id)
-        log_prob = torch.zeros(ids.shape)
-        for i, output in enumerate(outputs):
-            for j, answer in enumerate(output.outputs):
-                length = len(answer.token_ids)
-                ids[i, j, :length] = torch.tensor(answer.token_ids)
-                log_prob[i, j, :length] = torch.tensor(
-                    [step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True)]
+        answers = [
+            [
+                (
+                    answer.token_ids,
+                    [step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True)],
                 )
-        responses = make_responses(policy, ids.to(policy.device), self.stop)
-        mask = responses.tokens.mask
-        masked = torch.where(mask, log_prob[..., : mask.shape[-1]].to(mask.device), 0.0)
-        return Responses(responses.tokens, responses.texts, responses.finished, masked)
+                for answer in output.outputs
+            ]
+            for output in outputs
+        ]
+        return responses_with_log_prob(policy, answers, self.stop)
 
     def _start(self, policy: Policy) -> Any:
         from vllm import LLM
@@ -118,19 +108,7 @@ class VLLMEngine(RolloutEngine):
                 f"vLLM does not start with memory {self.memory} and the options {self.options}: {reason}"
             ) from error
 
-    def _adapter(self, policy: Policy, preference: Tensor) -> tuple[int, Path]:
-        """Return number and folder of the adapter under ``preference`` ``(1, K)``, written if it has changed."""
-        version = tuple(p._version for p in policy.adapter_parameters().values())
-        if version != self.version:
-            for _, folder in self.known.values():
-                shutil.rmtree(folder)
-            self.known, self.version = {}, version
-        gate = policy.gate_of(preference)
-        key = b"" if gate is None else gate.cpu().numpy().tobytes()
-        if key not in self.known:
-            self.loaded += 1
-            folder = self.folder / str(self.loaded)
-            folder.mkdir()
-            policy.save_adapter(folder, gate)
-            self.known[key] = (self.loaded, folder)
-        return self.known[key]
+    def _adapter(self, policy: Policy, preference: Tensor) -> AdapterFile:
+        """Return the adapter under ``preference`` ``(1, K)``, written if it has changed."""
+        self.files.remove(self.files.outdated(policy) or [])
+        return self.files.file(policy, policy.gate_of(preference))

@@ -143,4 +143,5 @@ def _write_card(saved: Saved, owners: Sequence[str | None], policy: Policy, fold
         }
         for i, owner in enumerate(owners)
     ]
+    card["writes"] = policy.reference_depends_on_preference  # in prompts, by the chat template
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

@@ -131,6 +131,7 @@ def _read_export(folder: Path) -> Saved:
         weights = load_file(folder / "adapter_model.safetensors")
         older = {"ParetoFront": card.pop("front", None), "EvaluationTable": card["evaluations"]}
         blocks = card.pop("blocks")
+        card.pop("writes", None)  # which the policy itself says, too
         for name, weight in weights.items():
             for block in blocks if ".lora_B." in name else []:
                 if block["objective"] is not None:  # as it lies there, the adapter follows equal weights

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from miepo.errors import ObjectiveError
+from miepo.errors import ObjectiveError, UserError
 
 T = TypeVar("T")
 
@@ -41,6 +41,30 @@ def together(trainer: Trainer, function: Callable[[], T]) -> T:
     if found:
         raise ObjectiveError(f"another process ended: {found[0]}")
     return value
+
+
+def first_process() -> bool:
+    """Return whether this is the first process of the run, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """Return what ``function`` gives on the first process; all wait for it, and what it raises all raise."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return function()
+    found: list[Any] = [None, None]
+    error: Exception | None = None
+    if first_process():
+        try:
+            found[0] = function()
+        except Exception as caught:
+            error, found[1] = caught, str(caught)
+    torch.distributed.broadcast_object_list(found)
+    if error is not None:
+        raise error
+    if found[1] is not None:
+        raise UserError(found[1])
+    return found[0]
 
 
 def over_processes(

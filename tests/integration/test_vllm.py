@@ -41,7 +41,7 @@ def test_log_probabilities_are_those_of_the_trainer(way) -> None:
     randomise_adapter(policy, seed=1, scale=0.04)
     assert distance(responses) > 0.1
     assert distance(engine.sample(policy, PROMPTS, W, 2, 24, 0)) < 0.001  # the new adapter arrived
-    assert len(list(engine.folder.iterdir())) == len(engine.known)  # those before are gone
+    assert len(list(engine.files.folder.iterdir())) == len(engine.files.current)  # those before are gone
 
 
 def test_an_exported_adapter_is_the_policy(tmp_path) -> None:
