@@ -11,6 +11,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from miepo import __version__
@@ -36,6 +37,7 @@ OTHER_COMMANDS = {
     "report": "write a page about one or several runs",
     "steer": "show a trained policy on a page with a slider for each objective",
     "serve": "answer OpenAI's chat requests with a trained policy",
+    "rollout-server": "print or run the line that starts a vLLM server",
     "export": "write a trained policy as a PEFT adapter or a whole model",
     "completion": "print a script that completes commands in your shell",
 }
@@ -60,9 +62,14 @@ def main(args: ArgsType = None) -> None:
         sys.exit(2)
 
 
+def module_of(command: str) -> ModuleType:
+    """Return the module of one of :data:`OTHER_COMMANDS`."""
+    return import_module(f"miepo.cli.{command.replace('-', '_')}")
+
+
 def make_parser() -> ArgumentParser:
     """Make the parser that shows all commands; each has another for its own options."""
-    lines = [f"  {name:12}{line}" for name, line in COMMANDS.items()]
+    lines = [f"  {name:16}{line}" for name, line in COMMANDS.items()]
     parser = ArgumentParser(
         prog="miepo",
         usage="miepo COMMAND ... | --help | --version",
@@ -82,7 +89,7 @@ def _dispatch(args: Sequence[str]) -> None:
     args = find_configurations(args)
     check_yaml(args)
     if command in OTHER_COMMANDS:
-        import_module(f"miepo.cli.{command}").main(args[1:])
+        module_of(command).main(args[1:])
     elif command in TRAINER_COMMANDS or command.startswith("-"):  # Lightning takes options before the command, too
         _train(args)
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from importlib import import_module
 
 from miepo.cli.configurations import packaged_configurations
 from miepo.cli.quiet import quiet
@@ -75,14 +74,14 @@ def main(args: Sequence[str]) -> None:
 
 def _helps() -> dict[str, str]:
     """Return the help of each command."""
-    from miepo.cli.command import COMMANDS, OTHER_COMMANDS
+    from miepo.cli.command import COMMANDS, OTHER_COMMANDS, module_of
 
     quiet()
     from miepo.cli.trainer import command_parsers
 
     helps = {name: parser.format_help() for name, parser in command_parsers().items()}
     for name in OTHER_COMMANDS:
-        helps[name] = import_module(f"miepo.cli.{name}").make_parser().format_help()
+        helps[name] = module_of(name).make_parser().format_help()
     return {name: helps[name] for name in COMMANDS}
 
 

@@ -75,6 +75,7 @@ class Card:
             self.owners = [block["objective"] for block in content["blocks"]]
             self.columns = [tuple(map(int, block["columns"])) for block in content["blocks"]]
             self.base = str(content["base"])
+            self.rank = int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"expected a policy of miepo export for every preference in '{folder}', got another: "
