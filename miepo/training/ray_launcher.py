@@ -30,6 +30,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from miepo.errors import UserError, first_line
+from miepo.training.ray_failures import died, ending_mistakes
 from miepo.training.reporting import log_versions
 from miepo.training.run_checkpoint import Interrupted, RunCheckpoint
 from miepo.training.sharded_strategy import ShardedStrategy
@@ -49,7 +50,6 @@ GPU = ("gpu", "cuda")
 # shows the environment of a worker to whoever sees its cluster
 HANDED_ON = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "WANDB_MODE", "MPLBACKEND", "MIEPO_CACHE", "MIEPO_TRACEBACK")
 STARTS = 10  # each waits a minute for room that other work takes
-ANOTHER = "another process ended: "  # how what ends one process reaches the others
 # the trainer of the command itself, which trains nothing and may be on a machine without the workers' devices
 UNUSED_DEVICES = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "plugins": None}
 
@@ -86,12 +86,12 @@ class RayLauncher:
         if gpus_per_worker not in (None, 0, 1):
             raise UserError(f"ray.gpus_per_worker must be 0 or 1, since a worker has one device, got {gpus_per_worker}")
         if not 0 < cpus_per_worker < math.inf:
-            raise UserError(f"ray.cpus_per_worker must be a number above 0, got {cpus_per_worker}")
+            raise UserError(f"ray.cpus_per_worker must be a number above 0, got {cpus_per_worker:g}")
         for name, amount in (resources_per_worker or {}).items():
             if name in ("CPU", "GPU"):
                 raise UserError(f"ray.resources_per_worker: expected ray.{name.lower()}s_per_worker for {name}")
             if not 0 < amount < math.inf:
-                raise UserError(f"ray.resources_per_worker must be numbers above 0, got {amount} of {name}")
+                raise UserError(f"ray.resources_per_worker must be numbers above 0, got {amount:g} of {name}")
         if max_failures < -1:
             raise UserError(f"ray.max_failures must be at least 0, or -1 for any number of times, got {max_failures}")
         self.num_workers, self.gpus_per_worker, self.cpus_per_worker = num_workers, gpus_per_worker, cpus_per_worker
@@ -119,8 +119,8 @@ class RayLauncher:
         for name, one in (("devices", ("auto", 1, "1")), ("num_nodes", (1,))):
             if trainer[name] not in one:
                 raise UserError(
-                    f"with --launcher ray ray.num_workers counts the processes, on whichever machines they are: expected "
-                    f"trainer.{name} {one[0]}, got {trainer[name]}"
+                    f"with --launcher ray ray.num_workers counts the processes, on whichever machines they are: "
+                    f"expected trainer.{name} {one[0]}, got {trainer[name]}"
                 )
         device = trainer.accelerator
         if device not in ("auto", "cpu", *GPU):
@@ -152,6 +152,8 @@ class RayLauncher:
         from ray.train import WorkerGroupError as WorkersFailed
         from ray.train.torch import TorchTrainer
 
+        from miepo.cli.mistakes import outer_mistake
+
         began = self._connect()
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -180,7 +182,7 @@ class RayLauncher:
                     storage_path=storage,
                     failure_config=FailureConfig(max_failures=self.max_failures, controller_failure_limit=STARTS - 1),
                     checkpoint_config=CheckpointConfig(num_to_keep=1),
-                    callbacks=[_failures(self.max_failures)],
+                    callbacks=[ending_mistakes(self.max_failures)],
                     logging_config=LoggingConfig(
                         log_level="CRITICAL"
                     ),  # or every mistake has its traceback before its sentence
@@ -188,9 +190,12 @@ class RayLauncher:
                 ),
             ).fit()
         except ControllerError as error:  # what was not tried again
-            raise UserError(_sentence(error.controller_failure, self.num_workers)) from error
+            raise UserError(of_the_controller(error.controller_failure, self.num_workers)) from error
         except WorkersFailed as error:
-            if not any(map(_died, error.worker_failures.values())):
+            failures = error.worker_failures.values()
+            if said := next(filter(None, map(outer_mistake, failures)), None):
+                raise UserError(said) from error
+            if not any(map(died, failures)):
                 raise
             raise UserError(
                 f"a worker died more often than ray.max_failures {self.max_failures} allows: --ckpt_path last goes on "
@@ -302,10 +307,19 @@ def storage_place(storage: str | None, root: str, machines: int) -> str:
     if machines > 1:
         got = "none" if storage is None else f"'{storage}'"
         raise UserError(
-            f"the cluster has {machines} machines: expected ray.storage that all of them share, as an absolute path or a "
-            f"URI, got {got}"
+            f"the cluster has {machines} machines: expected ray.storage that all of them share, as an absolute path or "
+            f"a URI, got {got}"
         )
     return str(Path(root if storage is None else storage).absolute() / ("ray_checkpoints" if storage is None else ""))
+
+
+def of_the_controller(error: Exception, workers: int) -> str:
+    """Say what ended a run on Ray's side."""
+    if isinstance(error, UserError):
+        return str(error)
+    if type(error).__name__.startswith("WorkerGroupStartup"):
+        return f"expected room for {workers} workers on the cluster, got none in {STARTS} tries: {first_line(error)}"
+    return f"Ray's controller of the run failed: {type(error).__name__}: {first_line(error)}"
 
 
 def pinned_versions(trainer: Trainer) -> list[dict[str, Any]]:
@@ -386,13 +400,14 @@ def run_worker(orders: dict[str, Any]) -> None:
     """
     from ray import train
 
-    from miepo.cli.mistakes import user_error
+    from miepo.cli.mistakes import outer_mistake, user_error
     from miepo.cli.trainer import train as run_command
 
     folder = orders["folder"]
     if not os.path.isdir(folder):
         raise UserError(f"expected the command's folder on every machine of the cluster, got none at '{folder}'")
     os.chdir(folder)  # Ray has gone to one of its own
+    _quiet()
     if folder not in sys.path:
         sys.path.append(folder)
     reported = train.get_checkpoint()
@@ -402,7 +417,8 @@ def run_worker(orders: dict[str, Any]) -> None:
         try:
             run_command(orders["words"], RayWorker(checkpoint, orders["versions"], continues, orders["gpu"]))
         except Exception as error:
-            mistake = user_error(error)
+            # what a network or a disk could not do may be possible at the next start
+            mistake = user_error(error) or (None if isinstance(error, OSError) else outer_mistake(error))
             if mistake is None or os.environ.get("MIEPO_TRACEBACK"):
                 raise
             raise UserError(str(mistake)) from None  # alone: what it was raised from may not travel
@@ -427,6 +443,13 @@ def report(trainer: Trainer, path: Path) -> None:
         train.report(figures)
 
 
+def _quiet() -> None:
+    """Leave out that Ray says of every report all that was reported: the logger of that bears a file's name."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.endswith("context.py") and f"ray{os.sep}train" in name:
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
 @contextmanager
 def _alone(path: Path) -> Iterator[str]:
     """Hold a file in a folder of its own: Ray takes whole folders, and others may keep checkpoints beside it."""
@@ -439,46 +462,3 @@ def _alone(path: Path) -> Iterator[str]:
         shutil.copyfile(path, folder / path.name)
     yield str(folder)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-# -- what Ray's controller does when a worker fails --------------------------------------------------------------------
-
-
-def _failures(allowed: int) -> Any:
-    """Return Ray's callback that ends a run at a mistake, which another start would not mend.
-
-    Its class is made here since its base is Ray's.
-
-    Args:
-        allowed: How often the workers are started again; -1 for any number of times.
-    """
-    from ray.train import UserCallback
-
-    class Failures(UserCallback):
-        def __init__(self) -> None:
-            self.count = 0
-
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            if said := [str(error) for error in worker_exceptions.values() if isinstance(error, UserError)]:
-                cause = next((text for text in said if not text.startswith(ANOTHER)), said[0])
-                raise UserError(cause.removeprefix(ANOTHER))
-            self.count += 1
-            if allowed == -1 or self.count <= allowed:
-                dead = [rank for rank, error in worker_exceptions.items() if _died(error)]
-                what = f"Worker {dead[0]} died" if dead else "A worker failed"
-                print(f"{what}: all of them start again, from the last checkpoint that Ray knows", flush=True)
-
-    return Failures()
-
-
-def _died(error: BaseException) -> bool:
-    """Return whether a worker's process is gone, which Ray notices when it asks how the worker is."""
-    return type(error).__name__.startswith("WorkerHealthCheck")
-
-
-def _sentence(error: BaseException, workers: int) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    if type(error).__name__.startswith("WorkerGroupStartup"):
-        return f"expected room for {workers} workers on the cluster, got none in {STARTS} tries: {first_line(error)}"
-    return f"Ray's controller of the run failed: {type(error).__name__}: {first_line(error)}"
