@@ -122,7 +122,9 @@ class MiepoCLI(LightningCLI):
 
     def __init__(self, worker: RayWorker | None = None, **kwargs: Any) -> None:
         load_plugins()
-        self.worker, self.launcher, self.continues = worker, None, False
+        self.worker = worker
+        self.launcher: RayLauncher | None = None
+        self.continues = False  # in the logs of the run that it goes on with
         super().__init__(
             PolicyModule,
             LightningDataModule,

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -148,12 +149,11 @@ class RayLauncher:
                 on a worker, or workers died too often.
         """
         import ray
-        from ray.train import CheckpointConfig, ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-        from ray.train import WorkerGroupError as WorkersFailed
         from ray.train.torch import TorchTrainer
 
         from miepo.cli.mistakes import outer_mistake
 
+        train: Any = import_module("ray.train")  # whose types are those of its first version
         began = self._connect()
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -174,24 +174,25 @@ class RayLauncher:
             TorchTrainer(
                 run_worker,
                 train_loop_config=orders,
-                scaling_config=ScalingConfig(
+                scaling_config=train.ScalingConfig(
                     num_workers=self.num_workers, use_gpu=bool(gpus), resources_per_worker=needs
                 ),
-                run_config=RunConfig(
+                run_config=train.RunConfig(
                     name=f"miepo-{uuid4().hex[:12]}",  # a name that was there before would be gone on with
                     storage_path=storage,
-                    failure_config=FailureConfig(max_failures=self.max_failures, controller_failure_limit=STARTS - 1),
-                    checkpoint_config=CheckpointConfig(num_to_keep=1),
+                    failure_config=train.FailureConfig(
+                        max_failures=self.max_failures, controller_failure_limit=STARTS - 1
+                    ),
+                    checkpoint_config=train.CheckpointConfig(num_to_keep=1),
                     callbacks=[ending_mistakes(self.max_failures)],
-                    logging_config=LoggingConfig(
-                        log_level="CRITICAL"
-                    ),  # or every mistake has its traceback before its sentence
+                    # or every mistake has its traceback before its sentence
+                    logging_config=train.LoggingConfig(log_level="CRITICAL"),
                     worker_runtime_env={"env_vars": {k: os.environ[k] for k in HANDED_ON if k in os.environ}},
                 ),
             ).fit()
-        except ControllerError as error:  # what was not tried again
+        except train.ControllerError as error:  # what was not tried again
             raise UserError(of_the_controller(error.controller_failure, self.num_workers)) from error
-        except WorkersFailed as error:
+        except train.WorkerGroupError as error:
             failures = error.worker_failures.values()
             if said := next(filter(None, map(outer_mistake, failures)), None):
                 raise UserError(said) from error
