@@ -160,7 +160,8 @@ class Killer(Callback):
             note(Path(trainer.default_root_dir), "begins", trainer.global_step)
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        (Path(trainer.default_root_dir) / "steps").write_text(str(trainer.global_step))
+        if trainer.is_global_zero:
+            (Path(trainer.default_root_dir) / "steps").write_text(str(trainer.global_step))
 
     def on_after_backward(self, *_: Any) -> None:
         if countdown.reached("backward"):
@@ -243,23 +244,20 @@ def check(root: Path) -> str | None:
     return None
 
 
-def run_on_ray(file: Path, rng: random.Random, kills: int) -> list[str]:
-    """Run with two workers, of which one is killed again and again; return at which moments."""
-    turns: list[str] = []
-    while len(turns) < kills:
-        turns += rng.sample((RANDOM, *MOMENTS, *RAYS_MOMENTS), k=len(MOMENTS) + len(RAYS_MOMENTS) + 1)
+def run_on_ray(file: Path, rng: random.Random, turns: list[str]) -> int:
+    """Run with two workers, of which one is killed at each of these moments in turn; return how many it came to."""
     plan = file.with_name("plan")
-    counts = (rng.uniform(0.2, 4) if moment == RANDOM else rng.randint(1, 3) for moment in turns)
+    counts = (rng.uniform(0.2, 4) if moment == RANDOM else rng.randint(1, 2) for moment in turns)
     # the first process writes checkpoints
     ranks = (0 if "written" in moment or "renamed" in moment else rng.randint(0, 1) for moment in turns)
-    plan.write_text("\n".join(f"{m}:{c}:{r}" for m, c, r in zip(turns[:kills], counts, ranks, strict=False)))
+    plan.write_text("\n".join(f"{m}:{c}:{r}" for m, c, r in zip(turns, counts, ranks, strict=True)))
     command = [sys.executable, "-m", "miepo", "fit", "--config", str(file), "--launcher", "ray"]
     command += ["--ray.num_workers", "2", "--ray.max_failures", "-1", "--ray.address", "local"]
     environment = os.environ | {"KILL_PLAN": str(plan), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     with (file.parent / "log").open("a") as log:
         if subprocess.run(command, env=environment, stdout=log, stderr=log).returncode:
             raise SystemExit((file.parent / "log").read_text()[-5000:])
-    return turns[: deaths(file.parent)]
+    return deaths(file.parent)
 
 
 def run_by_two(file: Path) -> None:
@@ -276,16 +274,19 @@ def kill_on_ray(options: Any) -> int:
     rng, kills, wrong, costs = random.Random(options.seed), dict.fromkeys((RANDOM, *MOMENTS, *RAYS_MOMENTS), 0), [], []
     with tempfile.TemporaryDirectory() as folder:
         model = save_tiny_model(Path(folder) / "model")
-        runs = 0
+        runs, turns = 0, []
         while (left := options.kills - sum(kills.values())) > 0:
             roots = [Path(folder) / f"{runs}{name}" for name in ("whole", "killed")]
             for root in roots:
                 root.mkdir()
             whole, killed = (configuration(model, root, options.seed + runs) for root in roots)
             run_by_two(whole)
-            moments = run_on_ray(killed, rng, min(left, options.kills_per_run))
-            for moment in moments:
+            while len(turns) < min(left, options.kills_per_run):
+                turns += rng.sample([*kills], k=len(kills))
+            died = run_on_ray(killed, rng, turns[: min(left, options.kills_per_run)])
+            for moment in turns[:died]:
                 kills[moment] += 1
+            turns = turns[died:]
             costs += lost(roots[1])
             if len(found := list(roots[1].glob("r/*"))) != 1:
                 wrong.append(f"run {runs}: {len(found)} folders instead of one")
@@ -295,7 +296,7 @@ def kill_on_ray(options: Any) -> int:
             if not same(kept(a), kept(b)):
                 wrong.append(f"run {runs}: another state at the end")
             runs += 1
-            print(f"run {runs}: a worker killed {len(moments)} times", flush=True)
+            print(f"run {runs}: a worker killed {died} times", flush=True)
     print(f"{sum(kills.values())} kills in {runs} runs: " + ", ".join(f"{n} at {k}" for k, n in kills.items() if n))
     print("Every run ended as two processes under torchrun, bit for bit." if not wrong else "\n".join(wrong))
     print(f"Steps that a kill cost: at most {max(costs, default=0)}, with a checkpoint every {INTERVAL}")

@@ -93,9 +93,8 @@ def test_a_mistake_on_a_worker_is_one_sentence_and_is_not_tried_again(
     with pytest.raises(SystemExit) as end:
         fit_on_ray(values, tmp_path)
     assert end.value.code == 2
-    said = capsys.readouterr().err
-    cause = "objective unlucky failed to score: ValueError: the reward server is on fire"
-    assert [line for line in said.splitlines() if line.startswith("miepo: error")] == [f"miepo: error: {cause}"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("miepo: error")]
+    assert line.startswith("miepo: error: objective unlucky failed to score: ValueError: the reward server is on fire")
     assert not list(tmp_path.glob("run/*/checkpoints/last.ckpt"))
 
 
