@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ class RayLauncher:
             }
             # what else a run needs on the cluster, such as servers for its rollouts, would be actors that are placed
             # here, before the workers, to which `orders` would hand their names
-            TorchTrainer(
+            run = TorchTrainer(
                 run_worker,
                 train_loop_config=orders,
                 scaling_config=train.ScalingConfig(
@@ -189,7 +190,9 @@ class RayLauncher:
                     logging_config=train.LoggingConfig(log_level="CRITICAL"),
                     worker_runtime_env={"env_vars": {k: os.environ[k] for k in HANDED_ON if k in os.environ}},
                 ),
-            ).fit()
+            )
+            with _stopping():
+                run.fit()
         except train.ControllerError as error:  # what was not tried again
             raise UserError(of_the_controller(error.controller_failure, self.num_workers)) from error
         except train.WorkerGroupError as error:
@@ -202,10 +205,6 @@ class RayLauncher:
                 f"a worker died more often than ray.max_failures {self.max_failures} allows: --ckpt_path last goes on "
                 "from the last checkpoint"
             ) from error
-        except SystemExit as stop:  # Ray's own answer to a signal
-            number = signal.SIGTERM if stop.code == signal.SIGTERM else signal.SIGINT
-            rank_zero_info(f"Stopped by {number.name}: --ckpt_path last goes on from the last checkpoint")
-            raise Interrupted(number) from None
         finally:
             if began:
                 ray.shutdown()
@@ -333,6 +332,30 @@ def pinned_versions(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 PINNED = ("CSVLogger", "TensorBoardLogger", "WandbLogger")
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """End with the exit status of a signal: Ray's own answers are an abort and a 0."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit as end:
+        number = end.code - 128 if isinstance(end, Interrupted) and isinstance(end.code, int) else signal.SIGINT
+        said = f"Stopped by {signal.Signals(number).name}: --ckpt_path last goes on from the last checkpoint"
+        rank_zero_info(said)
+        raise Interrupted(number) from None
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 # -- on a worker -------------------------------------------------------------------------------------------------------
