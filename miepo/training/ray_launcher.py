@@ -342,14 +342,17 @@ def _stopping() -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
+    asked: list[int] = []
+
     def stop(number: int, frame: Any) -> None:
-        raise Interrupted(number)
+        asked.append(number)
+        raise SystemExit  # another of which, without a number, comes out of Ray
 
     signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except SystemExit as end:
-        number = end.code - 128 if isinstance(end, Interrupted) and isinstance(end.code, int) else signal.SIGINT
+    except SystemExit:
+        number = asked[0] if asked else signal.SIGINT  # whose handler is Ray's
         said = f"Stopped by {signal.Signals(number).name}: --ckpt_path last goes on from the last checkpoint"
         rank_zero_info(said)
         raise Interrupted(number) from None
