@@ -19,6 +19,7 @@ from miepo.plugins import CALLBACKS, OBJECTIVES, plugins
 
 TRAINER = "lightning.pytorch.Trainer"
 TOP = ["trainer", "model", "data", "objectives", "writer", "checkpoint", "record", "progress", "seed_everything"]
+TOP += ["launcher", "ray"]
 KEY = re.compile(r'Parser key "(.*)":$')
 CLASS = re.compile(r"Problem with given class_path '(.*)':$")
 SETTING = re.compile(r"Option '(.*)' is not accepted$")

@@ -30,8 +30,14 @@ def last_checkpoint(trainer: Any) -> str | None:
     return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None
 
 
-def continue_logs(loggers: Any, versions: Sequence[dict[str, Any]]) -> None:
-    """Set the loggers of a configuration to go on where those of a run, by class and version, were."""
+def continue_logs(loggers: Any, versions: Sequence[dict[str, Any]], resume: bool = True) -> None:
+    """Set the loggers of a configuration to go on where those of a run, by class and version, were.
+
+    Args:
+        loggers: The trainer's, as the parser returns them.
+        versions: Of the run.
+        resume: Whether what was logged there stays.
+    """
     remaining = list(versions)
     for entry in _loggers(loggers):
         kind = entry.class_path.rpartition(".")[2]
@@ -46,7 +52,7 @@ def continue_logs(loggers: Any, versions: Sequence[dict[str, Any]]) -> None:
         else:
             entry.init_args["version"] = version
         if kind == "CSVLogger":
-            entry.init_args["resume"] = True
+            entry.init_args["resume"] = resume
 
 
 def _loggers(entries: Any) -> list[Any]:

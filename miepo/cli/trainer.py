@@ -7,7 +7,7 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
@@ -31,6 +31,7 @@ from miepo.policy.base_model import base_folder
 from miepo.renamed import current_settings
 from miepo.resources import is_file
 from miepo.training.checkpoint_io import read_checkpoint
+from miepo.training.ray_launcher import UNUSED_DEVICES, RayLauncher, RayWorker
 from miepo.training.reporting import run_folder
 from miepo.training.run_checkpoint import loggers_of
 
@@ -44,6 +45,9 @@ How objectives are given: a list in a configuration, each with its class and wha
 miepo objectives lists the classes. --objectives.help CLASS_PATH shows the settings of one; --model.help,
 --model.policy.help, --model.exploration.help, --data.help and --trainer.callbacks.help do so for other classes.
 """
+
+# how a command runs, and not what: a checkpoint is the same under every launcher
+NOT_OF_THE_RUN = ("ckpt_path", "weights_only", "launcher", "ray")
 
 _load = get_loader("yaml")
 
@@ -88,7 +92,7 @@ class LogConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
-        own = {key: value for key, value in config.items() if key not in ("ckpt_path", "weights_only")}
+        own = {key: value for key, value in config.items() if key not in NOT_OF_THE_RUN}
         pl_module.config = own | {"trainer": {k: v for k, v in config["trainer"].items() if k != "logger"}}
         if not self.save_to_log_dir:
             folder = run_folder(trainer)
@@ -108,12 +112,19 @@ class MiepoCLI(LightningCLI):
 
     ``model`` and ``data`` may name a ``class_path``, for a method that brings its own; without one their settings are
     those of MIEPO and OnlinePreferenceDataModule.
+
+    Args:
+        worker: What is otherwise on a worker of Ray, where this is one.
+        kwargs: Of LightningCLI.
     """
 
     began = False  # whether everything was built: what goes wrong before is the configuration's
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, worker: RayWorker | None = None, **kwargs: Any) -> None:
         load_plugins()
+        self.worker = worker
+        self.launcher: RayLauncher | None = None
+        self.continues = False  # in the logs of the run that it goes on with
         super().__init__(
             PolicyModule,
             LightningDataModule,
@@ -129,6 +140,13 @@ class MiepoCLI(LightningCLI):
         parser.add_argument(
             "--objectives", type=tuple[Objective, ...], default=(), help="The objectives, in column order."
         )
+        parser.add_argument(
+            "--launcher",
+            type=Literal["ray"] | None,
+            default=None,
+            help="Who starts the processes of fit: ray, with the settings --ray.NAME; by default the command is one.",
+        )
+        parser.add_class_arguments(RayLauncher, "ray")
         parser.add_lightning_class_args(ResponseWriter, "writer")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EvaluationRecord, "record")
@@ -144,6 +162,11 @@ class MiepoCLI(LightningCLI):
         ``last`` is the newest run's, which ``fit`` continues where it logs.
         """
         options: Any = self.config[self.config.subcommand] if self.config.get("subcommand") else {}
+        if self.worker is not None:
+            options["launcher"], options["ckpt_path"] = None, self.worker.checkpoint
+        elif options and options.launcher is not None:
+            self.launcher = RayLauncher(**options.ray)
+            self.launcher.check(self.config.subcommand, options.trainer)
         last = options.get("ckpt_path") == "last"
         if last:
             options["ckpt_path"] = last_checkpoint(options.trainer)
@@ -178,7 +201,10 @@ class MiepoCLI(LightningCLI):
                 raise UserError(f"expected a checkpoint at '{path}': there is none")
             saved = read_checkpoint(Path(path), "meta", resume=self.config.subcommand == "fit")
             if last and self.config.subcommand == "fit":
+                self.continues = True
                 continue_logs(options.trainer.logger, loggers_of(saved))
+        if self.worker is not None:
+            continue_logs(options.trainer.logger, self.worker.versions, self.worker.continues)
 
     def _run_subcommand(self, subcommand: str) -> None:
         type(self).began = True
@@ -188,11 +214,14 @@ class MiepoCLI(LightningCLI):
                 base_folder(self.model.policy.base)
             except NoBase as error:
                 raise NoBase(f"policy.base: {error}") from None
-        if subcommand == "fit" and not self.config.fit.ckpt_path:
+        if subcommand == "fit" and not self.config.fit.ckpt_path and self.worker is None:
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunCheckpoint):
                     callback.expect_no_run(self.trainer)
-        super()._run_subcommand(subcommand)
+        if self.launcher is not None:
+            self.launcher.launch(self.words, self.trainer, self.config.fit, self.continues)
+        else:
+            super()._run_subcommand(subcommand)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         if config.get("enable_progress_bar") is None and not sys.stderr.isatty():
@@ -204,9 +233,17 @@ class MiepoCLI(LightningCLI):
             callbacks = [c for c in callbacks if not isinstance(c, RunCheckpoint)]
         if config.get("fast_dev_run"):
             callbacks = [c for c in callbacks if not isinstance(c, EvaluationRecord)]
-        return super()._instantiate_trainer(config, callbacks)
+        if self.launcher is not None:
+            config |= UNUSED_DEVICES
+        if self.worker is not None:
+            config |= self.worker.trainer_settings(self.config.fit.trainer.strategy, config.get("plugins"))
+        trainer = super()._instantiate_trainer(config, callbacks)
+        if self.worker is not None:
+            self.worker.prepare(trainer)
+        return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.words = args
         super().parse_arguments(parser, with_nulls(args) if isinstance(args, list) else args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -239,9 +276,14 @@ def command_parsers() -> dict[str, LightningArgumentParser]:
     raise AssertionError("expected LightningCLI to parse")
 
 
-def train(args: ArgsType) -> None:
-    """Run ``miepo fit``, ``validate``, ``test`` or ``predict``."""
-    run_cli(save_config_callback=LogConfig, save_config_kwargs={"overwrite": True}, args=args)
+def train(args: ArgsType, worker: RayWorker | None = None) -> None:
+    """Run ``miepo fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        args: The words of the command.
+        worker: What is otherwise on a worker of Ray, where this is one.
+    """
+    run_cli(save_config_callback=LogConfig, save_config_kwargs={"overwrite": True}, args=args, worker=worker)
 
 
 def with_nulls(args: Sequence[str]) -> list[str]:

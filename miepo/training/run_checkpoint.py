@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class RunCheckpoint(Recorded, Checkpoint):
             raise UserError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.last_model_path = ""
+        self.after_save: Callable[[Trainer, Path], None] | None = None  # of a launcher, on every process
         self._saved_step = 0
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
@@ -189,6 +190,8 @@ class RunCheckpoint(Recorded, Checkpoint):
             logger.save()
         trainer.save_checkpoint(self.path, weights_only=False)  # optimiser and places, too
         self._saved_step, self.last_model_path = trainer.global_step, str(self.path)
+        if self.after_save is not None:
+            self.after_save(trainer, self.path)
 
     # -- signals -------------------------------------------------------------------------------------------------------
 

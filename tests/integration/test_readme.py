@@ -26,6 +26,7 @@ from miepo.cli.command import COMMANDS, main
 from miepo.methods import RewardsInContextDataModule
 from miepo.serving.app import make_app
 from miepo.serving.batcher import Batcher
+from miepo.training.ray_launcher import RayLauncher
 from tests.helpers.fit import Batches, rollout, tiny_run
 from tests.helpers.serving import running
 from tests.integration.test_cli import config, run
@@ -399,10 +400,11 @@ def test_every_setting_exists(page: str) -> None:
         "checkpoint": (RunCheckpoint,),
         "record": (EvaluationRecord,),
         "trainer": (Trainer,),
+        "ray": (RayLauncher,),
     }
     for span in spans(TEXTS[page]):
         span = span.replace("model.policy.init_args.", "policy.")
-        if found := re.match(r"(?:--)?(data|policy|checkpoint|record|trainer)\.(\w+)", span):
+        if found := re.match(r"(?:--)?(data|policy|checkpoint|record|trainer|ray)\.(\w+)", span):
             owner, name = found.groups()
             kinds = owners[owner]
             assert any(name in inspect.signature(k.__init__).parameters or hasattr(k, name) for k in kinds), span
