@@ -306,8 +306,9 @@ def trainer_flops(base: Base, work: Workload) -> dict[str, float]:
 
     The reference reads the responses under w+, and under every w- where the preference is text. Frozen weights need
     the gradient of their inputs and none of their own, so that their backward pass is as much as the forward pass;
-    attention and the adapter have two operands to go back to, and take twice as much. Nothing goes back below the adapted layers. A gate on the upper layers alone leaves those below
-    the same for the reference and every preference: they are computed once (``miepo/policy/trunk.py``).
+    attention and the adapter have two operands to go back to, and take twice as much. Nothing goes back below the
+    adapted layers. A gate on the upper layers alone leaves those below the same for the reference and every preference:
+    they are computed once (``miepo/policy/trunk.py``).
     """
     upper, context = adapted_layers(base, work), mean_context(work)
     lower = base.layers - upper
@@ -757,7 +758,7 @@ def sensitivity(
     activations: dict[str, float],
     sizes: Sequence[int] = TENSOR_PARALLEL,
 ) -> list[str]:
-    """Return a table: how much longer a step takes where an assumption is twice as bad, and the split is chosen anew."""
+    """Return a table: how much longer a step takes where an assumption is twice as bad, on the best split then."""
     lines = head_of(["twice as bad", *(f"{name}, {gpus} GPUs" for name in names)])
     for option, factor in CHANGED.items():
         worse = replace(efficiency, **{option: getattr(efficiency, option) * factor})
@@ -807,11 +808,11 @@ def parser_of() -> ArgumentParser:
     parser.add_argument("--prompt_conditioning", action="store_true", help="the preference is text, and gates nothing")
     parser.add_argument("--no_checkpointing", action="store_true", help="keep activations for the backward pass")
     usual = Workload()
-    for name in (
-        "prompt_tokens", "response_tokens", "responses", "counterfactuals", "objectives", "rank", "lora_layers",
-        "anchors", "micro_batch", "max_sequences", "preferences", "versions",
+    for option in (
+        "--prompt_tokens", "--response_tokens", "--responses", "--counterfactuals", "--objectives", "--rank",
+        "--lora_layers", "--anchors", "--micro_batch", "--max_sequences", "--preferences", "--versions",
     ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=getattr(usual, name))
+        parser.add_argument(option, type=int, default=getattr(usual, option[2:]))
     for each in fields(Efficiency):
         parser.add_argument(f"--{each.name}", type=float, default=each.default)
     return parser

@@ -218,7 +218,7 @@ def test_a_base_of_a_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^expected num_hidden_layers, .* in '.*', got none of 'num_hidden_layers'$"):
         plan.base_of(str(tmp_path))
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(UserError, match="got no JSON object$"):
+    with pytest.raises(UserError, match=r"got no JSON object$"):
         plan.base_of(str(tmp_path))
 
 
