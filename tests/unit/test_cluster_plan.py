@@ -234,6 +234,7 @@ def test_units_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.split(" | ")[6] == "0.00"
 
 
+@pytest.mark.slow
 def test_activations_are_those_of_the_memory_plan() -> None:
     work = replace(STEP, rank=2, prompt_tokens=24, response_tokens=12, micro_batch=128)
     assert 0 < plan.planned_activations(TINY, work) < plan.planned_activations(TINY, replace(work, checkpointing=False))
