@@ -760,12 +760,18 @@ def sensitivity(
 ) -> list[str]:
     """Return a table: how much longer a step takes where an assumption is twice as bad, on the best split then."""
     lines = head_of(["twice as bad", *(f"{name}, {gpus} GPUs" for name in names)])
-    for option, factor in CHANGED.items():
-        worse = replace(efficiency, **{option: getattr(efficiency, option) * factor})
+    for option, factor in {**CHANGED, "network": 0.5}.items():
+        worse, slower = efficiency, gpu
+        if option == "network":
+            slower = replace(gpu, network=gpu.network * factor)
+        else:
+            worse = replace(efficiency, **{option: getattr(efficiency, option) * factor})
         cells = []
         for name in names:
-            given = (base_of(name), works(gpus), gpu)
-            before, after = (best_split(*given, e, activations[name], gpus, True, sizes) for e in (efficiency, worse))
+            before, after = (
+                best_split(base_of(name), works(gpus), g, e, activations[name], gpus, True, sizes)
+                for g, e in ((gpu, efficiency), (slower, worse))
+            )
             cells.append("-" if before is None or after is None else f"{after.overlapped / before.overlapped - 1:+.0%}")
         lines.append(row_of([f"`{option}`", *cells]))
     return lines
@@ -800,6 +806,7 @@ def parser_of() -> ArgumentParser:
     parser.add_argument("--tflops", type=float, help="dense bfloat16, 10^12 operations a second")
     parser.add_argument("--bandwidth_tb_per_s", type=float, help="of its memory")
     parser.add_argument("--memory_gb", type=float)
+    parser.add_argument("--network_gb_per_s", type=float, help="of a GPU to another node, one way")
     parser.add_argument("--tensor_parallel", type=int, help="GPUs of a server; by default what is best")
     parser.add_argument("--server_tokens_per_s", type=float, help="measured of one server with LoRA, for the formula")
     parser.add_argument("--activations_gb", nargs="+", type=float, help="of each base, for the plan of tools.memory")
@@ -858,6 +865,8 @@ def main(arguments: list[str] | None = None) -> int:
         changed = {name: value * 1e12 for name, value in sheet.items() if value is not None}
         if options.memory_gb is not None:
             changed["memory"] = options.memory_gb * GB
+        if options.network_gb_per_s is not None:
+            changed["network"] = options.network_gb_per_s * GB
         gpu = replace(gpu, **changed)
         efficiency = Efficiency(**{each.name: given[each.name] for each in fields(Efficiency)})
         common = {each.name: given[each.name] for each in fields(Workload) if each.name in given}

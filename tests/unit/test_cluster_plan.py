@@ -227,7 +227,22 @@ def test_units_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--base", "8B", "--gpus", "8", "--activations_gb", "6"]
     assert plan.main(common) == 0
     usual = capsys.readouterr().out
-    assert plan.main([*common, "--tflops", "989", "--bandwidth_tb_per_s", "3.35", "--memory_gb", "80"]) == 0
+    assert (
+        plan.main(
+            [
+                *common,
+                "--tflops",
+                "989",
+                "--bandwidth_tb_per_s",
+                "3.35",
+                "--memory_gb",
+                "80",
+                "--network_gb_per_s",
+                "50",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == usual
     assert plan.main([*common, "--server_tokens_per_s", "1e9"]) == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| 8B | 8 | 0 |")]
