@@ -55,6 +55,13 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"--python: expected an interpreter with vLLM, got '{options.python}' ({error})") from None
 
 
+def cuda() -> bool:
+    """Return whether this machine has a GPU, as the server's is taken to have."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def settings_of_run(options: Namespace, args: Sequence[str]) -> dict[str, Any]:
     """Return what vLLM is told for the rollouts of a run, by option."""
     if not args:
@@ -118,5 +125,7 @@ def command_line(
         **({} if options.ckpt_path else {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}),
     }
     python = sys.executable if options.run and options.python == "python" else options.python
+    # with it, vLLM 0.32 on a CPU ends at a request with a seed whose prompt is read in two parts
+    chunks = [] if cuda() else ["--no-enable-chunked-prefill"]
     flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    return environment, [python, "-m", MODULE, "--enable-lora", *flags, *further]
+    return environment, [python, "-m", MODULE, "--enable-lora", *chunks, *flags, *further]

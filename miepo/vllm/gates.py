@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miepo.vllm import cpu_products
 from miepo.vllm.request import gate_in
 
 SERIES = "0.32"  # of vLLM, whose parts these are
@@ -23,18 +24,21 @@ log = logging.getLogger("vllm.miepo")
 
 
 def rank_gates(gates: Sequence[list[float] | None], ranks: Sequence[int], width: int) -> np.ndarray | None:
-    """Return the gate of every rank for each of ``N`` requests, ``(N, width)`` float32; None where no request has one.
+    """Return the gate of every rank for each of ``N`` requests, ``(N, width)`` float32; None where all are 1.
 
     Args:
         gates: The factor of each rank block of a request's adapter.
-        ranks: The rank of each request's adapter, all blocks together.
+        ranks: The rank of each request's adapter, all blocks together; 0 of a request to the base, which gets zeros:
+            on a CPU vLLM would take it for one with the last adapter.
         width: Ranks that vLLM has room for.
     """
-    if all(gate is None for gate in gates):
+    if all(gate is None for gate in gates) and len(set(map(bool, ranks))) < 2:
         return None
     found = np.ones((len(gates), width), np.float32)
     for row, gate, rank in zip(found, gates, ranks, strict=True):
-        if gate is not None:
+        if not rank:
+            row[:] = 0
+        elif gate is not None:
             block = rank // len(gate)
             row[: block * len(gate)] = np.repeat(np.asarray(gate, np.float32), block)
     return found
@@ -125,6 +129,8 @@ def install() -> None:
             wrapper.token_gates.set(rows, num_scheduled_tokens)
 
     kernels.__init__, kernels.add_shrink = make_with_gates, shrink_and_gate
+    if kernels.__name__ == "PunicaWrapperCPU":
+        cpu_products.install(kernels)
     LoRAModelRunnerMixin.set_active_loras = activate_with_gates
 
 

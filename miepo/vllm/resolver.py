@@ -1,7 +1,8 @@
 """A plain adapter for each preference that is asked for, by vLLM's own resolvers: nothing of vLLM is changed.
 
 A server that is started with ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``, without which vLLM asks no resolver, and
-``MIEPO_POLICIES=NAME=FOLDER`` (several separated by commas) answers the model ``NAME@relevance=0.2,brevity=0.8``. Every preference takes one of the server's ``--max-loras``.
+``MIEPO_POLICIES=NAME=FOLDER`` (several separated by commas) answers the model ``NAME@relevance=0.2,brevity=0.8``.
+Every preference takes one of the server's ``--max-loras``.
 """
 
 from __future__ import annotations
