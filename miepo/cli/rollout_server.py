@@ -67,19 +67,24 @@ def settings_of_run(options: Namespace, args: Sequence[str]) -> dict[str, Any]:
     if not args:
         raise UserError("expected --config of a run, or --ckpt_path of a trained policy, got neither")
     from miepo.cli.trainer import run_cli
+
+    cli: Any = run_cli(run=False, save_config_callback=None, args=list(args))
+    return settings_for(cli.trainer, cli.model, cli.datamodule, options.adapters)
+
+
+def settings_for(trainer: Any, module: Any, data: Any, adapters: int | None) -> dict[str, Any]:
+    """Return what vLLM is told for the rollouts of what a configuration builds, by option."""
     from miepo.objectives.base import objectives_of
     from miepo.policy.base_model import base_folder
     from miepo.policy.precision import chosen_dtype
 
-    cli: Any = run_cli(run=False, save_config_callback=None, args=list(args))
-    policy, count = cli.model.policy, len(objectives_of(cli.trainer))
+    policy, count = module.policy, len(objectives_of(trainer))
     blocks = sum(conditioning.blocks(count) for conditioning in policy.conditioning)
-    ahead = getattr(cli.datamodule, "staleness", 0)
     return {
         "model": base_folder(policy.base),
-        "dtype": chosen_dtype(policy.dtype, cli.trainer.strategy.root_device),
+        "dtype": chosen_dtype(policy.dtype, trainer.strategy.root_device),
         "max-lora-rank": policy.lora_rank * max(blocks, 1),
-        "max-loras": options.adapters or ahead + 2,  # of the policy as it is, as it was, and as it was before
+        "max-loras": adapters or getattr(data, "staleness", 0) + 2,  # as it is, and states that requests still name
     }
 
 
@@ -102,9 +107,15 @@ def settings_of_policy(options: Namespace) -> dict[str, Any]:
 
 
 def command_line(
-    options: Namespace, settings: dict[str, Any], further: Sequence[str]
+    options: Namespace, settings: dict[str, Any], further: Sequence[str], gpu: bool | None = None
 ) -> tuple[dict[str, str], list[str]]:
     """Return the environment and the words that start a server.
+
+    Args:
+        options: The command's own.
+        settings: For the rollouts of a run or a trained policy.
+        further: Words for vLLM.
+        gpu: Whether it has a GPU; by default as this machine has.
 
     Raises:
         UserError: the adapter has a rank that vLLM has no room for.
@@ -126,6 +137,6 @@ def command_line(
     }
     python = sys.executable if options.run and options.python == "python" else options.python
     # with it, vLLM 0.32 on a CPU ends at a request with a seed whose prompt is read in two parts
-    chunks = [] if cuda() else ["--no-enable-chunked-prefill"]
+    chunks = [] if (cuda() if gpu is None else gpu) else ["--no-enable-chunked-prefill"]
     flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
     return environment, [python, "-m", MODULE, "--enable-lora", *chunks, *flags, *further]

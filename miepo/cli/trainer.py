@@ -219,7 +219,7 @@ class MiepoCLI(LightningCLI):
                 if isinstance(callback, RunCheckpoint):
                     callback.expect_no_run(self.trainer)
         if self.launcher is not None:
-            self.launcher.launch(self.words, self.trainer, self.config.fit, self.continues)
+            self.launcher.launch(self.words, self.trainer, self.model, self.datamodule, self.config.fit, self.continues)
         else:
             super()._run_subcommand(subcommand)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
@@ -31,6 +32,22 @@ PROBE_PROMPT = "Tell me about rain."
 PROBE_TOKENS = 16
 
 
+ADDRESSES = "MIEPO_ROLLOUT_URLS"
+
+
+def check_addresses(urls: Sequence[str]) -> None:
+    """Refuse what is no list of servers.
+
+    Raises:
+        UserError: it is empty, names one twice, or something that is no address.
+    """
+    if not urls or isinstance(urls, str) or len({url.rstrip("/") for url in urls}) < len(urls):
+        raise UserError(f"engine.urls must be a list of different addresses of servers, got {short(urls)}")
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"engine.urls: expected addresses such as http://127.0.0.1:8000, got {short(url)}")
+
+
 class ServerEngine(RolloutEngine):
     """Samples on any number of vLLM servers, which ``miepo rollout-server`` starts.
 
@@ -46,7 +63,8 @@ class ServerEngine(RolloutEngine):
     ``max_gap`` of the policy's. The log has ``rollout/gap`` of what is sampled and ends the run beyond ``max_gap``.
 
     Args:
-        urls: Addresses of the servers, such as ``http://127.0.0.1:8000``.
+        urls: Addresses of the servers, such as ``http://127.0.0.1:8000``; by default those that the environment names
+            in ``MIEPO_ROLLOUT_URLS``, separated by commas, as ``--launcher ray`` does.
         stop: See :class:`~miepo.rollout.engine.RolloutEngine`.
         folder: Where adapters are written, which this machine and the servers share; by default a temporary folder.
         max_gap: Largest mean distance of log-probabilities from the policy's, in nats a token. In float32 it is about
@@ -60,7 +78,7 @@ class ServerEngine(RolloutEngine):
 
     def __init__(
         self,
-        urls: list[str],
+        urls: list[str] | None = None,
         stop: Sequence[str] = (),
         folder: str | None = None,
         max_gap: float = 0.1,
@@ -69,17 +87,14 @@ class ServerEngine(RolloutEngine):
         patience: float = 120.0,
     ) -> None:
         super().__init__(stop)
-        if not urls or isinstance(urls, str) or len({url.rstrip("/") for url in urls}) < len(urls):
-            raise UserError(f"engine.urls must be a list of different addresses of servers, got {short(urls)}")
-        for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise UserError(f"engine.urls: expected addresses such as http://127.0.0.1:8000, got {short(url)}")
+        if urls is not None:
+            check_addresses(urls)
         for name, value in (("max_gap", max_gap), ("timeout", timeout), ("patience", patience)):
             if not value > 0:
                 raise UserError(f"engine.{name} must be positive, got {value}")
         if retries < 0:
             raise UserError(f"engine.retries must not be negative, got {retries}")
-        self.urls, self.folder, self.max_gap = list(urls), folder, max_gap
+        self.urls, self.folder, self.max_gap = urls, folder, max_gap
         self.timeout, self.retries, self.patience = timeout, retries, patience
         self._loop: _Loop | None = None
         self._former: list[AdapterFile] = []  # of states that the policy had, and that a request may name
@@ -185,10 +200,14 @@ class ServerEngine(RolloutEngine):
         """Return the loop in which servers are talked to; at first every server is looked at."""
         if self._loop is not None:
             return self._loop
+        urls = self.urls
+        if urls is None:
+            urls = list(filter(None, os.environ.get(ADDRESSES, "").split(",")))
+            check_addresses(urls)
         prefix = from_first(new_prefix)
         own = "" if first_process() else f"-{torch.distributed.get_rank()}"
         self.files = AdapterFiles(None if self.folder is None else Path(self.folder), prefix + own)
-        self.pool = ServerPool(self.urls, self.timeout, self.retries, self.patience)
+        self.pool = ServerPool(urls, self.timeout, self.retries, self.patience)
         loop = _Loop()
         try:
             known = _tokens_and_log_prob(policy)

@@ -156,7 +156,7 @@ class ServerPool:
                 return
             body = {"lora_name": adapter.name, "lora_path": str(adapter.folder.absolute())}
             try:
-                response = await self._client.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=SHORT)
+                response = await self._client.post(f"{server.url}/v1/load_lora_adapter", json=body)
             except httpx.HTTPError as error:
                 raise _away(error) from None
             said = _said(response)

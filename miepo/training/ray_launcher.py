@@ -33,6 +33,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from miepo.errors import UserError, first_line
 from miepo.training.ray_failures import died, ending_mistakes
+from miepo.training.ray_servers import PORT, start_servers, stop_servers
 from miepo.training.reporting import log_versions
 from miepo.training.run_checkpoint import Interrupted, RunCheckpoint
 from miepo.training.sharded_strategy import ShardedStrategy
@@ -51,6 +52,7 @@ GPU = ("gpu", "cuda")
 # of the command's environment, what the workers have to have alike; accounts and tokens are not handed on, since Ray
 # shows the environment of a worker to whoever sees its cluster
 HANDED_ON = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "WANDB_MODE", "MPLBACKEND", "MIEPO_CACHE", "MIEPO_TRACEBACK")
+SERVER_PATIENCE = 1800.0  # seconds for rollout servers, which load the base
 STARTS = 10  # each waits a minute for room that other work takes
 # the trainer of the command itself, which trains nothing and may be on a machine without the workers' devices
 UNUSED_DEVICES = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "plugins": None}
@@ -69,6 +71,13 @@ class RayLauncher:
         max_failures: How often the workers are started again after one has died; -1 for any number of times.
         storage: Folder or URI where Ray keeps the last checkpoint that it was told of. Several machines must share
             it. By default ray_checkpoints in trainer.default_root_dir.
+        rollout_servers: vLLM servers that are started as actors on the cluster, for data.engine ServerEngine without
+            urls.
+        rollout_gpus: GPUs of each; by default as many as a worker has.
+        rollout_cpus: CPUs that Ray sets aside for each.
+        rollout_python: Interpreter of an environment with vLLM and miepo, on the machines of the servers.
+        rollout_command: Words that start a server, of which {port} becomes its port; by default the line of miepo
+            rollout-server for this configuration.
         address: HOST:PORT of a cluster that this machine is part of, auto for the one that runs here, or local for a
             new one of this machine alone. By default RAY_ADDRESS, then auto, then local.
     """
@@ -81,6 +90,11 @@ class RayLauncher:
         resources_per_worker: dict[str, float] | None = None,
         max_failures: int = 3,
         storage: str | None = None,
+        rollout_servers: int = 0,
+        rollout_gpus: int | None = None,
+        rollout_cpus: float = 1,
+        rollout_python: str = "python",
+        rollout_command: list[str] | None = None,
         address: str | None = None,
     ) -> None:
         if num_workers < 1:
@@ -99,6 +113,10 @@ class RayLauncher:
         self.num_workers, self.gpus_per_worker, self.cpus_per_worker = num_workers, gpus_per_worker, cpus_per_worker
         self.resources_per_worker, self.max_failures = resources_per_worker or {}, max_failures
         self.storage, self.address = storage, address
+        if rollout_servers < 0:
+            raise UserError(f"ray.rollout_servers must not be negative, got {rollout_servers}")
+        self.rollout_servers, self.rollout_gpus, self.rollout_cpus = rollout_servers, rollout_gpus, rollout_cpus
+        self.rollout_python, self.rollout_command = rollout_python, rollout_command
 
     def check(self, command: str, trainer: Any) -> None:
         """Refuse what no cluster could run, before anything is built.
@@ -136,13 +154,15 @@ class RayLauncher:
             raise UserError("--launcher ray goes on where the first logger writes: expected trainer.logger, got none")
         check_address(self._address)
 
-    def launch(self, words: Any, trainer: Trainer, options: Any, continues: bool) -> None:
+    def launch(self, words: Any, trainer: Trainer, module: Any, data: Any, options: Any, continues: bool) -> None:
         """Run ``miepo WORDS`` on the workers, and wait for its end.
 
         Args:
             words: The command's own words.
             trainer: What they build here, which tells where the run logs.
-            options: What the parser made of them.
+            module: The same, of which rollout servers need the policy.
+            data: The same, of which they need the engine.
+            options: What the parser made of the words.
             continues: Whether the checkpoint to begin with is the run's own, in whose logs it goes on.
 
         Raises:
@@ -155,6 +175,8 @@ class RayLauncher:
         from miepo.cli.mistakes import outer_mistake
 
         train: Any = import_module("ray.train")  # whose types are those of its first version
+        self._check_engine(data)
+        servers: list[Any] = []
         began = self._connect()
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -162,7 +184,15 @@ class RayLauncher:
             needs = {"CPU": self.cpus_per_worker, "GPU": gpus, **self.resources_per_worker}
             check_room(self.num_workers, needs, nodes)
             storage = storage_place(self.storage, str(trainer.default_root_dir), len(nodes))
+            urls = ""
+            if self.rollout_servers:
+                server = self._server_command(trainer, module, data, bool(gpus))
+                room = {"CPU": self.rollout_cpus, "GPU": gpus if self.rollout_gpus is None else self.rollout_gpus}
+                rank_zero_info(f"Starting {self.rollout_servers} rollout servers")
+                servers, addresses = start_servers(self.rollout_servers, *server, room, SERVER_PATIENCE)
+                urls = ",".join(addresses)
             orders = {
+                "urls": urls,
                 "words": words,
                 "folder": os.getcwd(),
                 "checkpoint": options.ckpt_path,
@@ -170,8 +200,6 @@ class RayLauncher:
                 "versions": pinned_versions(trainer),
                 "gpu": bool(gpus),
             }
-            # what else a run needs on the cluster, such as servers for its rollouts, would be actors that are placed
-            # here, before the workers, to which `orders` would hand their names
             run = TorchTrainer(
                 run_worker,
                 train_loop_config=orders,
@@ -206,8 +234,33 @@ class RayLauncher:
                 "from the last checkpoint"
             ) from error
         finally:
+            if servers:
+                stop_servers(servers)
             if began:
                 ray.shutdown()
+
+    def _check_engine(self, data: Any) -> None:
+        """Refuse an engine that would not ask the servers that are to be started."""
+        from miepo.rollout import ServerEngine
+
+        engine = getattr(data, "engine", None)
+        if self.rollout_servers and (not isinstance(engine, ServerEngine) or engine.urls is not None):
+            got = type(engine).__name__ + (" with urls" if isinstance(engine, ServerEngine) else "")
+            raise UserError(f"ray.rollout_servers needs data.engine ServerEngine without urls, got {got}")
+
+    def _server_command(self, trainer: Trainer, module: Any, data: Any, gpu: bool) -> tuple[list[str], dict[str, str]]:
+        """Return words and environment of a rollout server."""
+        from miepo.cli import rollout_server
+
+        if self.rollout_command is not None:
+            return list(self.rollout_command), {}
+        options = rollout_server.make_parser().parse_args(["--host", "0.0.0.0", "--python", self.rollout_python])
+        options.port = PORT
+        settings = rollout_server.settings_for(trainer, module, data, None)
+        if gpu and module.policy.dtype == "auto":  # of this machine's CPU
+            settings["dtype"] = "bfloat16"
+        environment, line = rollout_server.command_line(options, settings, [], gpu)
+        return line, environment
 
     @property
     def _address(self) -> str | None:
@@ -434,6 +487,8 @@ def run_worker(orders: dict[str, Any]) -> None:
     if not os.path.isdir(folder):
         raise UserError(f"expected the command's folder on every machine of the cluster, got none at '{folder}'")
     os.chdir(folder)  # Ray has gone to one of its own
+    if orders["urls"]:
+        os.environ["MIEPO_ROLLOUT_URLS"] = orders["urls"]
     _quiet()
     if folder not in sys.path:
         sys.path.append(folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -84,18 +86,21 @@ def test_a_sharded_base_goes_on_in_the_folder_of_its_run(cluster: None, tiny_mod
     assert same(kept(version), kept(whole))
 
 
-def test_a_mistake_on_a_worker_is_one_sentence_and_is_not_tried_again(
-    cluster: None, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rollout_servers_beside_the_workers(cluster: None, tiny_model: Path, tmp_path: Path) -> None:
+    """Two small servers as actors, batches ahead, two workers: the figures of servers that are there already."""
+    words = [sys.executable, "-m", "tests.helpers.vllm_server", str(tiny_model), "--gates", "--port", "{port}"]
     values = values_of(tiny_model, tmp_path, 2)
-    values["trainer"] |= {"num_sanity_val_steps": 0, "limit_val_batches": 0}
-    values["objectives"][0] = {"class_path": "tests.helpers.interruption.FailsOnOne"}
-    with pytest.raises(SystemExit) as end:
-        fit_on_ray(values, tmp_path)
-    assert end.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("miepo: error")]
-    assert line.startswith("miepo: error: objective unlucky failed to score: ValueError: the reward server is on fire")
-    assert not list(tmp_path.glob("run/*/checkpoints/last.ckpt"))
+    values["trainer"] |= {"max_steps": 3, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    values["data"] |= {"staleness": 1, "engine": {"class_path": "miepo.rollout.ServerEngine"}}
+    values["ray"] = {"rollout_servers": 2, "rollout_cpus": 0.0, "rollout_command": words}
+    fit_on_ray(values, tmp_path)
+    (version,) = (tmp_path / "run").iterdir()
+    rows = [row for row in logged(version) if "rollout/gap" in row]
+    assert [float(row["rollout/staleness"]) for row in rows] == [0, 1, 1]
+    assert float(rows[0]["rollout/gap"]) < 1e-4
+    assert all(float(row["count/asked_again"]) == 0 for row in rows)
+    left = [p for p in psutil.process_iter(["cmdline"]) if "tests.helpers.vllm_server" in (p.info["cmdline"] or [])]
+    assert not [process for process in left if str(tiny_model) in process.info["cmdline"]]
 
 
 def test_more_workers_than_there_is_room_for(

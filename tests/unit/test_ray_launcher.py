@@ -6,9 +6,13 @@ import ast
 import importlib.util
 import logging
 import socket
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from jsonargparse import Namespace
@@ -18,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from miepo.cli.command import main
 from miepo.cli.resume import continue_logs
 from miepo.errors import UserError
+from miepo.rollout import ServerEngine, TransformersEngine
 from miepo.training import ray_launcher
 from miepo.training.loggers import WandbLogger
 from miepo.training.ray_failures import died, ending_mistakes
@@ -29,6 +34,7 @@ from miepo.training.ray_launcher import (
     pinned_versions,
     storage_place,
 )
+from miepo.training.ray_servers import PORT, ServerProcess
 from tests.integration.test_cli import config
 
 STRATEGIES = "lightning.pytorch.strategies"
@@ -247,3 +253,57 @@ def test_a_mistake_ends_a_run_and_a_death_does_not(capsys: pytest.CaptureFixture
         failures.after_exception(None, mistake)
     with pytest.raises(UserError, match=r"^objective x: no server$"):
         failures.after_exception(None, mistake | {1: UserError("objective x: no server")})
+
+
+# -- rollout servers ---------------------------------------------------------------------------------------------------
+
+HEALTHY = """
+import http.server, sys
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *_): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
+"""
+
+
+def test_a_server_that_is_killed_is_started_again_at_its_address() -> None:
+    server = ServerProcess([sys.executable, "-c", HEALTHY, PORT], {})
+    url = server.start("127.0.0.1", 30)
+    assert server.process is not None
+    first = server.process.pid
+    server.process.kill()
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{url}/health", trust_env=False).status_code == 200 and server.process.pid != first:
+                break
+        except httpx.HTTPError:
+            time.sleep(0.05)
+    assert server.process.pid != first
+    server.stop()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url, trust_env=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([sys.executable, "-c", "raise SystemExit(1)"], "got none: it ends at once"),
+        (["/no/such/program"], "got none: it ends at once"),
+        ([sys.executable, "-c", "import time; time.sleep(60)"], "got none: none answers within 0.6 s"),
+    ],
+)
+def test_a_server_that_does_not_start_is_one_sentence(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ServerProcess(words, {}).start("127.0.0.1", 0.6 if "sleep" in words[-1] else 30)
+
+
+def test_servers_need_an_engine_that_asks_them() -> None:
+    launcher = RayLauncher(rollout_servers=2)
+    for engine, got in ((TransformersEngine(), "TransformersEngine"), (ServerEngine(["http://a:1"]), "with urls")):
+        with pytest.raises(UserError, match=f"needs data.engine ServerEngine without urls, got .*{got}"):
+            launcher._check_engine(SimpleNamespace(engine=engine))
+    launcher._check_engine(SimpleNamespace(engine=ServerEngine()))
+    with pytest.raises(UserError, match=r"ray.rollout_servers must not be negative, got -1"):
+        RayLauncher(rollout_servers=-1)

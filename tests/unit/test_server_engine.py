@@ -253,6 +253,15 @@ def test_bad_settings(given, message: str) -> None:
         ServerEngine(**given)
 
 
+def test_addresses_may_come_from_the_environment(tiny_model: Path, network, monkeypatch) -> None:
+    network()
+    policy = policy_on(tiny_model)
+    with pytest.raises(UserError, match=r"list of different addresses of servers, got \[\]"):
+        ServerEngine().sample(policy, PROMPTS, W, 2, 6, 0)
+    monkeypatch.setenv("MIEPO_ROLLOUT_URLS", f"{A},{B}")
+    assert distance(policy, ServerEngine().sample(policy, PROMPTS, W, 2, 6, 0)) < 1e-4
+
+
 def test_names_of_adapters_are_of_one_run() -> None:
     assert len({adapter_files.new_prefix() for _ in range(100)}) == 100
 
