@@ -19,7 +19,7 @@ import threading
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +172,8 @@ def servers(model: str, root: Path, ports: list[int], options: Any) -> Iterator[
                     pass
                 time.sleep(0.1)
             file.unlink(missing_ok=True)
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
-            except ProcessLookupError:
-                pass
             process.wait()
 
     threads = [threading.Thread(target=keep, args=(number,)) for number in range(len(commands))]
