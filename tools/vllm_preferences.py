@@ -120,7 +120,7 @@ def main() -> None:
         stated = ",".join(f"{name}={weight:.6f}" for name, weight in zip(saved.names, w[i].tolist(), strict=True))
         ids = policy.encode([prompt], w[i : i + 1]).ids[0].tolist()
         bodies.append({
-            "model": f"{NAME}@{stated}", "prompt": ids, "max_tokens": options.tokens, "min_tokens": options.tokens,
+            "model": f"{NAME}@{stated}", "prompt": ids, "max_tokens": options.tokens,
             "seed": i, "logprobs": 0, "return_token_ids": True, "temperature": 1.0, "ignore_eos": True,
         })  # fmt: skip
     print(f"{n} requests, {n} preferences, {options.tokens} tokens each, {options.dtype}, rank {policy.rank}")

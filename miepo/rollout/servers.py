@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -171,10 +172,8 @@ class ServerPool:
 
         async def one(server: Server, name: str) -> None:
             server.loaded.discard(name)
-            try:
+            with suppress(Away, UserError):  # it does not know it any more
                 await self.ask(server, "/v1/unload_lora_adapter", {"lora_name": name})
-            except (Away, UserError):
-                pass  # it does not know it any more
 
         await asyncio.gather(
             *(one(server, a.name) for a in adapters for server in self.servers if a.name in server.loaded)
@@ -232,10 +231,8 @@ class ServerPool:
                 urls = ", ".join(server.url for server in self.servers)
                 raise UserError(f"expected a server that answers within {self.patience:g} s, got none of {urls}")
             self._changed.clear()
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), min(PAUSE, self.patience))
-            except TimeoutError:
-                pass
 
     def _leave_out(self, server: Server) -> None:
         if server.up:

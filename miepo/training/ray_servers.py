@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -76,10 +77,8 @@ class ServerProcess:
 
     def _kill(self) -> None:
         if self.process is not None:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # what it has started, too
-            except ProcessLookupError:
-                pass
             self.process.wait()
 
     def stop(self) -> None:
@@ -139,10 +138,8 @@ def stop_servers(actors: Sequence[Any]) -> None:
     """End the servers and their actors."""
     import ray
 
-    try:
+    with suppress(ray.exceptions.RayError):  # it is gone
         ray.get([actor.stop.remote() for actor in actors], timeout=30)
-    except ray.exceptions.RayError:
-        pass  # it is gone
     _end(actors)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -262,7 +263,7 @@ def test_the_line_of_a_run(tiny_model: Path, capsys) -> None:
     line = capsys.readouterr().out.split()
     assert line[0] == "VLLM_PLUGINS=miepo"
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in line
-    stated = dict(zip(line, line[1:], strict=False))
+    stated = dict(pairwise(line))
     assert stated["--model"] == str(tiny_model)
     assert stated["--max-lora-rank"] == "32"  # 3 blocks of 6
     assert (stated["--port"], stated["--dtype"], stated["--max-loras"]) == ("8123", "float32", "2")
