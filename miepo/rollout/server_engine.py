@@ -100,6 +100,7 @@ class ServerEngine(RolloutEngine):
         self._former: list[AdapterFile] = []  # of states that the policy had, and that a request may name
         self._named: list[set[str]] = []  # adapters of the requests that were begun and not waited for
         self._raw: AdapterFile | None = None
+        self._gated = False  # whether all servers apply gates
 
     def draw(
         self,
@@ -161,13 +162,12 @@ class ServerEngine(RolloutEngine):
         }  # fmt: skip
         tokens = policy.encode(prompts, preference)
         gates = policy.gate_of(preference)  # (N, R)
-        carried = gates is not None and all(server.gates for server in self.pool.servers)
         requests = []
         for i, (ids, mask) in enumerate(zip(tokens.ids, tokens.mask, strict=True)):
             body = sampling | {"prompt": ids[mask].tolist(), "seed": seeds[i] % 2**62}
             if gates is None:
                 adapter = self._published(policy)
-            elif carried:
+            elif self._gated:
                 adapter = self._published(policy)
                 body |= gate_fields(gates[i, :: policy.lora_rank].tolist())
             else:
@@ -214,6 +214,7 @@ class ServerEngine(RolloutEngine):
             self.pool.recognise = lambda server: self._recognise(server, *known)
             loop.run(self._find_all())
             self._check_versions()
+            self._gated = all(server.gates for server in self.pool.servers)
             self._compare(policy, loop)
         except BaseException:
             loop.close(self.pool)
@@ -253,6 +254,8 @@ class ServerEngine(RolloutEngine):
             Away: it does not answer.
             UserError: it is another.
         """
+        if self._gated and not server.gates:
+            raise UserError(f"the server at {server.url} came back without miepo's plug-in, which it had at the start")
         found = await self.pool.ask(server, "/tokenize", {"prompt": PROBE, "add_special_tokens": False})
         if not isinstance(found, dict) or found.get("tokens") != ids:
             raise UserError(f"the server at {server.url} has another tokenizer than the policy: expected the same base")
@@ -301,8 +304,11 @@ class ServerEngine(RolloutEngine):
 
 def _sampled(answer: Any) -> list[tuple[list[int], list[float]]]:
     """Return ids and log-probabilities of the responses in an answer of ``/v1/completions``."""
-    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-    return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+    try:
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        return [(list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])) for choice in choices]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"expected responses with token ids and log-probabilities, got other: {error}") from None
 
 
 def _tokens_and_log_prob(policy: Policy) -> tuple[list[int], Tensor]:

@@ -33,13 +33,11 @@ def split_name(name: str) -> tuple[str, dict[str, float] | None]:
         return name, None
     weights = {}
     for part in stated.split(","):
-        objective, equals, weight = part.rpartition("=")
+        objective, _, weight = part.partition("=")
         try:
             weights[objective.strip()] = float(weight)
         except ValueError:
-            equals = ""
-        if not equals or objective.strip() not in weights:
-            raise UserError(f"expected a model such as {model}@first=0.2,second=0.8, got {short(name)}")
+            raise UserError(f"expected a model such as {model}@first=0.2,second=0.8, got {short(name)}") from None
     return model, weights
 
 

@@ -267,13 +267,14 @@ def test_every_python_example_is_one_that_is_run() -> None:
 def test_export_and_report(quickstart_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(quickstart_run)
     lines = [line for b in blocks("bash") for line in b.splitlines() if re.match("miepo (export|report)", line)]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         main(shlex.split(line)[1:])
     for name in (
         "brief/adapter_config.json",
         "brief_model/model.safetensors",
         "every_preference/miepo.json",
+        "policy/miepo.json",
         "report.html",
     ):
         assert Path(name).is_file()
@@ -301,11 +302,16 @@ def test_every_command_is_parsed(
             main([command, *options, "--print_config"])
         assert end.value.code == 0
         assert "class_path: miepo" in capsys.readouterr().out
+    elif command == "rollout-server" and "--config" in options:
+        main([command, *options])
+        assert "--enable-lora" in capsys.readouterr().out
     elif command in COMMANDS and options:
         with pytest.raises(SystemExit) as end:
             main([command, *options])
         assert end.value.code == 2
-        assert re.search(r"expected a run's folder|expected .*got '?runs/", capsys.readouterr().err)
+        assert re.search(
+            r"expected a run's folder|expected .*got '?runs/|expected a policy of", capsys.readouterr().err
+        )
     else:
         assert command in (*COMMANDS, "normalise")
 

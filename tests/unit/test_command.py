@@ -64,7 +64,7 @@ def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) ->
         main(["--help"])
     lines = capsys.readouterr().out.splitlines()
     for command, line in COMMANDS.items():
-        assert f"  {command:12}{line}" in lines
+        assert f"  {command:16}{line}" in lines
     assert max(map(len, lines)) <= 100
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

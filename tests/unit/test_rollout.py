@@ -8,13 +8,14 @@ import torch
 
 from miepo.errors import UserError
 from miepo.policy import GatedConditioning, PromptConditioning
-from miepo.rollout import RolloutEngine, TransformersEngine, VLLMEngine
+from miepo.rollout import RolloutEngine, ServerEngine, TransformersEngine, VLLMEngine
 from miepo.rollout.engine import make_responses, response_mask
 from miepo.text import cut_at
 from miepo.types import Tokens
 from tests.helpers.tiny import randomise_adapter, tiny_policy
 
-ENGINES = [engine for engine in RolloutEngine.__subclasses__() if engine is not VLLMEngine]  # integration/test_vllm.py
+# those have their own tests: integration/test_vllm.py, unit/test_server_engine.py
+ENGINES = [engine for engine in RolloutEngine.__subclasses__() if engine not in (VLLMEngine, ServerEngine)]
 W = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
 PROMPTS = ["the garden", "people like rain"]
 

@@ -167,6 +167,18 @@ def test_another_base_in_a_servers_place_ends_the_run(tiny_model: Path, network,
         wait()
 
 
+def test_a_server_that_is_back_without_the_plug_in_ends_the_run(tiny_model: Path, network) -> None:
+    """It would overlook the gates of requests."""
+    found = network(gates=True)
+    policy, engine = policy_on(tiny_model), ServerEngine([A, B], patience=5)
+    engine.sample(policy, PROMPTS, W, 2, 6, 0)
+    found.servers[A] = found.servers[B] = None
+    wait = engine.begin(policy, PROMPTS, W, 2, 6, [1, 2, 3, 4])
+    found.servers[A] = TinyServer(tiny_model)
+    with pytest.raises(UserError, match=r"http://a:1 came back without miepo's plug-in, which it had at the start"):
+        wait()
+
+
 def test_no_server_at_all_ends_the_run_in_a_sentence(tiny_model: Path, network) -> None:
     found = network()
     policy, engine = policy_on(tiny_model), ServerEngine([A, B], patience=0.2)

@@ -257,7 +257,14 @@ def test_the_line_of_a_run(tiny_model: Path, capsys) -> None:
     options = ["--model.policy.class_path", "miepo.Policy", "--model.policy.init_args.base", str(tiny_model)]
     options += ["--model.policy.init_args.lora_rank", "6", "--data.prompts", '["x", "y"]']
     options += ["--model.policy.init_args.conditioning", '[{"class_path": "miepo.policy.GatedConditioning"}]']
-    options += ["--model.policy.init_args.dtype", "float32", "--trainer.accelerator", "cpu"]
+    options += [
+        "--model.policy.init_args.dtype",
+        "float32",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.logger",
+        "false",
+    ]
     options += ["--objectives", '["miepo.objectives.Brevity", "miepo.objectives.Cheerfulness"]']
     main(["rollout-server", "--port", "8123", *options, "--", "--max-model-len", "512"])
     line = capsys.readouterr().out.split()
@@ -285,7 +292,7 @@ def test_the_line_of_a_trained_policy(policies, capsys) -> None:
     [
         ([], "expected --config of a run, or --ckpt_path of a trained policy, got neither"),
         (["--ckpt_path", "nowhere"], "expected a policy of miepo export for every preference in"),
-        (["--ckpt_path", "x", "--config", "y"], "got both"),
+        (["--ckpt_path", "x", "--seed_everything", "1"], "got both (--seed_everything 1)"),
         (["--port", "0"], "--port: expected a number from 1 to 65535, got 0"),
         (["--adapters", "0"], "--adapters must be at least 1, got 0"),
     ],
