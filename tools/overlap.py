@@ -16,7 +16,10 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 CONFIG = "configs/quickstart.yaml"
+LOGGER = "lightning.pytorch.loggers.CSVLogger"
 
 
 def pinned(words: Sequence[str], core: int, log: Path, **environment: str) -> subprocess.Popen:
@@ -54,9 +57,12 @@ def main() -> None:
             for number in range(options.rounds):
                 for staleness in options.staleness:
                     root = Path(folder) / f"{number}_{staleness}"
-                    words = [*miepo, "fit", *run, "--data.staleness", str(staleness)]
-                    words += ["--trainer.default_root_dir", str(root), "--trainer.logger", "CSVLogger"]
-                    words += ["--trainer.logger.save_dir", str(root)]
+                    root.mkdir()
+                    logger = {"class_path": LOGGER, "init_args": {"save_dir": str(root), "name": "run"}}
+                    place = {"trainer": {"default_root_dir": str(root), "logger": [logger]}}
+                    (root / "place.yaml").write_text(yaml.safe_dump(place))
+                    words = [*miepo, "fit", *run, "--config", str(root / "place.yaml")]
+                    words += ["--data.staleness", str(staleness)]
                     log = Path(folder) / f"{number}_{staleness}.log"
                     if pinned(words, 1, log).wait():
                         raise SystemExit(log.read_text()[-3000:])
