@@ -12,6 +12,7 @@ from miepo.data.rollout import BegunRollout
 from miepo.errors import UserError
 from miepo.types import PromptBatch, Responses, Tokens
 
+Begin = Callable[[PromptBatch, int | None, Responses | None], BegunRollout]
 Place = tuple[tuple[int, int], ...]  # (epoch, position) of each prompt of a batch
 
 
@@ -35,30 +36,34 @@ class RolloutsAhead:
         self.begun: deque[BegunRollout] = deque()
         self.kept: dict[Place, tuple[int, Responses]] = {}  # of a checkpoint
 
-    def take(
-        self,
-        prompts: PromptBatch,
-        following: Iterator[PromptBatch],
-        begin: Callable[[PromptBatch, int | None, Responses | None], BegunRollout],
-    ) -> BegunRollout:
-        """Return the rollout of a batch, and begin those of the batches after it.
+    def take(self, prompts: PromptBatch, begin: Begin) -> BegunRollout:
+        """Return the rollout of a batch, which begins now unless it has begun.
 
         Args:
             prompts: The batch.
-            following: The batches after it, as far as the run goes.
             begin: Begins a rollout; where its responses are known, with them and the step at which they were begun.
         """
         place = place_of_batch(prompts)
         while self.begun and place_of_batch(self.begun[0].prompts) != place:
             self.begun.popleft()  # an epoch was cut short
         if not self.begun:
-            self.begun.append(begin(prompts, *self.kept.pop(place, (None, None))))
-        first = self.begun.popleft()
+            self._begin(prompts, begin)
+        return self.begun.popleft()
+
+    def begin_following(self, following: Iterator[PromptBatch], begin: Begin) -> None:
+        """Begin the rollouts of the batches after one, whose responses are there: they would wait for each other.
+
+        Args:
+            following: The batches after it, as far as the run goes.
+            begin: As of :meth:`take`.
+        """
         ahead = {place_of_batch(begun.prompts) for begun in self.begun}
         for batch, _ in zip(following, range(self.staleness), strict=False):
-            if (place := place_of_batch(batch)) not in ahead:
-                self.begun.append(begin(batch, *self.kept.pop(place, (None, None))))
-        return first
+            if place_of_batch(batch) not in ahead:
+                self._begin(batch, begin)
+
+    def _begin(self, prompts: PromptBatch, begin: Begin) -> None:
+        self.begun.append(begin(prompts, *self.kept.pop(place_of_batch(prompts), (None, None))))
 
     def state(self) -> list[dict[str, Any]]:
         """Return what is begun, with its responses, for which this waits.

@@ -326,8 +326,11 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
             return begin_rollout(prompts, learner, settings, step if begun_at is None else begun_at, known)
 
         with self._trainer.profiler.profile("rollout"):
-            begun = self.ahead.take(batch, self._following(batch), begin)
-            found = finish_rollout(begun, learner, settings, self._together, step)
+            begun = self.ahead.take(batch, begin)
+            found = finish_rollout(
+                begun, learner, settings, self._together, step,
+                sampled=lambda: self.ahead.begin_following(self._following(batch), begin),
+            )  # fmt: skip
         self.scored_responses += self.responses * len(batch) * self._trainer.world_size
         return found
 

@@ -164,6 +164,7 @@ def finish_rollout(
     settings: RolloutSettings,
     together: Together = alone,
     step: int = 0,
+    sampled: Callable[[], None] = lambda: None,
 ) -> PreferenceBatch:
     """Wait for the responses, let the objectives judge them, and ask the reference.
 
@@ -173,6 +174,7 @@ def finish_rollout(
         settings: How to judge.
         together: Calls the scoring on all processes of a run.
         step: Optimiser steps that the policy has taken by now.
+        sampled: Called once the responses are there.
     """
     policy, objectives, exploration = learner.policy, learner.objectives, learner.exploration
     prompts, preference, counterfactual = begun.prompts, begun.preference, begun.counterfactual
@@ -182,7 +184,8 @@ def finish_rollout(
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     start = perf_counter() - begun.seconds
     responses = begun.responses()
-    sampled = perf_counter()
+    came = perf_counter()
+    sampled()
     # an objective of weight 0 is not asked, unless the exploration term wants to know what it would say
     every = exploration is not None and exploration.needs_feedback
     asked = torch.ones_like(routing, dtype=torch.bool) if every else routing > 0
@@ -226,8 +229,8 @@ def finish_rollout(
         max_gap=settings.engine.max_gap if step == begun.step else inf,
         counts=feedback_counts(feedback.labels, scores, asked, empty) | take_failures(objectives) | responses.counts,
         seconds={
-            "sampling": sampled - start,
-            "reference": perf_counter() - sampled - judging,
+            "sampling": came - start,
+            "reference": perf_counter() - came - judging,
             "scoring": judging,
         },
     )

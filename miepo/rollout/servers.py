@@ -261,8 +261,10 @@ class ServerPool:
 
     async def close(self) -> None:
         """Stop looking at servers and close the connections."""
-        for look in list(self._looks):
+        looks = list(self._looks)
+        for look in looks:
             look.cancel()
+        await asyncio.gather(*looks, return_exceptions=True)
         await self._client.aclose()
 
 

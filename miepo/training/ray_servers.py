@@ -116,8 +116,8 @@ def start_servers(
         def ready(self) -> bool:
             return True
 
-    make = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(Actor)
-    actors = [make.remote() for _ in range(count)]
+    make: Any = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(Actor)
+    actors: list[Any] = [make.remote() for _ in range(count)]
     try:
         ray.get([actor.ready.remote() for actor in actors], timeout=patience)
     except ray.exceptions.GetTimeoutError:

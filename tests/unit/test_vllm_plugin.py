@@ -128,7 +128,7 @@ class Naive:
             y[i, offset : offset + size] = (y[i, offset : offset + size] if add_inputs else 0) + weights[slot, 0] @ x[i]
 
 
-@pytest.mark.parametrize(("slots", "called"), [([1, 1, 1, 1], 0), ([0, 1, 1, 0], 2)])
+@pytest.mark.parametrize(("slots", "called"), [([1, 1, 1, 1], 0), ([0, 5, 5, 0], 0), ([0, 1, 2, 3, 4], 2)])
 @pytest.mark.parametrize("add", [True, False])
 def test_dense_products_are_those_of_each_token(slots: list[int], called: int, add: bool) -> None:
     class Patched(Naive):
@@ -136,11 +136,11 @@ def test_dense_products_are_those_of_each_token(slots: list[int], called: int, a
 
     torch.manual_seed(0)
     cpu_products.install(Patched)
-    a, b, x = torch.randn(2, 1, 6, 5), torch.randn(2, 1, 3, 6), torch.randn(4, 5)
+    a, b, x = torch.randn(6, 1, 6, 5), torch.randn(6, 1, 3, 6), torch.randn(len(slots), 5)
     found = []
     for kernels in (Naive(), Patched()):
         kernels.update_metadata(torch.tensor(slots))
-        middle, y = torch.zeros(4, 6), torch.ones(4, 7)
+        middle, y = torch.zeros(len(slots), 6), torch.ones(len(slots), 7)
         kernels._apply_shrink(middle, x, a, 0.5)
         kernels._apply_expand(y, middle, b, 2, 3, add)
         found.append((y, kernels.calls))
