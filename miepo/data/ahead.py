@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -44,8 +45,9 @@ class RolloutsAhead:
             begin: Begins a rollout; where its responses are known, with them and the step at which they were begun.
         """
         place = place_of_batch(prompts)
-        while self.begun and place_of_batch(self.begun[0].prompts) != place:
-            self.begun.popleft()  # an epoch was cut short
+        while self.begun and place_of_batch(self.begun[0].prompts) != place:  # an epoch was cut short
+            with suppress(UserError):
+                self.begun.popleft().responses()  # the engine counts on being asked
         if not self.begun:
             self._begin(prompts, begin)
         return self.begun.popleft()

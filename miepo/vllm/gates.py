@@ -8,7 +8,9 @@ here alone and have a contract test (``tests/integration/test_vllm_plugin.py``).
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
 import numpy as np
@@ -79,6 +81,11 @@ def why_not(config: Any) -> str | None:
 
     if not vllm.__version__.startswith(f"{SERIES}."):
         return f"expected vLLM {SERIES}, got {vllm.__version__}"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not any(entry.name == "miepo" for entry in entry_points(group="vllm.general_plugins")) or (
+        allowed is not None and "miepo" not in allowed.split(",")
+    ):
+        return "expected miepo to be installed beside vLLM, and VLLM_PLUGINS to allow it"
     if config.lora_config is None:
         return "expected --enable-lora"
     if config.lora_config.fully_sharded_loras:

@@ -32,14 +32,14 @@ def test_under_one_preference_a_gated_adapter_is_plain_lora(tiny_model: Path, tm
 
 def test_an_adapter_is_written_when_it_has_changed(tiny_model: Path) -> None:
     policy, engine = randomise_adapter(tiny_policy(tiny_model, [GatedConditioning()])), VLLMEngine()
-    first = engine._adapter(policy, W)
-    assert engine._adapter(policy, W) == first
-    other = engine._adapter(policy, 1 - W)
+    first = engine._adapter(policy, policy.gate_of(W))
+    assert engine._adapter(policy, policy.gate_of(W)) == first
+    other = engine._adapter(policy, policy.gate_of(1 - W))
     assert other != first  # another preference is another plain adapter
     next(iter(policy.adapter_parameters().values())).data.add_(0)  # nobody sees what happens to .data
     with torch.no_grad():
         next(iter(policy.adapter_parameters().values())).add_(1)  # as an optimiser does
-    assert engine._adapter(policy, W).name not in (first.name, other.name)
+    assert engine._adapter(policy, policy.gate_of(W)).name not in (first.name, other.name)
     assert not first.folder.exists()
 
 
