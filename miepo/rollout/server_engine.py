@@ -31,7 +31,6 @@ PROBE = "The river rose by 0.25 metres in April; nobody in Zürich or 東京 had
 PROBE_PROMPT = "Tell me about rain."
 PROBE_TOKENS = 16
 
-
 ADDRESSES = "MIEPO_ROLLOUT_URLS"
 
 
@@ -67,8 +66,8 @@ class ServerEngine(RolloutEngine):
             in ``MIEPO_ROLLOUT_URLS``, separated by commas, as ``--launcher ray`` does.
         stop: See :class:`~miepo.rollout.engine.RolloutEngine`.
         folder: Where adapters are written, which this machine and the servers share; by default a temporary folder.
-        max_gap: Largest mean distance of log-probabilities from the policy's, in nats a token. In float32 it is about
-            0.001, in bfloat16 about 0.02.
+        max_gap: Largest mean distance of log-probabilities from the policy's, in nats a token. In float32 it was 1e-05
+            (SmolLM2-135M on a CPU); in bfloat16 it was not measured.
         timeout: Seconds for the responses to a request.
         retries: How often a request is asked again before the run ends.
         patience: Seconds to wait while no server answers, and at the start for each.
