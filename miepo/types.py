@@ -137,7 +137,7 @@ class PreferenceBatch:
     reference_log_prob: Tensor  # (B, n, T) under w+, adapter off; 0 where not compared
     counterfactual_reference_log_prob: Tensor  # (B, n, C, T) of the anchors under w-, adapter off
     trunk: Trunk | None = None  # states below the adapter, which the reference and the policy have in common
-    staleness: int | None = None  # optimiser steps since the responses were begun; None where none lies between
+    staleness: int | None = None  # optimiser steps since the responses were begun; None if sampled in this process
     max_gap: float = inf  # from the engine's log-probabilities, in nats a token, beyond which something is wrong
     counts: dict[str, int] = field(default_factory=dict)  # ties, nan scores, empty responses
     seconds: dict[str, float] = field(default_factory=dict)  # sampling, scoring, reference

@@ -336,11 +336,10 @@ class OnlinePreferenceDataModule(Recorded, LightningDataModule):
 
     def _following(self, batch: PromptBatch) -> Iterator[PromptBatch]:
         """Yield the batches after ``batch`` that this epoch still has, as far as the trainer's limits go."""
-        trainer, loader = self._trainer, self._training
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # this one included
+        trainer, (prompts, positions) = self._trainer, self._training
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # without this one
         steps = trainer.max_steps - trainer.global_step if trainer.max_steps >= 0 else trainer.num_training_batches
-        left = min(trainer.num_training_batches - done, steps * trainer.accumulate_grad_batches - 1)
-        prompts, positions = loader
+        left = min(trainer.num_training_batches - done, steps * trainer.accumulate_grad_batches) - 1
         start = positions.mine.index(batch.positions[0]) + len(batch)
         for _ in range(int(max(left, 0))):
             rows = [(batch.epochs[0], position) for position in positions.mine[start : start + self.batch_size]]

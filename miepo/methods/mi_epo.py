@@ -242,7 +242,7 @@ class MIEPO(PolicyModule):
         if batch.staleness is not None:
             values["rollout/staleness"] = torch.tensor(float(batch.staleness))
         means = self.log_step(batch, loss, values)
-        if self.logged and "rollout/gap" in means and not means["rollout/gap"] <= batch.max_gap:
+        if self.logged and "rollout/gap" in means and means["rollout/gap"] > batch.max_gap:
             raise UserError(
                 f"the engine's log-probabilities are {float(means['rollout/gap']):.3g} nats a token from the policy's: "
                 f"expected at most {batch.max_gap:g} (data.engine.max_gap)"

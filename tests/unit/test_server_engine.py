@@ -332,6 +332,19 @@ def test_batches_ahead_are_of_the_policy_some_steps_before(
     assert ahead.logged[3]["rollout/gap"] > 1e-3  # of the policy as it is, which has moved on
 
 
+@pytest.mark.parametrize("limit", [{"limit_train_batches": 3, "max_epochs": 2}, {"max_steps": 6, "max_epochs": 2}])
+def test_nothing_is_sampled_that_no_step_takes(tiny_model: Path, tmp_path: Path, network, limit) -> None:
+    servers = network(gates=True).servers
+    trainer, module, data = tiny_run(
+        tiny_model, tmp_path, trainer={"max_steps": -1} | limit,
+        data={"engine": ServerEngine([A, B]), "batch_size": 2, "staleness": 2},
+    )  # fmt: skip
+    trainer.fit(module, data)
+    bodies = [body for server in servers.values() for path, body in server.calls if path == "/v1/completions"]
+    probes = [body for body in bodies if body.get("n") != 2]
+    assert len(bodies) - len(probes) == 4 + 6 * 2  # the normalisation, and six batches
+
+
 def test_more_than_none_ahead_needs_an_engine_elsewhere(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"staleness 1 needs an engine that samples beside the training, .* got Tra"):
         tiny_run(tiny_model, tmp_path, data={"staleness": 1})
