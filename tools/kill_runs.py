@@ -113,8 +113,8 @@ def die() -> None:
 
 
 class Engine(TransformersEngine):
-    def sample(self, *args: Any) -> Any:
-        made = super().sample(*args)
+    def draw(self, *args: Any) -> Any:
+        made = super().draw(*args)
         if countdown.reached("rollout"):
             die()
         return made

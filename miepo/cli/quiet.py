@@ -19,6 +19,7 @@ def quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     transformers_logging.disable_progress_bar()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # each request to a rollout server
     lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not any(isinstance(f, _Unasked) for f in lightning_log.filters):
         lightning_log.addFilter(_Unasked())

@@ -132,6 +132,9 @@ def start_servers(
         _end(actors)
         cause = error.cause
         raise (UserError(str(cause)) if isinstance(cause, UserError) else error) from None
+    except ray.exceptions.RayActorError as error:
+        _end(actors)
+        raise UserError(f"expected {count} rollout servers, got none: {first_line(error)}") from error
 
 
 def stop_servers(actors: Sequence[Any]) -> None:

@@ -89,6 +89,7 @@ def test_a_sharded_base_goes_on_in_the_folder_of_its_run(cluster: None, tiny_mod
 def test_rollout_servers_beside_the_workers(cluster: None, tiny_model: Path, tmp_path: Path) -> None:
     """Two small servers as actors, batches ahead, two workers: the figures of servers that are there already."""
     words = [sys.executable, "-m", "tests.helpers.vllm_server", str(tiny_model), "--gates", "--port", "{port}"]
+    words += ["--host", "0.0.0.0"]
     values = values_of(tiny_model, tmp_path, 2)
     values["trainer"] |= {"max_steps": 3, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     values["data"] |= {"staleness": 1, "engine": {"class_path": "miepo.rollout.ServerEngine"}}

@@ -28,8 +28,8 @@ class Says(TransformersEngine):
         super().__init__()
         self.change = change
 
-    def sample(self, *args: Any) -> Any:
-        found = super().sample(*args)
+    def draw(self, *args: Any) -> Any:
+        found = super().draw(*args)
         found.texts[:] = self.change(list(found.texts))
         return found
 

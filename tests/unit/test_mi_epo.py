@@ -276,8 +276,8 @@ def test_how_far_another_engine_is_from_the_trainer_is_logged(tiny_model: Path, 
     class Off(TransformersEngine):
         """As if its log-probabilities were off by a quarter of a nat."""
 
-        def sample(self, policy, prompts, preference, *args):
-            found = super().sample(policy, prompts, preference, *args)
+        def draw(self, policy, prompts, preference, *args):
+            found = super().draw(policy, prompts, preference, *args)
             with policy.evaluating():
                 exact = policy.response_log_prob(prompts, preference.unsqueeze(1), found.tokens).squeeze(2)
             return replace(found, log_prob=torch.where(found.tokens.mask, exact - 0.25, 7.0))
