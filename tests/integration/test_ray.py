@@ -14,7 +14,7 @@ import yaml
 
 from miepo.cli.command import main
 from tests.helpers.interruption import kept, logged, same
-from tests.integration.test_processes import fit_by_two, values_of
+from tests.integration.test_processes import ROOT, fit_by_two, values_of
 
 ray = pytest.importorskip("ray")
 ON_RAY = ("--launcher", "ray", "--ray.num_workers", "2")
@@ -28,6 +28,7 @@ def cluster() -> Iterator[None]:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # these steps take less than its two seconds
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("PYTHONPATH", str(ROOT))  # of servers, which are commands of their own
         ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, logging_level="ERROR")
         yield
         ray.shutdown()
