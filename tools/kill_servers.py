@@ -123,6 +123,9 @@ def configuration(model: str, root: Path, urls: list[str], options: Any) -> Path
     values["data"] |= {"engine": {"class_path": "tools.kill_servers.Engine", "init_args": engine}}
     values["data"] |= {"staleness": options.staleness}
     values["model"]["policy"]["init_args"] |= {"base": model}
+    values["trainer"] |= {"max_steps": options.steps}
+    if options.steps > 0:
+        values["trainer"] |= {"limit_val_batches": 0, "num_sanity_val_steps": 0}
     if options.python:
         values["data"] |= {"max_new_tokens": 8, "validation_prompts": ["Tell me about rain."]}
         values["model"] |= {"learning_rate": 0.0001}
@@ -216,6 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m tools.kill_servers", description=__doc__)
     parser.add_argument("--kills", type=int, default=36)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=-1, help="optimiser steps; by default four epochs")
     parser.add_argument("--staleness", type=int, default=0)
     parser.add_argument("--python", help="of an environment with vLLM and miepo, in place of small servers")
     parser.add_argument("--port", type=int, default=8300)
@@ -227,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         moments = [(moment, victim) for moment in MOMENTS for victim in (RUN, rng.choice(victims[1:]))]
         moments = [(moment, victim) for moment, victim in moments if victim == RUN or moment != HALF]
         plan += [(moment, rng.randint(1, 2), victim) for moment, victim in rng.sample(moments, len(moments))]
-    plan = plan[: options.kills]
+    plan = plan[: options.kills] if options.steps < 0 else [t for t in plan if t[0] != "evaluation"][: options.kills]
     ports = [options.port + number for number in range(SERVERS)]
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     wrong = []
