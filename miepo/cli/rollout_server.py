@@ -120,14 +120,10 @@ def command_line(
     Raises:
         UserError: the adapter has a rank that vLLM has no room for.
     """
-    from miepo.rollout.vllm_engine import RANKS
+    from miepo.rollout.vllm_engine import room_for
 
-    rank = settings["max-lora-rank"]
-    fitting = [most for most in RANKS if most >= rank]
-    if not fitting:
-        raise UserError(f"vLLM takes adapters up to rank {RANKS[-1]}, all blocks together, got {rank}")
-    adapters = settings["max-loras"]
-    words = {**settings, "max-lora-rank": fitting[0], "max-cpu-loras": 2 * adapters}
+    words = {**settings, "max-lora-rank": room_for(settings["max-lora-rank"])}
+    words |= {"max-cpu-loras": 2 * settings["max-loras"]}
     words |= {"generation-config": "vllm", "logprobs-mode": "processed_logprobs"}  # nothing truncated or penalised
     words |= {"host": options.host, "port": options.port}
     environment = {

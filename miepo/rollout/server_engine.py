@@ -101,16 +101,8 @@ class ServerEngine(RolloutEngine):
         self._raw: AdapterFile | None = None
         self._gated = False  # whether all servers apply gates
 
-    def draw(
-        self,
-        policy: Policy,
-        prompts: Sequence[str],
-        preference: Tensor,
-        count: int,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-    ) -> Responses:
-        return self.begin(policy, prompts, preference, count, max_new_tokens, seeds)()
+    def draw(self, *args: Any, **kwargs: Any) -> Responses:
+        return self.begin(*args, **kwargs)()
 
     def begin(
         self,

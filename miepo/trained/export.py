@@ -25,7 +25,8 @@ from miepo.preferences import parse_preference
 from miepo.trained.build import build_policy
 from miepo.trained.chat_template import _literal, chat_template, preference_expression
 from miepo.trained.model_card import model_card
-from miepo.trained.saved import CARD, Saved
+from miepo.trained.saved import Saved
+from miepo.vllm.request import CARD
 
 
 def block_owners(policy: Policy) -> list[str | None]:

@@ -19,9 +19,9 @@ from miepo.metrics.front_plot import Front
 from miepo.policy.policy import ADAPTER
 from miepo.recorded import without_prompts
 from miepo.training.checkpoint_io import read_checkpoint
+from miepo.vllm.request import CARD
 
 PAPERS_TERM = {"class_path": "miepo.exploration.InfoNCE", "init_args": {"beta_w": InfoNCE().beta_w}}  # MIEPO's default
-CARD = "miepo.json"  # in an exported folder: what the adapter means
 PREFIX = "policy."  # of the policy's weights in a checkpoint
 
 

@@ -13,7 +13,7 @@ from miepo.errors import UserError, first_line, short
 from miepo.preferences import parse_preference
 
 GATE = "miepo_gate"  # in vllm_xargs, which vLLM hands on to where the LoRA layers are
-CARD = "miepo.json"  # in a folder of miepo export
+CARD = "miepo.json"  # in a folder of miepo export: what the adapter means
 SEPARATOR = "@"
 
 
